@@ -1,0 +1,45 @@
+"""The input pipeline: shards in, views with their windows and correspondences out.
+
+The face of the package. Names are resolved on first use, so that importing it costs nothing before a command line is
+parsed: numba, torch and DALI load when something of theirs is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import recipes as recipes
+    from .batch import Batch as Batch
+    from .batch import View as View
+    from .correspondence import feature_locations as feature_locations
+    from .correspondence import location_matches as location_matches
+    from .correspondence import patch_targets as patch_targets
+    from .loader import Loader as Loader
+    from .recipes import Colour as Colour
+    from .recipes import Cut as Cut
+    from .recipes import Recipe as Recipe
+    from .shards import ShardError as ShardError
+    from .shards import ShardSet as ShardSet
+
+_ROOMS = {
+    "Batch": "batch",
+    "Colour": "recipes",
+    "Cut": "recipes",
+    "Loader": "loader",
+    "Recipe": "recipes",
+    "ShardError": "shards",
+    "ShardSet": "shards",
+    "View": "batch",
+    "feature_locations": "correspondence",
+    "location_matches": "correspondence",
+    "patch_targets": "correspondence",
+}
+__all__ = [*_ROOMS, "recipes"]  # noqa: PLE0604 - strings, computed
+
+
+def __getattr__(name: str) -> object:
+    if name == "recipes":
+        return import_module(".recipes", __name__)
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

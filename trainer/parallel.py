@@ -1,0 +1,64 @@
+"""Collectives that carry gradients, and who we are among the ranks.
+
+Every loss here is a mean over ranks, because DDP averages gradients; with these two functions the average of the ranks'
+gradients is the gradient of the one-process loss. With one process both are the identity and cost nothing.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return y / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        g = grads[0].clone()
+        dist.all_reduce(g)
+        return g / dist.get_world_size()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(y, x.contiguous())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        g = grads[0].clone()
+        dist.all_reduce(g)
+        return g.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of `x` over all ranks; its gradient is averaged likewise."""
+    return x if world_size() == 1 else _Mean.apply(x)
+
+
+def gather(x: Tensor) -> Tensor:
+    """All ranks' `x` (b, ...) one after another along the first axis; gradients of all copies are summed on the way back."""
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def sum_over_ranks_(x: Tensor) -> Tensor:
+    """Sums `x` over the ranks in place, without a gradient (Sinkhorn's column sums)."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
