@@ -1,0 +1,169 @@
+"""Backbones that give one feature per patch or cell, and the first step of every method: normalising the pixels.
+
+Weights keep timm's names (`blocks.*`, `patch_embed.*`, `norm.*`, `pos_embed`), so a trained backbone loads into timm's
+model of the same shape as it is.
+"""
+
+import re
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """u8 (B, V, S, S, 3) -> f32 (B*V, 3, S, S), image-major: view v of image b is row b*V + v.
+
+    `mean` and `std` are of the unit range. A permuted view: the result lies channels-last in memory, as the pixels did.
+    """
+    x = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
+# ---- Vision Transformers ---------------------------------------------------------------------------------------------
+
+# width, blocks, heads; the MLP is four times as wide. "nano" is no published size: it trains on a CPU.
+VIT_SIZES = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
+gelu: Any = partial(nn.GELU, approximate="tanh")
+
+
+def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool = False) -> "VisionTransformer":
+    """The ViT called `name`, ``vit_{nano,tiny,small,base,large,huge}_patch{8,14,16,...}``. Raises ValueError."""
+    match = re.fullmatch(r"vit_([a-z]+)_patch(\d+)", name)
+    if match is None or match[1] not in VIT_SIZES:
+        raise ValueError(f"unknown backbone {name!r}: choose vit_SIZE_patchP with SIZE one of {', '.join(VIT_SIZES)}")
+    width, depth, heads = VIT_SIZES[match[1]]
+    return VisionTransformer(
+        width, depth, heads, patch=int(match[2]), size=size, drop_path=drop_path, cls_token=cls_token
+    )
+
+
+class VisionTransformer(nn.Module):
+    """A pre-norm ViT with learned 2-D positions and, as LOCA's code has it, no CLS token; its output is normalised.
+
+    `size` is the side of the images that the position grid is learned for; other sides get the grid resized. Block l of
+    L drops its branches, per sample, with probability ``drop_path * l / (L - 1)``. Tanh GELU, LayerNorm eps 1e-6 and
+    the initialisation are the released LOCA code's: official weights only fit with them.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        patch: int = 16,
+        size: int = 224,
+        drop_path: float = 0.0,
+        cls_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(
+                f"images of side {size} do not divide into patches of {patch}: choose a multiple of {patch}"
+            )
+        self.width, self.heads, self.patch, self.grid = width, heads, patch, size // patch
+        self.num_prefix_tokens = int(cls_token)
+        self.patch_embed = PatchEmbed(None, patch, 3, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, width))
+        if cls_token:  # without a position of its own
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                qkv_bias=True,
+                drop_path=drop_path * l / max(depth - 1, 1),
+                norm_layer=layer_norm,
+                act_layer=gelu,
+            )
+            for l in range(depth)
+        )
+        self.norm = layer_norm(width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.pos_embed, std=self.width**-0.5)
+        lecun_normal_(self.patch_embed.proj)
+        if self.num_prefix_tokens:
+            nn.init.normal_(self.cls_token, std=self.width**-0.5)
+        for block in self.blocks:
+            block_init_(block)
+
+    def forward(
+        self, pixels: Tensor, keep: Tensor | None = None, *, positions: bool = True, context: Tensor | None = None
+    ) -> Tensor:
+        """f32 (B, 3, S, S) -> (B, N, D), or (B, 1 + N, D) with a CLS token in front.
+
+        `keep`, i64 (n,) for all images alike or (B, n), names the patches that enter the first block; the others cost
+        nothing. `positions=False` leaves the position embeddings out. `context`, bool (1 or B, N), names the tokens
+        that serve as keys and values in every block; by default all do.
+        """
+        rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
+        if (rows * self.patch, columns * self.patch) != tuple(pixels.shape[-2:]):
+            raise ValueError(f"images of {tuple(pixels.shape[-2:])} do not divide into patches of {self.patch}")
+        x = self.patch_embed(pixels)
+        if positions:
+            x = x + self.position_grid(rows, columns)
+        if keep is not None:
+            x = take(x, keep)
+        if self.num_prefix_tokens:
+            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        mask = None if context is None else context[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def position_grid(self, rows: int, columns: int) -> Tensor:
+        """The position embeddings (1, rows*columns, D), resized bilinearly and antialiased where the grid shrinks."""
+        if (rows, columns) == (self.grid, self.grid):
+            return self.pos_embed
+        grid = self.pos_embed.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        return F.interpolate(grid, (rows, columns), mode="bilinear", antialias=True).flatten(2).mT
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, n, ...) of (B, N, ...) at `index`: i64 (n,) or (1, n) for all images alike, or (B, n)."""
+    if index.ndim == 1 or len(index) == 1:
+        return tokens.index_select(1, index.flatten())
+    index = index.reshape(*index.shape, *(1,) * (tokens.ndim - 2))
+    return tokens.gather(1, index.expand(-1, -1, *tokens.shape[2:]))
+
+
+@torch.no_grad()
+def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Normal of standard deviation 1/sqrt(fan in), cut at two deviations of the uncut normal; bias 0."""
+    std = layer.weight[0].numel() ** -0.5 / 0.8796256610342398  # what the cut takes from the deviation
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def block_init_(block: Any) -> None:
+    """Initialises every linear layer of a transformer block as the first ViT did.
+
+    Xavier uniform weights, q, k and v as square matrices of their own; biases 0 in attention, N(0, 1e-6) in the MLP.
+    """
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Linear):
+            for part in layer.weight.split(min(layer.weight.shape)) if ".attn." in f".{name}" else (layer.weight,):
+                nn.init.xavier_uniform_(part)
+            nn.init.normal_(layer.bias, std=1e-6 if ".mlp." in f".{name}" else 0.0)
+
+
+# ---- Convolutional networks ------------------------------------------------------------------------------------------
