@@ -18,7 +18,8 @@ setup(
         "numba>=0.61",
         "numpy",
         "pillow",
-        "jsonargparse[signatures]>=4.40",  # typed dataclasses <- YAML <- dotted overrides
+        "pyyaml",
+        "jsonargparse[signatures]>=4.49",  # typed dataclasses <- YAML <- dotted overrides
         "safetensors",
         "scikit-image",  # brings the photographs that the default run trains on
         "tensorboard",

@@ -1,0 +1,81 @@
+"""What is asked for: defaults < preset < file < options, and one sentence for every mistake."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer import config, methods
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_options_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 3\noptim: {lr: 0.5, clip: 2.0}\n")
+    settings = config.parse(["--shards", "x", "--config", str(file), "--optim.lr", "1e-4"])
+    assert (settings.run.seed, settings.run.optim.lr, settings.run.optim.clip) == (3, 1e-4, 2.0)
+
+
+def test_the_resolved_settings_are_a_config_file(tmp_path: Path) -> None:
+    settings = config.parse(["--shards", "x", "--seed", "7"])
+    file = tmp_path / "c.yaml"
+    file.write_text(settings.text)
+    again = config.parse(["--config", str(file)])
+    assert again.run == settings.run
+    assert again.method == settings.method
+    assert yaml.safe_load(settings.text)["seed"] == 7
+
+
+def test_both_spellings_of_an_option() -> None:
+    assert config.parse(["--shards", "x", "--stop-after", "5"]).run.stop_after == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--method", "lorca"], "did you mean 'loca'"),
+        (["--optim.lrr", "1"], "did you mean 'optim.lr'"),
+        (["--batchsize", "1"], "did you mean 'batch_size'"),
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--batch_size", "0"], "positive"),
+    ],
+)
+def test_a_mistake_is_one_sentence(argv: list[str], sentence: str) -> None:
+    with pytest.raises(config.UsageError, match=sentence) as error:
+        config.parse(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_is_a_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {wieght_decay: 1}\n")
+    with pytest.raises(config.UsageError, match=r"did you mean 'optim\.weight_decay'"):
+        config.parse(["--config", str(file)])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_light_config_is_the_methods_own(name: str) -> None:
+    light, real = methods.config_class(name), methods.load(name).Config
+    assert [(f.name, f.default) for f in dataclasses.fields(light)] == [
+        (f.name, f.default) for f in dataclasses.fields(real)
+    ]
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in config.PRESETS.glob("*.yaml")))
+def test_every_preset_parses(preset: str) -> None:
+    settings = config.parse(["--shards", "x", "--config", str(config.PRESETS / f"{preset}.yaml")])
+    methods.load(settings.run.method).views(methods.load(settings.run.method).Config(**vars(settings.method)))
+
+
+def test_the_program_exits_with_2_and_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "trainer/run.py", "--optim.lrr", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "optim.lr" in done.stderr

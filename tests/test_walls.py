@@ -1,0 +1,85 @@
+"""Who may import whom. A wall that is a test stays up."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that the file imports, relative ones made absolute; `from a import b` counts as a and a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])])
+            module = base if node.level else node.module or ""
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def reaches(path: Path, *names: str) -> set[str]:
+    return {i for i in imports(path) for name in names if i == name or i.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("room", ["correspondence", "draws", "order", "cutting", "windows"])
+def test_kernels_know_neither_torch_nor_dali(room: str) -> None:
+    assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
+
+
+@pytest.mark.parametrize("room", ["recipes", "shards"])
+def test_descriptions_know_neither_torch_nor_dali(room: str) -> None:
+    assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
+
+
+def test_one_file_says_dali() -> None:
+    rooms = [p for folder in ("pipeline", "trainer") for p in (ROOT / folder).rglob("*.py")]
+    assert {p.name for p in rooms if reaches(p, "nvidia")} == {"graph.py"}
+
+
+def test_the_pipeline_does_not_know_the_trainer() -> None:
+    for path in (ROOT / "pipeline").glob("*.py"):
+        assert not reaches(path, "trainer", "tools"), path
+
+
+def test_the_trainer_sees_only_the_face_of_the_pipeline() -> None:
+    face = {"pipeline.recipes"}
+    rooms = {f"pipeline.{p.stem}" for p in (ROOT / "pipeline").glob("*.py")} - face
+    for path in (ROOT / "trainer").rglob("*.py"):
+        assert not reaches(path, *rooms, "numba", "nvidia"), path
+
+
+def test_a_method_knows_no_other_method_and_not_the_program() -> None:
+    for path in (ROOT / "trainer" / "methods").glob("*.py"):
+        if path.stem != "__init__":
+            assert not reaches(path, "trainer.run", "trainer.config", "trainer.methods"), path
+
+
+def test_nobody_imports_the_programs() -> None:
+    for folder in ("pipeline", "trainer", "tools", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not reaches(path, "trainer.run", "shard_imagenet", "bench_loader", "gpu_check"), path
+
+
+def test_no_room_of_the_trainer_hides_a_standard_module() -> None:
+    names = {p.stem for p in (ROOT / "trainer").iterdir() if p.suffix in ("", ".py")}
+    assert not names & sys.stdlib_module_names
+
+
+def test_the_command_line_answers_before_torch_loads() -> None:
+    code = (
+        "import sys; sys.argv = ['run.py', '--help']; sys.path.insert(0, '.')\n"
+        "from trainer import config\n"
+        "try: config.parse(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numba', 'nvidia.dali', 'timm'} & set(sys.modules), 'heavy'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--loca." in done.stdout

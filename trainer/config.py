@@ -1,0 +1,208 @@
+"""The settings of a run: dataclasses, YAML and dotted overrides. Imports nothing heavy: `--help` answers at once.
+
+The sections are ordered by who may touch them: what is learnt, from what, how, how fast, and what is told meanwhile.
+Only `speed` and `log` never change a result.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from trainer import methods
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class UsageError(Exception):
+    """A mistake in what was asked for: one sentence, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Data:
+    threads: int | None = None
+    """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
+    order: Literal["global", "block"] = "global"
+    """"block" shuffles shards, then samples within a window of shards: for storage that hates random reads"""
+    max_bad: float = 0.01
+    """share of undecodable samples at which the run stops and lists them"""
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "lars"] = "adamw"
+    lr: float = 1e-3
+    """base learning rate: the peak is lr * batch_size / lr_batch"""
+    lr_batch: int = 1024
+    final_lr: float = 0.01
+    """share of the peak that is left at the end"""
+    warmup_epochs: float = 15
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's; the first is LARS's momentum"""
+    clip: float | None = 1.0
+    """largest global norm of the gradient"""
+    max_skipped: int = 10
+    """steps in a row that a non-finite loss or gradient may skip before the run ends"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """the method's step as one compiled graph; auto: on a GPU"""
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = 50
+    """steps between two lines; the only places where the host waits for the device"""
+    checkpoint_every: int = 1000
+    """steps between two checkpoints"""
+    keep_last: int = 3
+    keep_every: int | None = None
+    """checkpoints at multiples of this many steps are kept for good"""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """a project's name turns it on"""
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str = "loca"
+    """what is learnt: a file in trainer/methods"""
+    shards: str | None = None
+    """directory, brace pattern or list of tars; without it, photographs that scikit-image brings along"""
+    out: str | None = None
+    """folder of this run; runs/METHOD by default. The same command again goes on from its last checkpoint"""
+    seed: int = 0
+    epochs: float = 100
+    steps: int | None = None
+    """length in steps, in place of epochs"""
+    batch_size: int = 1024
+    """samples per step over all ranks together"""
+    stop_after: float | None = None
+    """minutes after which to write a checkpoint and exit with 75, as a signal would"""
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    speed: Speed = field(default_factory=Speed)
+    log: Log = field(default_factory=Log)
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: Run
+    method: Any  # the method's own Config
+    text: str  # all of it as YAML
+
+    @property
+    def out(self) -> Path:
+        return Path(self.run.out or f"runs/{self.run.method}")
+
+
+def parse(argv: list[str]) -> Settings:
+    """The settings that `argv` asks for: defaults < preset < `--config` < the other options. Raises UsageError.
+
+    The preset is the method's published run, or, without shards and without a file, a small one for the bundled
+    photographs. `--help` and `--print-config` print and exit.
+    """
+    early = _early(argv)
+    name = early["method"]
+    if name not in methods.names():
+        raise UsageError(f"unknown method {name!r}: {_nearest(name, methods.names())}")
+    preset = name if early["shards"] or early["config"] else f"{name}_demo"
+    preset_file = PRESETS / f"{preset}.yaml"
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="run.py",
+        description=f"Pretrains a backbone with {name}. Other methods: --method {' | '.join(methods.names())}",
+        exit_on_error=False,
+        default_config_files=[str(preset_file)] if preset_file.exists() else [],
+        print_config="--print-config",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; its keys are these options")
+    parser.add_class_arguments(Run)
+    method_class = methods.config_class(name)
+    parser.add_class_arguments(method_class, name)
+
+    known = [*_keys(Run), name, *(f"{name}.{key}" for key in _keys(method_class))]
+    for key in [_option(word) for word in argv if word.startswith("--")] + _flat(early["file"]):
+        if key not in [*known, "config", "help", "print-config"] and not key.isdigit():
+            raise UsageError(f"unknown option {key!r}: {_nearest(key, known)}")
+    try:
+        parsed = parser.parse_args([_dashes(word) for word in argv])
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    objects = parser.instantiate(parsed)
+    run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
+    if run.batch_size < 1 or run.epochs <= 0 or (run.steps is not None and run.steps < 1):
+        raise UsageError("batch_size, epochs and steps must be positive")
+    del parsed["config"]
+    return Settings(run, objects[name], parser.dump(parsed))
+
+
+def _early(argv: list[str]) -> dict[str, Any]:
+    """What decides how the rest is parsed: the method, and whether shards or a file are named."""
+    found: dict[str, Any] = {"method": None, "shards": None, "config": None, "file": {}}
+    for i, word in enumerate(argv):
+        key, _, value = word[2:].partition("=")
+        if word.startswith("--") and key in found:
+            found[key] = value or (argv[i + 1] if i + 1 < len(argv) else "")
+    if found["config"]:
+        try:
+            found["file"] = yaml.safe_load(Path(found["config"]).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"--config {found['config']}: cannot be read ({' '.join(str(error).split())})") from None
+        if not isinstance(found["file"], dict):
+            raise UsageError(f"--config {found['config']}: must hold a mapping of options to values")
+    found["method"] = found["method"] or found["file"].get("method") or Run.method
+    found["shards"] = found["shards"] or found["file"].get("shards")
+    return found
+
+
+def _option(word: str) -> str:
+    return _dashes(word)[2:].partition("=")[0]
+
+
+def _dashes(word: str) -> str:
+    """`--stop-after 5` for `--stop_after 5`: both spellings are typed, the fields have one."""
+    if not word.startswith("--") or word.startswith("--print-config"):
+        return word
+    key, equals, value = word.partition("=")
+    return "--" + key[2:].replace("-", "_") + equals + value
+
+
+def _keys(cls: type) -> list[str]:
+    keys = []
+    for f in dataclasses.fields(cls):
+        keys.append(f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += [f"{f.name}.{key}" for key in _keys(f.type)]  # type: ignore[arg-type]
+    return keys
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flat(value, f"{prefix}{key}.")
+    return keys
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(choices))}"
+
+
+def fail(error: Exception) -> None:
+    """Says what is wrong in one sentence and exits with 2."""
+    print(f"run.py: {error}", file=sys.stderr)
+    raise SystemExit(2) from None

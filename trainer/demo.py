@@ -1,0 +1,67 @@
+"""Shards for a run that names none: photographs that scikit-image brings along, cut into many smaller pictures.
+
+Twelve photographs become 768 pictures by crops whose windows come from a seeded generator. That is enough to see
+everything work and a model learn; it is not enough to learn anything about the world.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from trainer.config import UsageError
+
+PHOTOGRAPHS = (
+    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png hubble_deep_field.jpg "
+    "moon.png motorcycle_left.png rocket.jpg"
+).split()
+CROPS = 64  # of each photograph
+SHARDER = Path(__file__).resolve().parents[1] / "tools" / "shard_imagenet.py"
+
+
+def shards() -> str:
+    """The folder with the default run's shards, made by the real sharder on first use (some ten seconds)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-ssl" / "photographs"
+    done = home / "shards"
+    if not (done / "manifest.json").exists():
+        try:
+            _cut(home / "pictures")
+        except OSError as error:
+            raise UsageError(
+                f"{home}: cannot be written ({error.strerror}); set XDG_CACHE_HOME or name --shards"
+            ) from None
+        command = [
+            sys.executable,
+            str(SHARDER),
+            str(home / "pictures"),
+            str(done),
+            "--split",
+            "train",
+            "--workers",
+            "2",
+        ]
+        subprocess.run(command, check=True)
+    return str(done)
+
+
+def _cut(folder: Path) -> None:
+    """The pictures as an ImageFolder tree, a class per photograph: 160 to 320 pixels on the short side."""
+    import skimage
+    from PIL import Image
+
+    draw = random.Random(0)
+    for name in PHOTOGRAPHS:
+        photograph = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+        width, height = photograph.size
+        target = folder / Path(name).stem
+        target.mkdir(parents=True, exist_ok=True)
+        for i in range(CROPS):
+            aspect = draw.choice((3 / 4, 1, 4 / 3))
+            h = min(height, width / aspect) * draw.uniform(0.5, 1.0)
+            w = h * aspect
+            x, y = draw.uniform(0, width - w), draw.uniform(0, height - h)
+            scale = draw.uniform(160, 320) / min(w, h)
+            size = (round(w * scale), round(h * scale))
+            picture = photograph.resize(size, Image.Resampling.LANCZOS, box=(x, y, x + w, y + h))
+            picture.save(target / f"{Path(name).stem}_{i:03d}.JPEG", quality=95, subsampling=0)

@@ -1,0 +1,105 @@
+"""Numbers on their way to the log: kept on the device, fetched once a line."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer import parallel
+
+
+class Meter:
+    """Means of 0-d tensors over steps and ranks. Adding costs no synchronisation; `fetch` is the one that waits."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        values = {name: value.detach().float() for name, value in values.items()}
+        if self._sums:
+            torch._foreach_add_(list(self._sums.values()), [values[name] for name in self._sums])
+        else:
+            self._sums = {name: value.clone() for name, value in values.items()}
+        self._steps += 1
+
+    def fetch(self) -> dict[str, float]:
+        """The means since the last fetch, equal on all ranks."""
+        means = parallel.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
+        names = list(self._sums)
+        self._sums, self._steps = {}, 0
+        return dict(zip(names, means, strict=True))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+class Log:
+    """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
+
+    Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once.
+    """
+
+    def __init__(self, out: Path, start: int, total: int, *, tensorboard: bool, wandb: str | None) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "log.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._board: Any = None
+        self._wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        if wandb:
+            import wandb as service
+
+            self._wandb = service.init(project=wandb, dir=str(out), id=out.name, resume="allow")
+
+    def line(self, record: dict[str, Any]) -> None:
+        """One object in log.jsonl, one line on the terminal. `record` has at least step and epoch."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = record["step"]
+        text = "  ".join(f"{name} {_short(value)}" for name, value in record.items() if not isinstance(value, list))
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+            self._bar.update(step - self._bar.n)
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        for name, value in numbers.items() if self._board else ():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

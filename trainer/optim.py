@@ -1,0 +1,70 @@
+"""The optimizers, and the step that a non-finite gradient skips."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Optim
+
+
+def build(cfg: Optim, method: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the method's own parameter groups. Its learning rate is set anew before each step."""
+    groups: list[dict[str, Any]] = method.parameter_groups(cfg.weight_decay)  # type: ignore[operator]
+    if cfg.name == "lars":
+        from trainer.lars import LARS
+
+        return LARS(groups, lr=0.0, momentum=cfg.betas[0])
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=1e-8, fused=True)
+
+
+def clip_(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+    """Scales the gradients so that their global norm is at most `limit`. Returns the norm before, a 0-d tensor."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def step(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """One step where `finite` (0-d bool) holds, none where it does not, decided on the device.
+
+    The optimizers take the flag themselves, as they do for a gradient scaler: the host never waits to learn it.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # saw the same infinities when it unscaled
+        scaler.update()
+    else:
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+class Guard:
+    """Counts the steps that were skipped, writes down which samples they had seen, and ends a run that only skips."""
+
+    def __init__(self, out: Path, limit: int) -> None:
+        self.skipped = 0
+        self._file, self._limit, self._in_a_row = out / "skipped.jsonl", limit, 0
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, finite: Tensor, index: Tensor) -> None:
+        """Notes a step's flag (0-d bool, on the device) and its samples (B,), without waiting for either."""
+        self._seen.append((finite, index))
+
+    def check(self, step: int, key: Callable[[int], str]) -> None:
+        """Reads the flags of the steps up to `step`, waiting for the device. Raises RuntimeError past the limit."""
+        flags = torch.stack([finite for finite, _ in self._seen]).tolist()
+        for i, (finite, (_, index)) in enumerate(zip(flags, self._seen, strict=True)):
+            self._in_a_row = 0 if finite else self._in_a_row + 1
+            if not finite:
+                self.skipped += 1
+                record = {"step": step - len(flags) + i + 1, "keys": [key(j) for j in index.tolist()]}
+                with self._file.open("a", encoding="utf-8") as file:  # every rank appends whole lines
+                    file.write(json.dumps(record) + "\n")
+            if self._in_a_row >= self._limit:
+                raise RuntimeError(f"{self._limit} steps in a row had a non-finite loss or gradient; see {self._file}")
+        self._seen = []

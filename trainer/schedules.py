@@ -1,0 +1,12 @@
+"""Learning rates as functions of the step."""
+
+import math
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: float) -> float:
+    """Linear from exactly 0 to `peak` over `warmup` steps, then half a cosine to `final` at `total`; there it stays.
+
+    Both published runs use it: LOCA with final = 0.01 peak (released code), VICRegL with final = 0.001 peak.
+    """
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, total - warmup))))
+    return (final + (peak - final) * cosine) * (min(1.0, step / warmup) if warmup else 1.0)
