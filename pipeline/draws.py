@@ -1,0 +1,270 @@
+"""Everything random about a view, as a pure function of (seed, epoch, sample, view).
+
+Random numbers come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a keyed
+bijection of a counter, so that no state is carried from one view, sample or step to the next. The key is the seed; the
+counter is (block, view, epoch, sample). Crops and colours use blocks of their own, so a recipe that changes its colours
+keeps its windows.
+
+A view's parameters are one float32 row; the constants below name its columns. `cutting` and `colour` read the same row.
+"""
+# ruff: noqa: PLR0917 - kernels take what they need by position
+
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .recipes import Recipe
+
+# Columns of a view's parameters.
+ORDER = 0  # row of PERMUTATIONS: the order of the four jitter operations; -1: no jitter
+BRIGHTNESS = 1  # factor (torchvision's rule) or shift of the unit range (TensorFlow's)
+CONTRAST = 2  # factor
+SATURATION = 3  # factor
+HUE = 4  # shift of the hue circle = 1
+GRAY = 5  # 0 or 1
+SIGMA = 6  # of the Gaussian in pixels of the view; 0: no blur
+SOLARIZE = 7  # 0 or 1
+FILTER = 8  # BILINEAR, BILINEAR_ANTIALIAS or BICUBIC_ANTIALIAS
+RULE = 9  # TORCHVISION or TENSORFLOW: whose formulas the jitter follows
+PARAMS = 10
+
+BILINEAR, BILINEAR_ANTIALIAS, BICUBIC_ANTIALIAS = 0, 1, 2
+TORCHVISION, TENSORFLOW, CENTRE = 0, 1, 2  # samplers; the first two are the jitter rules too
+PERMUTATIONS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int64)
+
+_FILTERS = {
+    ("bilinear", False): BILINEAR,
+    ("bilinear", True): BILINEAR_ANTIALIAS,
+    ("bicubic", True): BICUBIC_ANTIALIAS,
+}
+_RULES = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "centre": CENTRE}
+_ATTEMPTS = {TORCHVISION: 10, TENSORFLOW: 100, CENTRE: 0}
+_COLOUR_BLOCK = 1 << 15  # crops count blocks from 0, colours from here
+
+Tables = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+def tables(recipe: "Recipe") -> Tables:
+    """The recipe's numbers for `draw`, one row per view in the order of the cuts: f64 (T, 18) and i64 (T, 4).
+
+    Raises ValueError for a cut that cannot be drawn, naming the cut and the number.
+    """
+    numbers: list[tuple[float, ...]] = []
+    choices: list[tuple[int, ...]] = []
+    for cut in recipe.cuts:
+        _check(cut)
+        for view in range(cut.count):
+            c = cut.colours[view % len(cut.colours)]
+            shifted = c.rule == "tensorflow"
+            brightness = (-c.brightness, c.brightness) if shifted else (max(0.0, 1 - c.brightness), 1 + c.brightness)
+            contrast = (max(0.0, 1 - c.contrast), 1 + c.contrast)
+            saturation = (max(0.0, 1 - c.saturation), 1 + c.saturation)
+            chances = (cut.flip, c.jitter, c.gray, c.blur, c.solarize)
+            numbers.append((*cut.scale, *cut.ratio, *chances, *brightness, *contrast, *saturation, c.hue))
+            sampler = _RULES[cut.sampler]
+            filtering = _FILTERS[cut.interpolation, cut.antialias]
+            choices.append((sampler, _ATTEMPTS[sampler], filtering, _RULES[c.rule]))
+    sigmas = [cut.colours[view % len(cut.colours)].sigma for cut in recipe.cuts for view in range(cut.count)]
+    return np.hstack([np.array(numbers, dtype=np.float64), np.array(sigmas)]), np.array(choices, dtype=np.int64)
+
+
+def _check(cut: Any) -> None:
+    def demand(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"cut {cut.kind!r}: {what}")
+
+    demand(cut.count > 0 and cut.size > 0 and cut.grid > 0, "count, size and grid must be positive")
+    demand(bool(cut.colours), "colours must name at least one Colour")
+    demand(cut.sampler in _RULES, f"sampler {cut.sampler!r} is none of {sorted(_RULES)}")
+    demand((cut.interpolation, cut.antialias) in _FILTERS, f"{cut.interpolation} needs antialias=True")
+    demand(0 < cut.scale[0] <= cut.scale[1] <= 1, f"scale {cut.scale} must be ordered within (0, 1]")
+    demand(0 < cut.ratio[0] <= cut.ratio[1], f"ratio {cut.ratio} must be ordered and positive")
+    demand(0 <= cut.flip <= 1, f"flip {cut.flip} is no probability")
+    demand(len({c.rule for c in cut.colours}) <= 1, "the colours of one cut must follow one rule")
+    for c in cut.colours:
+        demand(c.rule in ("torchvision", "tensorflow"), f"rule {c.rule!r} is neither torchvision nor tensorflow")
+        for name in ("jitter", "gray", "blur", "solarize"):
+            demand(0 <= getattr(c, name) <= 1, f"{name} {getattr(c, name)} is no probability")
+        for name in ("brightness", "contrast", "saturation"):
+            demand(getattr(c, name) >= 0, f"{name} {getattr(c, name)} is negative")
+        demand(0 <= c.hue <= 0.5, f"hue {c.hue} must lie within [0, 0.5]")
+        demand(0 < c.sigma[0] <= c.sigma[1], f"sigma {c.sigma} must be ordered and positive")
+
+
+def draw(
+    numbers_and_choices: Tables, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Windows f32 (B, T, 4) and parameters f32 (B, T, PARAMS) of all views of the samples `index` i64 (B,).
+
+    `sizes` i32 (B, 2) holds the height and width of each stored image. Windows have whole numbers and are never empty.
+    Raises ValueError when a size is not positive or the shapes disagree.
+    """
+    index = np.ascontiguousarray(index, dtype=np.int64)
+    sizes = np.ascontiguousarray(sizes, dtype=np.int32)
+    if sizes.shape != (*index.shape, 2) or index.ndim != 1:
+        raise ValueError(f"sizes {sizes.shape} must be (B, 2) for index (B,), which is {index.shape}")
+    if sizes.size and sizes.min() < 1:
+        raise ValueError(f"sizes holds {sizes.min()}: every image needs a positive height and width")
+    numbers, choices = numbers_and_choices
+    return _draw(numbers, choices, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _multiply(a, b):
+    """High and low half of the product of two 32-bit numbers held in uint64."""
+    product = a * b
+    return product >> np.uint64(32), product & np.uint64(0xFFFFFFFF)
+
+
+@njit(cache=True, nogil=True)
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10: four 32-bit words (as uint64) of a counter of four and a key of two."""
+    mask = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        high0, low0 = _multiply(np.uint64(0xD2511F53), c0)
+        high1, low1 = _multiply(np.uint64(0xCD9E8D57), c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
+        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
+    return c0, c1, c2, c3
+
+
+@njit(cache=True, nogil=True)
+def _unit(word):
+    """A float64 in [0, 1) of a 32-bit word."""
+    return np.float64(word) * 2.0**-32
+
+
+@njit(cache=True, nogil=True)
+def _below(word, n):
+    """A whole number in [0, n) of a 32-bit word; for n < 2**20 no value is favoured by more than 0.03 %."""
+    return np.int64((word * np.uint64(n)) >> np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def _between(word, low, high):
+    return low + (high - low) * _unit(word)
+
+
+@njit(cache=True, nogil=True)
+def _round(x):
+    return np.int64(np.rint(x))
+
+
+@njit(cache=True, nogil=True)
+def _words(seed, epoch, sample, view, block):
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    counter = (np.uint64(view) << np.uint64(16)) | np.uint64(block)
+    sample = np.uint64(sample)
+    return philox(counter, epoch & mask, sample & mask, sample >> half, seed & mask, seed >> half)
+
+
+@njit(cache=True, nogil=True)
+def torchvision_box(words, attempt, height, width, scale, ratio):
+    """One attempt of torchvision's RandomResizedCrop: (found, y, x, h, w). Area uniform, aspect log-uniform.
+
+    The attempt past the last one (`attempt` < 0) is the fallback: the largest central box of an allowed aspect.
+    """
+    if attempt < 0:
+        h, w = height, width
+        if width < ratio[0] * height:
+            h = max(1, min(height, _round(width / ratio[0])))
+        elif width > ratio[1] * height:
+            w = max(1, min(width, _round(height * ratio[1])))
+        return True, (height - h) // 2, (width - w) // 2, h, w
+    area = _between(words[0], scale[0], scale[1]) * height * width
+    aspect = np.exp(_between(words[1], np.log(ratio[0]), np.log(ratio[1])))
+    w = _round(np.sqrt(area * aspect))
+    h = _round(np.sqrt(area / aspect))
+    if not (0 < w <= width and 0 < h <= height):
+        return False, 0, 0, 0, 0
+    return True, _below(words[2], height - h + 1), _below(words[3], width - w + 1), h, w
+
+
+@njit(cache=True, nogil=True)
+def tensorflow_box(words, attempt, height, width, scale, ratio):
+    """One attempt of TensorFlow's sample_distorted_bounding_box: (found, y, x, h, w). Aspect and height are uniform.
+
+    The fallback (`attempt` < 0) is the whole image. As there, the last possible offset is never drawn.
+    """
+    if attempt < 0:
+        return True, 0, 0, height, width
+    aspect = _between(words[0], ratio[0], ratio[1])
+    least, most = scale[0] * height * width, scale[1] * height * width
+    h = _round(np.sqrt(least / aspect))
+    highest = _round(np.sqrt(most / aspect))
+    if _round(highest * aspect) > width:
+        highest = np.int64((width + 0.5 - 1e-7) / aspect)
+        if _round(highest * aspect) > width:
+            highest -= 1
+    highest = min(highest, height)
+    h = min(h, highest)
+    h += _below(words[1], highest - h + 1)
+    w = _round(h * aspect)
+    if h * w < least:
+        h += 1
+        w = _round(h * aspect)
+    if h * w > most:
+        h -= 1
+        w = _round(h * aspect)
+    if not (least <= h * w <= most and 0 < w <= width and 0 < h <= height):
+        return False, 0, 0, 0, 0
+    y = _below(words[2], height - h) if h < height else 0
+    x = _below(words[3], width - w) if w < width else 0
+    return True, y, x, h, w
+
+
+@njit(cache=True, nogil=True)
+def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, ratio):
+    """The box (y, x, h, w) of one view."""
+    if sampler == CENTRE:
+        side = max(1, _round(min(height, width) * scale[1]))
+        return (height - side) // 2, (width - side) // 2, side, side
+    for attempt in range(attempts + 1):
+        words = _words(seed, epoch, sample, view, attempt + 1)
+        number = attempt if attempt < attempts else -1
+        if sampler == TORCHVISION:
+            found, y, x, h, w = torchvision_box(words, number, height, width, scale, ratio)
+        else:
+            found, y, x, h, w = tensorflow_box(words, number, height, width, scale, ratio)
+        if found:
+            break
+    return y, x, h, w
+
+
+@njit(cache=True, nogil=True)
+def _draw(numbers, choices, seed, epoch, index, sizes):
+    samples, views = len(index), len(numbers)
+    windows = np.empty((samples, views, 4), dtype=np.float32)
+    params = np.zeros((samples, views, PARAMS), dtype=np.float32)
+    for b in range(samples):
+        height, width = np.int64(sizes[b, 0]), np.int64(sizes[b, 1])
+        for v in range(views):
+            n = numbers[v]
+            sampler, attempts, filtering, rule = choices[v]
+            y, x, h, w = _box(sampler, attempts, seed, epoch, index[b], v, height, width, (n[0], n[1]), (n[2], n[3]))
+            flipped = _unit(_words(seed, epoch, index[b], v, 0)[0]) < n[4]
+            windows[b, v, 0] = y
+            windows[b, v, 1] = x + w if flipped else x
+            windows[b, v, 2] = y + h
+            windows[b, v, 3] = x if flipped else x + w
+
+            first = _words(seed, epoch, index[b], v, _COLOUR_BLOCK)
+            second = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 1)
+            third = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 2)
+            p = params[b, v]
+            p[ORDER] = _below(first[1], len(PERMUTATIONS)) if _unit(first[0]) < n[5] else -1
+            p[BRIGHTNESS] = _between(first[2], n[9], n[10])
+            p[CONTRAST] = _between(first[3], n[11], n[12])
+            p[SATURATION] = _between(second[0], n[13], n[14])
+            p[HUE] = _between(second[1], -n[15], n[15])
+            p[GRAY] = _unit(second[2]) < n[6]
+            p[SIGMA] = _between(third[0], n[16], n[17]) if _unit(second[3]) < n[7] else 0.0
+            p[SOLARIZE] = _unit(third[1]) < n[8]
+            p[FILTER] = filtering
+            p[RULE] = rule
+    return windows, params
