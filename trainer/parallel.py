@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Newer torch renamed it and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -22,13 +25,13 @@ def rank() -> int:
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
+        y = x.clone(memory_format=torch.contiguous_format)  # collectives take nothing else
         dist.all_reduce(y)
         return y / dist.get_world_size()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        g = grads[0].clone()
+        g = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         return g / dist.get_world_size()
 
@@ -37,12 +40,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(y, x.contiguous())
+        _all_gather(y, x.contiguous())
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        g = grads[0].clone()
+        g = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         return g.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -53,7 +56,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """All ranks' `x` (b, ...) one after another along the first axis; gradients of all copies are summed on the way back."""
+    """All ranks' `x` (b, ...) one after another along the first axis; gradients of all copies are summed."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 

@@ -1,0 +1,73 @@
+"""Collectives over two gloo ranks: values and gradients are those of one process, eager and compiled."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from trainer import parallel
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def start(rank: int, world: int, port: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def loss(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Uses all three collectives; the per-rank losses differ, as their local terms do."""
+    y = x @ weight
+    mean = parallel.mean_over_ranks(y.softmax(1).mean(0))
+    everyone = parallel.gather(y.T.contiguous().T)  # not contiguous on purpose
+    columns = parallel.sum_over_ranks_(y.detach().exp().sum(0))
+    return (mean * mean.log()).sum() + (everyone.T @ everyone).square().mean() + (y / columns).sum(1).mean()
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    return weight, torch.randn(8, 5, generator=generator, dtype=torch.float64)
+
+
+def ranks_agree_with_one_process(rank: int, world: int, port: str, compiled: bool) -> None:
+    weight, x = problem()
+    alone = weight.clone().requires_grad_()
+    expected = loss(alone, x)  # no process group yet: one process
+    expected.backward()
+
+    start(rank, world, port)
+    function = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+    shared = weight.clone().requires_grad_()
+    value = function(shared, x.chunk(world)[rank])
+    value.backward()
+    for mine, theirs in ((value.detach(), expected.detach()), (shared.grad, alone.grad)):
+        average = mine.clone()
+        dist.all_reduce(average)
+        torch.testing.assert_close(average / world, theirs, rtol=1e-12, atol=1e-12)
+    assert parallel.rank() == rank and parallel.world_size() == world
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_agree_with_one_process(world: int) -> None:
+    mp.spawn(ranks_agree_with_one_process, (world, free_port(), False), world)
+
+
+@pytest.mark.slow
+def test_the_collectives_compile_into_one_graph() -> None:
+    mp.spawn(ranks_agree_with_one_process, (2, free_port(), True), 2)
+
+
+def test_one_process_pays_nothing() -> None:
+    x = torch.ones(2)
+    assert parallel.gather(x) is x and parallel.mean_over_ranks(x) is x and parallel.sum_over_ranks_(x) is x
+    assert parallel.rank() == 0 and parallel.world_size() == 1
