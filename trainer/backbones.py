@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
         if (rows * self.patch, columns * self.patch) != tuple(pixels.shape[-2:]):
             raise ValueError(f"images of {tuple(pixels.shape[-2:])} do not divide into patches of {self.patch}")
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(pixels.to(self.pos_embed.dtype))
         if positions:
             x = x + self.position_grid(rows, columns)
         if keep is not None:
