@@ -13,8 +13,9 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from .kernel import kernel
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -113,14 +114,14 @@ def draw(
     return _draw(numbers, choices, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel
 def _multiply(a, b):
     """High and low half of the product of two 32-bit numbers held in uint64."""
     product = a * b
     return product >> np.uint64(32), product & np.uint64(0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: four 32-bit words (as uint64) of a counter of four and a key of two."""
     mask = np.uint64(0xFFFFFFFF)
@@ -133,29 +134,29 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unit(word):
     """A float64 in [0, 1) of a 32-bit word."""
     return np.float64(word) * 2.0**-32
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _below(word, n):
     """A whole number in [0, n) of a 32-bit word; for n < 2**20 no value is favoured by more than 0.03 %."""
     return np.int64((word * np.uint64(n)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _between(word, low, high):
     return low + (high - low) * _unit(word)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _round(x):
     return np.int64(np.rint(x))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _words(seed, epoch, sample, view, block):
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     counter = (np.uint64(view) << np.uint64(16)) | np.uint64(block)
@@ -163,7 +164,7 @@ def _words(seed, epoch, sample, view, block):
     return philox(counter, epoch & mask, sample & mask, sample >> half, seed & mask, seed >> half)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def torchvision_box(words, attempt, height, width, scale, ratio):
     """One attempt of torchvision's RandomResizedCrop: (found, y, x, h, w). Area uniform, aspect log-uniform.
 
@@ -185,7 +186,7 @@ def torchvision_box(words, attempt, height, width, scale, ratio):
     return True, _below(words[2], height - h + 1), _below(words[3], width - w + 1), h, w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tensorflow_box(words, attempt, height, width, scale, ratio):
     """One attempt of TensorFlow's sample_distorted_bounding_box: (found, y, x, h, w). Aspect and height are uniform.
 
@@ -218,7 +219,7 @@ def tensorflow_box(words, attempt, height, width, scale, ratio):
     return True, y, x, h, w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, ratio):
     """The box (y, x, h, w) of one view."""
     if sampler == CENTRE:
@@ -236,7 +237,7 @@ def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, rat
     return y, x, h, w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw(numbers, choices, seed, epoch, index, sizes):
     samples, views = len(index), len(numbers)
     windows = np.empty((samples, views, 4), dtype=np.float32)

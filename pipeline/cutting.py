@@ -1,0 +1,338 @@
+"""One decoded image in, all views out: the CPU's pixels.
+
+A view is resized inside its window (crop first, then resize: no pixel outside the window is read), then jittered,
+grayed, blurred and solarized, as its parameters say. Everything but the jitter is one primitive, the weighted sum of
+rows of bytes:
+
+    image rows --weigh--> S rows of the window --transpose--> columns --weigh--> S columns, flipped or not
+    --jitter, gray--> --weigh (blur)--> --transpose--> interleaved rows --weigh (blur)--> view --solarize-->
+
+Columns lie as (x, channel, y), so that a column of all channels is one contiguous row, a channel of it is another, and
+one transpose yields interleaved pixels. Steps hand bytes on, as Pillow does: each rounds to a whole level once. The
+whole jitter, gray included, is one step: float32 without rounding in between.
+
+Nothing here raises, makes Python objects or needs the interpreter lock, so that DALI's numba operator can call it.
+"""
+# ruff: noqa: PLR0917 - kernels take what they need by position
+
+import numpy as np
+
+from .draws import (
+    BICUBIC_ANTIALIAS,
+    BILINEAR,
+    BRIGHTNESS,
+    CONTRAST,
+    FILTER,
+    GRAY,
+    ORDER,
+    PERMUTATIONS,
+    RULE,
+    SATURATION,
+    SIGMA,
+    SOLARIZE,
+    TENSORFLOW,
+)
+from .kernel import kernel
+from .simd import transpose, weigh
+
+RADII = 3.0  # the Gaussian is cut off at this many sigmas; what lies beyond weighs 0.3 %
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
+
+
+@kernel
+def _bicubic(x):
+    """Keys' cubic with a = -0.5, as Pillow's."""
+    x = abs(x)
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    if x < 2:
+        return ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return 0.0
+
+
+@kernel
+def resize_weights(length, size, filtering):
+    """How `length` pixels become `size`: first source pixel and taps i64 (size,), weights i16 (size, most taps).
+
+    Antialiased filters are widened by the scale when shrinking, as Pillow does; half-pixel centres; 2**15 weighs 1.
+    """
+    scale = length / size
+    widening = 1.0 if filtering == BILINEAR else max(scale, 1.0)
+    support = (2.0 if filtering == BICUBIC_ANTIALIAS else 1.0) * widening
+    most = min(length, int(np.ceil(support)) * 2 + 1)
+    first = np.empty(size, dtype=np.int64)
+    taps = np.empty(size, dtype=np.int64)
+    weights = np.zeros((size, most), dtype=np.int16)
+    real = np.empty(most)
+    for i in range(size):
+        centre = (i + 0.5) * scale
+        if filtering == BILINEAR:  # without antialiasing a sample beyond the edge is the edge
+            centre = min(max(centre, 0.5), length - 0.5)
+        low = max(int(centre - support + 0.5), 0)
+        high = min(int(centre + support + 0.5), length)
+        total = 0.0
+        for k in range(high - low):
+            x = (low + k + 0.5 - centre) / widening
+            real[k] = _bicubic(x) if filtering == BICUBIC_ANTIALIAS else max(1.0 - abs(x), 0.0)
+            total += real[k]
+        first[i], taps[i] = low, high - low
+        for k in range(high - low):
+            weights[i, k] = min(np.rint(real[k] / total * 32768), 32767)
+    return first, taps, weights
+
+
+@kernel
+def blur_weights(sigma):
+    """The Gaussian at whole pixels within RADII sigmas, i16 (2 radius + 1,)."""
+    radius = max(1, int(np.ceil(RADII * sigma)))
+    real = np.exp(-0.5 * ((np.arange(2 * radius + 1) - radius) / sigma) ** 2)
+    return np.minimum(np.rint(real / real.sum() * 32768), 32767).astype(np.int16)
+
+
+@kernel
+def _bounds(window, height, width):
+    """Whole pixels (y0, y1, x0, x1) of the window inside the image: at least one, whatever the window says."""
+    low_x, high_x = min(window[1], window[3]), max(window[1], window[3])
+    y0, y1 = _within(window[0], window[2], height)
+    x0, x1 = _within(low_x, high_x, width)
+    return y0, y1, x0, x1
+
+
+@kernel
+def _within(low, high, length):
+    start = np.int64(low) if 0 < low < length else (0 if not low >= length else length - 1)
+    stop = np.int64(np.ceil(high)) if 0 < high < length else (length if high >= length else 0)
+    return start, max(stop, start + 1)
+
+
+@kernel
+def _columns(columns, image, bounds, flipped, size, filtering):
+    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), mirrored if flipped."""
+    y0, y1, x0, x1 = bounds
+    padded = columns.shape[1] // 3
+    row = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * x0 : 3 * x1]
+    turned = np.empty((3 * (x1 - x0), padded), dtype=np.uint8)
+    strip = np.empty((16, 3 * (x1 - x0)), dtype=np.uint8)
+    first, taps, weights = resize_weights(y1 - y0, size, filtering)
+    for y in range(padded):
+        i = min(y, size - 1)
+        weigh(strip[y % 16], row[y0 + first[i] :], weights[i], taps[i])
+        if y % 16 == 15:
+            transpose(turned[:, y - 15 : y + 1], strip)
+    turned = turned.reshape(x1 - x0, 3 * padded)
+    first, taps, weights = resize_weights(x1 - x0, size, filtering)
+    for x in range(size):
+        i = size - 1 - x if flipped else x
+        weigh(columns[x], turned[first[i] :], weights[i], taps[i])
+
+
+@kernel
+def _blend(r, g, b, factor, base):
+    """Each channel moved away from `base`, then clipped: brightness (base 0) and contrast (base = mean gray)."""
+    shift = (np.float32(1) - factor) * base
+    for channel in (r, g, b):
+        for i in range(len(channel)):
+            channel[i] = min(max(channel[i] * factor + shift, np.float32(0)), np.float32(255))
+
+
+@kernel
+def _shift(r, g, b, shift):
+    for channel in (r, g, b):
+        for i in range(len(channel)):
+            channel[i] = min(max(channel[i] + shift, np.float32(0)), np.float32(255))
+
+
+@kernel
+def _luma(r, g, b):
+    return np.float32(LUMA[0]) * r + np.float32(LUMA[1]) * g + np.float32(LUMA[2]) * b
+
+
+@kernel
+def _saturate(r, g, b, factor):
+    """Each pixel moved from its own gray by the factor, then clipped."""
+    rest = np.float32(1) - factor
+    for i in range(len(r)):
+        gray = rest * _luma(r[i], g[i], b[i])
+        r[i] = min(max(r[i] * factor + gray, np.float32(0)), np.float32(255))
+        g[i] = min(max(g[i] * factor + gray, np.float32(0)), np.float32(255))
+        b[i] = min(max(b[i] * factor + gray, np.float32(0)), np.float32(255))
+
+
+@kernel
+def _saturate_hsv(r, g, b, factor):
+    """HSV's saturation times the factor, at most 1; value and hue stay."""
+    for i in range(len(r)):
+        value = max(r[i], g[i], b[i])
+        chroma = value - min(r[i], g[i], b[i])
+        gain = min(factor, value / max(chroma, np.float32(1e-6)))
+        r[i] = value - (value - r[i]) * gain
+        g[i] = value - (value - g[i]) * gain
+        b[i] = value - (value - b[i]) * gain
+
+
+@kernel
+def _turn_hue(r, g, b, shift):
+    """HSV's hue moved by `shift` of the circle = 1; value and saturation stay."""
+    zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
+    turn = six * (shift - np.floor(shift))
+    for i in range(len(r)):
+        value = max(r[i], g[i], b[i])
+        chroma = value - min(r[i], g[i], b[i])
+        # Hue in sixths of the circle, from -1 (red towards blue) to 5.
+        from_green = np.float32(2) if g[i] == value else four
+        over = b[i] - r[i] if g[i] == value else r[i] - g[i]
+        sector = zero if r[i] == value else from_green
+        over = g[i] - b[i] if r[i] == value else over
+        hue = sector + over / max(chroma, np.float32(1e-6)) + turn
+        # A channel falls short of the value by the chroma times a trapezium of its distance round the circle.
+        k = hue + np.float32(5)
+        k = k - six if k >= six else k
+        k = k - six if k >= six else k
+        r[i] = value - chroma * max(zero, min(k, four - k, one))
+        k = hue + np.float32(3)
+        k = k - six if k >= six else k
+        k = k - six if k >= six else k
+        g[i] = value - chroma * max(zero, min(k, four - k, one))
+        k = hue + one
+        k = k - six if k >= six else k
+        k = k - six if k >= six else k
+        b[i] = value - chroma * max(zero, min(k, four - k, one))
+
+
+@kernel
+def _jitter(r, g, b, p, start, stop, means):
+    """Operations start..stop-1 of the drawn order on three channels in levels."""
+    order = PERMUTATIONS[np.int64(p[ORDER])]
+    for step in range(start, stop):
+        operation = order[step]
+        factor = p[operation]
+        if p[RULE] == TENSORFLOW:
+            if operation == BRIGHTNESS:
+                _shift(r, g, b, factor * np.float32(255))
+            elif operation == CONTRAST:
+                for channel, mean in ((r, means[0]), (g, means[1]), (b, means[2])):
+                    _blend(channel, channel[:0], channel[:0], factor, mean)
+            elif operation == SATURATION:
+                _saturate_hsv(r, g, b, factor)
+            else:
+                _turn_hue(r, g, b, factor)
+        elif operation == BRIGHTNESS:
+            _blend(r, g, b, factor, np.float32(0))
+        elif operation == CONTRAST:
+            _blend(r, g, b, factor, _luma(means[0], means[1], means[2]))
+        elif operation == SATURATION:
+            _saturate(r, g, b, factor)
+        else:
+            _turn_hue(r, g, b, factor)
+
+
+@kernel
+def _load(channel, source):
+    for i in range(len(channel)):
+        channel[i] = np.float32(source[i])
+
+
+@kernel
+def _store(target, channel):
+    for i in range(len(target)):
+        target[i] = np.uint8(np.int32(channel[i] + np.float32(0.5)))
+
+
+@kernel
+def _add(totals, channel):
+    for i in range(len(totals)):
+        totals[i] += channel[i]
+
+
+@kernel
+def _colour(columns, size, p):
+    """Jitter and gray, in place. Contrast needs the mean of what precedes it, so that much is worked out twice."""
+    padded = columns.shape[1] // 3
+    channels = np.empty((3, size), dtype=np.float32)
+    r, g, b = channels[0], channels[1], channels[2]
+    means = np.zeros(3, dtype=np.float32)
+    jitter = p[ORDER] >= 0
+    if jitter:
+        order = PERMUTATIONS[np.int64(p[ORDER])]
+        contrast = 0
+        while order[contrast] != CONTRAST:
+            contrast += 1
+        totals = np.zeros((3, size), dtype=np.float32)
+        for x in range(size):
+            for c in range(3):
+                _load(channels[c], columns[x, c * padded : c * padded + size])
+            _jitter(r, g, b, p, 0, contrast, means)
+            for c in range(3):
+                _add(totals[c], channels[c])
+        for c in range(3):
+            means[c] = totals[c].sum() / (size * size)
+    for x in range(size):
+        for c in range(3):
+            _load(channels[c], columns[x, c * padded : c * padded + size])
+        if jitter:
+            _jitter(r, g, b, p, 0, 4, means)
+        if p[GRAY] > 0:
+            for i in range(size):
+                r[i] = _luma(r[i], g[i], b[i])
+            g[:] = r
+            b[:] = r
+        for c in range(3):
+            _store(columns[x, c * padded : c * padded + size], channels[c])
+
+
+@kernel
+def _extend(rows, radius):
+    """Repeats the first and the last of the middle rows outwards."""
+    last = len(rows) - 1 - radius
+    for k in range(radius):
+        rows[k] = rows[radius]
+        rows[last + 1 + k] = rows[last]
+
+
+@kernel
+def cut_view(out, image, window, p):
+    """One view u8 (S, S, 3) of `image` u8 (H, W, 3), as window f32 (4,) and parameters f32 (PARAMS,) say."""
+    size = out.shape[0]
+    padded = (size + 15) // 16 * 16
+    height, width = image.shape[0], image.shape[1]
+    rows = out.reshape(size, 3 * size)
+    weights = blur_weights(p[SIGMA]) if p[SIGMA] > 0 else np.ones(1, dtype=np.int16)
+    taps = len(weights)
+    radius = taps // 2
+    framed = np.empty((size + 2 * radius, 3 * padded), dtype=np.uint8)
+    columns = framed[radius : radius + size]
+    _columns(columns, image, _bounds(window, height, width), window[3] < window[1], size, np.int64(p[FILTER]))
+    if p[ORDER] >= 0 or p[GRAY] > 0:
+        _colour(columns, size, p)
+    if radius:
+        _extend(framed, radius)
+        blurred = np.empty((size, 3 * padded), dtype=np.uint8)
+        for x in range(size):
+            weigh(blurred[x], framed[x:], weights, taps)
+        turned = np.empty((size + 2 * radius, 3 * size), dtype=np.uint8)
+        transpose(turned[radius : radius + size], blurred.reshape(3 * size, padded)[:, :size])
+        _extend(turned, radius)
+        for y in range(size):
+            weigh(rows[y], turned[y:], weights, taps)
+    else:
+        transpose(rows, columns.reshape(3 * size, padded)[:, :size])
+    if p[SOLARIZE] > 0:
+        for y in range(size):
+            for i in range(3 * size):
+                rows[y, i] = min(rows[y, i], np.uint8(255) - rows[y, i])
+
+
+@kernel
+def cut_kind(out, image, windows, params):
+    """All views of one kind, u8 (V, S, S, 3), of one image u8 (H, W, 3); windows f32 (V, 4), params f32 (V, PARAMS)."""
+    for view in range(len(out)):
+        cut_view(out[view], image, windows[view], params[view])
+
+
+@kernel
+def cut_image(outputs, image, windows, params):
+    """All views of one image, a tuple of u8 (V, S, S, 3); windows f32 (T, 4) and params f32 (T, PARAMS) in turn."""
+    done = 0
+    for out in outputs:
+        cut_kind(out, image, windows[done:], params[done:])
+        done += len(out)
