@@ -57,6 +57,8 @@ class Speed:
     """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
     """the method's step as one compiled graph; auto: on a GPU"""
+    accumulate: int = 1
+    """the global batch in so many slices and one optimizer step; a loss sees one slice at a time"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Log:
     tensorboard: bool = True
     wandb: str | None = None
     """a project's name turns it on"""
+    profile: bool = False
+    """trace five early steps into the run's folder and print what they spent their time on"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Run:
     """samples per step over all ranks together"""
     stop_after: float | None = None
     """minutes after which to write a checkpoint and exit with 75, as a signal would"""
+    dry_run: bool = False
+    """a few steps on noise: time, memory and operations of a step; nothing is read or written"""
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     speed: Speed = field(default_factory=Speed)
@@ -144,6 +150,8 @@ def parse(argv: list[str]) -> Settings:
     run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
     if run.batch_size < 1 or run.epochs <= 0 or (run.steps is not None and run.steps < 1):
         raise UsageError("batch_size, epochs and steps must be positive")
+    if run.speed.accumulate < 1 or run.log.every < 1 or run.log.checkpoint_every < 1:
+        raise UsageError("speed.accumulate, log.every and log.checkpoint_every must be positive")
     del parsed["config"]
     return Settings(run, objects[name], parser.dump(parsed))
 

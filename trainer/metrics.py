@@ -17,23 +17,46 @@ class Meter:
     """Means of 0-d tensors over steps and ranks. Adding costs no synchronisation; `fetch` is the one that waits."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._values: dict[str, list[Tensor]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        values = {name: value.detach().float() for name, value in values.items()}
-        if self._sums:
-            torch._foreach_add_(list(self._sums.values()), [values[name] for name in self._sums])
-        else:
-            self._sums = {name: value.clone() for name, value in values.items()}
-        self._steps += 1
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach().float())
 
     def fetch(self) -> dict[str, float]:
         """The means since the last fetch, equal on all ranks."""
-        means = parallel.mean_over_ranks(torch.stack(list(self._sums.values())) / self._steps).tolist()
-        names = list(self._sums)
-        self._sums, self._steps = {}, 0
-        return dict(zip(names, means, strict=True))
+        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
+        names, self._values = list(self._values), {}
+        return dict(zip(names, parallel.mean_over_ranks(means).tolist(), strict=True))
+
+
+class Profile:
+    """A trace of five early steps, written for chrome://tracing, and a table of where their time went."""
+
+    PARTS = ("data", "forward", "backward", "optimizer", "after_step")
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "profile.json"
+        self._profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1), on_trace_ready=self._report
+        )
+        self._profiler.start()
+
+    def step(self) -> None:
+        self._profiler.step()
+
+    def _report(self, profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(self._path))
+        events = profiler.key_averages()
+        key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        print(events.table(sort_by=key, row_limit=10))
+        spans = {event.key: event.cpu_time_total for event in events if event.key in self.PARTS}
+        whole = sum(spans.values()) or 1.0
+        print(
+            "  ".join(f"{part} {spans.get(part, 0.0) / whole:.0%}" for part in self.PARTS),
+            f"  {self._path}",
+            flush=True,
+        )
 
 
 def memory_gb(device: torch.device) -> float:

@@ -16,12 +16,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trai
 
 from trainer import config  # noqa: E402 - after the line above; everything heavy waits until the options are parsed
 
-EX_TEMPFAIL = 75
+STOPPED = 75  # EX_TEMPFAIL: run it again to go on
 
 
 def main(argv: list[str]) -> int:
     settings = config.parse(argv)
-    cfg = settings.run
+    cfg, out = settings.run, settings.out
 
     import itertools
     import os
@@ -30,9 +30,10 @@ def main(argv: list[str]) -> int:
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+    from torch.profiler import record_function as span
 
     from pipeline import Loader, ShardError, ShardSet
-    from trainer import checkpoint, demo, methods, metrics, optim, parallel, schedules, visualise
+    from trainer import checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
     from trainer.interrupt import Interrupt
 
     # ---------------------------------------------------------------- who am I
@@ -46,14 +47,19 @@ def main(argv: list[str]) -> int:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank = parallel.rank()
     chief = rank == 0
-    if cfg.batch_size % world:
-        raise config.UsageError(f"batch_size {cfg.batch_size} does not divide among {world} ranks: make it a multiple")
+    slices = world * cfg.speed.accumulate
+    if cfg.batch_size % slices:
+        raise config.UsageError(
+            f"batch_size {cfg.batch_size} does not divide among {world} ranks x {cfg.speed.accumulate} slices: "
+            f"make it a multiple of {slices}"
+        )
     precision = cfg.speed.precision if cfg.speed.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     compiled = cfg.speed.compile == "on" or (cfg.speed.compile == "auto" and device.type == "cuda")
 
     # ---------------------------------------------------------------- what is learnt
     room = methods.load(cfg.method)
     method_config = room.Config(**vars(settings.method))
+    recipe = room.views(method_config)
     torch.manual_seed(cfg.seed)
     method = room.Method(method_config).to(device)
     optimizer = optim.build(cfg.optim, method)
@@ -61,10 +67,11 @@ def main(argv: list[str]) -> int:
     if compiled:
         method.compile(dynamic=False)  # in place and before DDP: one graph, clean names
     step_fn = DistributedDataParallel(method) if world > 1 else method
-    autocast = {"fp32": nullcontext, "bf16": lambda: torch.autocast(device.type, torch.bfloat16)}.get(
-        precision, lambda: torch.autocast(device.type, torch.float16)
-    )
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if cfg.dry_run:
+        print(cost.dry_run(room, method_config, method, optimizer, cfg.batch_size // slices, device, half))
+        return 0
 
     # ---------------------------------------------------------------- from what
     try:
@@ -75,8 +82,8 @@ def main(argv: list[str]) -> int:
         shards = ShardSet(cfg.shards or demo.shards())
         loader = Loader(
             shards,
-            room.views(method_config),
-            cfg.batch_size // world,
+            recipe,
+            cfg.batch_size // slices,
             device=str(device),
             seed=cfg.seed,
             rank=rank,
@@ -87,13 +94,12 @@ def main(argv: list[str]) -> int:
         )
     except ShardError as error:
         raise config.UsageError(str(error)) from None
-    steps_per_epoch = len(loader)
+    steps_per_epoch = len(loader) / cfg.speed.accumulate
     total = cfg.steps or round(cfg.epochs * steps_per_epoch)
     warmup = round(cfg.optim.warmup_epochs * steps_per_epoch)
     peak = cfg.optim.lr * cfg.batch_size / cfg.optim.lr_batch
 
     # ---------------------------------------------------------------- where were we
-    out = settings.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         if chief:
@@ -104,24 +110,26 @@ def main(argv: list[str]) -> int:
     if (saved := checkpoint.latest(out / "checkpoints")) is not None:
         if saved["method"] != cfg.method:
             raise config.UsageError(f"--out {out}: holds a run of {saved['method']!r}; name another folder")
-        method.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
         try:
+            method.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
-        except ValueError as error:
-            raise config.UsageError(f"--out {out}: cannot go on: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
         start = saved["step"]
     interrupt = Interrupt(cfg.stop_after)
     log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
+    per_image = cost.flops_per_image(room, method_config)
+    fastest = cost.peak_flops(device)
     if chief:
-        weights = sum(p.numel() for p in learnt)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
-            f"{cfg.method}: {weights:,} weights, {precision}{', compiled' if compiled else ''}, {world} x {name}, "
-            f"{len(os.sched_getaffinity(0))} cores allowed\n"
-            f"{len(shards):,} images, batch {cfg.batch_size} = {world} x {cfg.batch_size // world}, "
-            f"{steps_per_epoch} steps an epoch, {total:,} in all"
+            f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "
+            f"{precision}{', compiled' if compiled else ''}, {world} x {name}, {len(os.sched_getaffinity(0))} cores allowed\n"
+            f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
+            f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
             + (f", going on from step {start:,}" if start else "")
             + f"; {out}/",
             flush=True,
@@ -143,74 +151,89 @@ def main(argv: list[str]) -> int:
     # ---------------------------------------------------------------- the loop
     meter = metrics.Meter()
     guard = optim.Guard(out, cfg.optim.max_skipped)
+    profile = metrics.Profile(out) if cfg.log.profile and chief else None
     progress = torch.zeros((), device=device)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
     clock, waited, seen = time.perf_counter(), 0.0, 0
     stopped = False
     for step in range(start, total):
-        t = time.perf_counter()
-        batch = next(batches).to(device)
-        waited += time.perf_counter() - t
-
         lr = schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=cfg.optim.final_lr * peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
         progress.fill_(step / total)
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # drop-path and masks: a function of the step
-        with autocast():
-            loss, parts = step_fn(batch, progress)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = optim.clip_(learnt, cfg.optim.clip)
-        finite = torch.isfinite(norm) & torch.isfinite(parallel.mean_over_ranks(loss.detach()))
-        optim.step(optimizer, finite, scaler)
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(progress)
-        meter.add({"loss": loss, **parts, "grad_norm": norm})
-        guard.add(finite, batch.index)
+        sound, indices = torch.ones((), device=device), []
+        for i in range(cfg.speed.accumulate):
+            with span("data"):
+                t = time.perf_counter()
+                batch = next(batches).to(device)
+                waited += time.perf_counter() - t
+            with step_fn.no_sync() if world > 1 and i + 1 < cfg.speed.accumulate else nullcontext():
+                with span("forward"), torch.autocast(device.type, half, enabled=half is not None):
+                    loss, parts = step_fn(batch, progress)
+                with span("backward"):
+                    scaler.scale(loss / cfg.speed.accumulate).backward()
+            meter.add({"loss": loss, **parts})
+            sound = sound * torch.isfinite(loss.detach())
+            indices.append(batch.index)
+        with span("optimizer"):
+            scaler.unscale_(optimizer)
+            norm = optim.clip_(learnt, cfg.optim.clip)
+            finite = torch.isfinite(norm) & (parallel.mean_over_ranks(sound) == 1)  # the same answer on every rank
+            optim.step(optimizer, finite, scaler)
+            optimizer.zero_grad(set_to_none=True)
+        with span("after_step"):
+            method.after_step(progress)
+        meter.add({"grad_norm": norm})
+        guard.add(finite, torch.cat(indices))
         seen += 1
+        if profile:
+            profile.step()
 
         done = step + 1
-        last = done == total
-        stopped = interrupt.stop() and not last
-        if last or stopped or done % cfg.log.every == 0:
-            means = meter.fetch()  # the host waits for the device here
+        stopped = interrupt.stop() and done < total
+        if stopped or done == total or done % cfg.log.every == 0:
+            means = meter.fetch()  # the host waits for the device here, and only here
             guard.check(done, shards.key)
             elapsed = time.perf_counter() - clock
+            rate = seen * cfg.batch_size / elapsed
+            record = {
+                "step": done,
+                "epoch": loader.epoch,
+                **means,
+                "lr": lr,
+                "weight_decay": cfg.optim.weight_decay,
+                "images_per_s": rate,
+                "images_per_s_rank": rate / world,
+                "step_ms": 1e3 * elapsed / seen,
+                "data_wait_ms": 1e3 * waited / seen,
+                "memory_gb": metrics.memory_gb(device),
+                "skipped": guard.skipped,
+                "bad_samples": len(loader.bad),
+            }
+            if fastest:
+                record["mfu"] = rate / world * per_image / fastest
             if log:
-                rate = seen * cfg.batch_size / elapsed
-                log.line(
-                    {
-                        "step": done,
-                        "epoch": loader.epoch,
-                        **means,
-                        "lr": lr,
-                        "images_per_s": rate,
-                        "images_per_s_rank": rate / world,
-                        "step_ms": 1e3 * elapsed / seen,
-                        "data_wait_ms": 1e3 * waited / seen,
-                        "memory_gb": metrics.memory_gb(device),
-                        "skipped": guard.skipped,
-                        "bad_samples": len(loader.bad),
-                    }
-                )
-        if last or stopped or done % cfg.log.checkpoint_every == 0:
+                log.line(record)
+        if stopped or done == total or done % cfg.log.checkpoint_every == 0:
             save(done)
-        if last or stopped or done % cfg.log.every == 0:
+        if done % cfg.log.every == 0:
             clock, waited, seen = time.perf_counter(), 0.0, 0  # the clock stands still for checkpoints
         if stopped:
             break
 
     # ---------------------------------------------------------------- goodbye
     if chief and not stopped and hasattr(method, "place"):
-        visualise.placements(out / "placements.png", method, next(batches).to(device))
+        method.eval()
+        batch = next(batches).to(device)
+        visualise.placements(out / "placements.png", batch, *method.place(batch))
         print(f"where the model places the query patches: {out / 'placements.png'}")
     loader.close()
     if log:
         log.close()
     if world > 1:
         dist.destroy_process_group()
-    return EX_TEMPFAIL if stopped else 0
+    return STOPPED if stopped else 0
 
 
 if __name__ == "__main__":

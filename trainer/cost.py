@@ -1,0 +1,84 @@
+"""What a step costs: operations, counted without computing them, the share of a GPU's peak they are, and a trial."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import Batch, Recipe, View
+from trainer.metrics import memory_gb
+
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "V100": 125e12}
+
+
+def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
+    """A batch of `count` images of noise, every view showing the whole image, with the recipe's own targets."""
+    windows = {cut.kind: np.tile(np.float32([0, 0, 256, 256]), (count, cut.count, 1)) for cut in recipe.cuts}
+    targets = recipe.targets(windows) if recipe.targets else {}
+    views = {
+        cut.kind: View(
+            torch.randint(256, (count, cut.count, cut.size, cut.size, 3), dtype=torch.uint8, device=device),
+            torch.from_numpy(windows[cut.kind]),
+        )
+        for cut in recipe.cuts
+    }
+    label = torch.full((count,), -1)
+    return Batch(views, {k: torch.from_numpy(t) for k, t in targets.items()}, label, torch.arange(count)).to(device)
+
+
+def flops_per_image(room: Any, config: Any, count: int = 4) -> float:
+    """Operations of one forward and backward pass per image: products and convolutions, a multiply-add as two.
+
+    Counted on tensors that have a shape and no contents, in a few seconds and without memory.
+    """
+    with torch.device("meta"):
+        method: nn.Module = room.Method(config)
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device="cpu")
+        with counter:
+            loss, _ = method(synthetic(room.views(config), count, "cpu"), torch.zeros(()))
+            loss.backward()
+    return counter.get_total_flops() / count
+
+
+def dry_run(
+    room: Any,
+    config: Any,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    device: torch.device,
+    half: torch.dtype | None,
+) -> str:
+    """Runs three steps of `count` images of noise and tells what the last one cost: time, memory, operations."""
+    batch, progress = synthetic(room.views(config), count, device), torch.zeros((), device=device)
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss, _ = method(batch, progress)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(progress)  # type: ignore[operator]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    flops = flops_per_image(room, config)
+    return (
+        f"{count} images a slice: {1e3 * seconds:.0f} ms, {count / seconds:.0f} images/s, {memory_gb(device):.2f} GB peak, "
+        f"{flops / 1e9:.3g} GFLOP an image, {flops * count / seconds / 1e12:.3g} TFLOP/s"
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The GPU's bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,0 +1,88 @@
+"""A picture of what LOCA has learnt: query windows, where the model places their patches, and where they are."""
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from pipeline import Batch
+
+SIDE, GAP, CAPTION = 448, 12, 22  # pixels of a panel, between panels, of the line above
+
+
+def placements(path: Path, batch: Batch, predicted: dict[str, Tensor], visible: Tensor, *, rows: int = 3) -> None:
+    """Writes a PNG with a row for each of the first `rows` images of the batch: the reference view with the windows of
+    all queries; the queries; the places the model gives to the patches of each query, tied to where they belong.
+
+    `predicted` has, by kind of query, the reference patch given to every query patch, i64 (B, V, n); `visible`, i64
+    (1 or B, m), names the reference patches that the model could look at: they stay bright in the third picture.
+    """
+    rows = min(rows, batch.label.shape[0])
+    picture = Image.new("RGB", (3 * SIDE + 4 * GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
+    for row in range(rows):
+        top = GAP + row * (SIDE + CAPTION + GAP)
+        for column, (caption, panel) in enumerate(
+            _panels(batch, predicted, visible.expand(len(batch.label), -1)[row].tolist(), row)
+        ):
+            left = GAP + column * (SIDE + GAP)
+            ImageDraw.Draw(picture).text((left, top + 4), caption, fill="black", font_size=13)
+            picture.paste(panel, (left, top + CAPTION))
+    picture.save(path)
+
+
+def _panels(batch: Batch, predicted: dict[str, Tensor], visible: list[int], row: int) -> list[tuple[str, Image.Image]]:
+    reference = Image.fromarray(batch.views["reference"].pixels[row, 0].cpu().numpy()).resize((SIDE, SIDE))
+    window = batch.views["reference"].window[row, 0].numpy()
+    queries = [(kind, v) for kind in predicted for v in range(predicted[kind].shape[1])]
+    colours = [
+        tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / len(queries), 0.9, 0.95)) for i in range(len(queries))
+    ]
+
+    outlines, places = reference.copy(), reference.point(lambda level: round(0.3 * level))
+    for patch in visible:
+        x, y = _centre(patch)
+        box = tuple(round(c) for c in (x - SIDE / 28, y - SIDE / 28, x + SIDE / 28, y + SIDE / 28))
+        places.paste(reference.crop(box).point(lambda level: round(0.7 * level)), box)
+    on_outlines, on_places = ImageDraw.Draw(outlines), ImageDraw.Draw(places)
+    thumbnails = Image.new("RGB", (SIDE, SIDE), "white")
+    across = int(np.ceil(np.sqrt(len(queries))))
+    cell = SIDE // across
+    right = valid = 0
+    for i, (kind, v) in enumerate(queries):
+        on_outlines.rectangle(
+            _in_reference(window, batch.views[kind].window[row, v].numpy()), outline=colours[i], width=3
+        )
+        thumbnail = Image.fromarray(batch.views[kind].pixels[row, v].cpu().numpy()).resize((cell - 8, cell - 8))
+        corner = (i % across * cell, i // across * cell)
+        ImageDraw.Draw(thumbnails).rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=colours[i])
+        thumbnails.paste(thumbnail, (corner[0] + 3, corner[1] + 3))
+        truth = batch.targets[kind][row, v].cpu().numpy()
+        guess = predicted[kind][row, v].cpu().numpy()
+        right += int(((guess == truth) & (truth >= 0)).sum())
+        valid += int((truth >= 0).sum())
+        for there, here in zip(guess[truth >= 0], truth[truth >= 0], strict=True):
+            a, b = _centre(int(there)), _centre(int(here))
+            on_places.line((*a, *b), fill=colours[i], width=1)
+            on_places.ellipse((a[0] - 4, a[1] - 4, a[0] + 4, a[1] + 4), fill=colours[i])
+            on_places.rectangle((b[0] - 2, b[1] - 2, b[0] + 2, b[1] + 2), outline="white")
+    return [
+        ("reference view, windows of the queries", outlines),
+        ("the queries", thumbnails),
+        (f"disc: where the model places a patch; square: where it is ({right} of {valid} right)", places),
+    ]
+
+
+def _in_reference(reference: NDArray[np.float32], window: NDArray[np.float32]) -> tuple[float, float, float, float]:
+    """The window's rectangle in the panel of the reference view, as that view is shown: flipped if it is."""
+    y0, x0, y1, x1 = reference
+    ys = sorted((y - y0) / (y1 - y0) * SIDE for y in window[[0, 2]])
+    xs = sorted((x - x0) / (x1 - x0) * SIDE for x in window[[1, 3]])
+    return float(xs[0]), float(ys[0]), float(xs[1]), float(ys[1])
+
+
+def _centre(patch: int, grid: int = 14) -> tuple[float, float]:
+    step = SIDE / grid
+    return (patch % grid + 0.5) * step, (patch // grid + 0.5) * step
