@@ -6,7 +6,7 @@ model of the same shape as it is.
 
 import re
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +40,25 @@ layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
 gelu: Any = partial(nn.GELU, approximate="tanh")
 
 
-def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool = False) -> "VisionTransformer":
-    """The ViT called `name`, ``vit_{nano,tiny,small,base,large,huge}_patch{8,14,16,...}``. Raises ValueError."""
-    match = re.fullmatch(r"vit_([a-z]+)_patch(\d+)", name)
+class VitShape(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    patch: int
+
+
+def vit_shape(name: str) -> VitShape:
+    """What ``vit_{nano,tiny,small,base,large,huge}_patch{8,14,16,...}`` stands for. Raises ValueError."""
+    match = re.fullmatch(r"vit_([a-z]+)_patch([1-9]\d*)", name)
     if match is None or match[1] not in VIT_SIZES:
         raise ValueError(f"unknown backbone {name!r}: choose vit_SIZE_patchP with SIZE one of {', '.join(VIT_SIZES)}")
-    width, depth, heads = VIT_SIZES[match[1]]
-    return VisionTransformer(
-        width, depth, heads, patch=int(match[2]), size=size, drop_path=drop_path, cls_token=cls_token
-    )
+    return VitShape(*VIT_SIZES[match[1]], int(match[2]))
+
+
+def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool = False) -> "VisionTransformer":
+    """The ViT called `name` (see `vit_shape`) for images of side `size`."""
+    width, depth, heads, patch = vit_shape(name)
+    return VisionTransformer(width, depth, heads, patch=patch, size=size, drop_path=drop_path, cls_token=cls_token)
 
 
 class VisionTransformer(nn.Module):

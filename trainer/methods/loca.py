@@ -1,0 +1,464 @@
+"""LOCA: query views learn where their patches lie in a reference view, and to which cluster they belong there.
+
+Caron, Houlsby, Schmid, "Location-Aware Self-Supervised Transformers for Semantic Segmentation" (arXiv 2212.02400), with
+the numbers that the paper leaves open taken from the released code (google-research/scenic, projects/loca).
+
+Letters: B images, T query tokens of one image (all its query views one after another), N patches of the reference,
+K prototypes, D width.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import log, pi
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from pipeline import Batch, Recipe, recipes
+from trainer.backbones import (
+    VisionTransformer,
+    block_init_,
+    gelu,
+    layer_norm,
+    lecun_normal_,
+    normalise,
+    take,
+    vit,
+    vit_shape,
+)
+from trainer.boxes import box_loss, relative_boxes
+from trainer.parallel import mean_over_ranks, sum_over_ranks_
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the released configuration, of which the paper reports 46.2 mIoU on ADE20k after 100 epochs."""
+
+    backbone: str = "vit_base_patch16"
+    """vit_SIZE_patchP: nano (for a CPU), tiny, small, base, large, huge; 16, 14 or 8 pixels"""
+    drop_path: float = 0.1
+    """of the last block, falling linearly to 0 at the first; acts in the teacher too (released code)"""
+    size: int = 224
+    """side of the reference and of the random query, in pixels"""
+    focal_size: int = 96
+    """side of the focal queries; patch 14 needs a multiple of it, 98"""
+    fidelity: Literal["paper", "released"] = "released"
+    """which recipe cuts the views: see pipeline.recipes.loca"""
+    rule: Literal["released", "overlap"] = "released"
+    """which reference patch belongs to a query patch: under its sampled centre, or the one of greatest overlap"""
+    queries: int = 10
+    """query views: a random one and queries - 1 focal ones (Table 6d: 10, 5, 2, 1)"""
+    query_keep: float = 70 / 196
+    """share of the random query's tokens that enter the network"""
+
+    position: Literal["patch", "centre", "box", "single", "off"] = "patch"
+    """what is located: every query patch, a query's central patch, its box (Table 5), or each patch of a single view
+    without position embeddings (after Zhai et al.; section 5.1)"""
+    eta: float = 0.8
+    """share of the reference that the query cannot see: int((1 - eta) N) tokens stay, 39 of 196; 1 leaves nothing to
+    attend to, and the query is located by what it shows alone (section 5.1)"""
+    mask: Literal["consecutive", "first", "unstructured"] = "consecutive"
+    """visible are a run of tokens in raster order, its first tokens, or a random subset"""
+    draws: Literal["rank", "sample"] = "rank"
+    """one draw of the visible and of the kept tokens per rank and step (released code), or one per image"""
+
+    clusters: Literal["patch", "cls", "gap", "off"] = "patch"
+    """what is clustered: patches, or whole views by their CLS token or mean token (Table 6b). Off: as in the released
+    code, the student encodes the visible reference tokens too, without a teacher, and queries get no positions"""
+    prototypes: int = 4096
+    """K (Table 6c: 16 to 16384)"""
+    hidden: int = 2048
+    """width of the projector's two hidden layers"""
+    sinkhorn: int = 3
+    """Sinkhorn-Knopp iterations on the targets; 0 turns it off (Table 6a)"""
+    me_max: float = 1.0
+    """weight of the mean entropy maximisation; 0 turns it off (Table 6a)"""
+    teacher_temperature: float = 0.05
+    student_temperature: float = 0.1
+    average: Literal["pooled", "query"] = "pooled"
+    """a loss is the mean over a rank's valid tokens (released code), or over queries of each one's mean (paper)"""
+    momentum: float = 0.996
+    """of the teacher at the start; rises to 1 along a cosine"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}: it must lie between 0 and 1")
+        if not 0 < self.query_keep <= 1:
+            raise ValueError(f"query_keep is {self.query_keep}: it must lie above 0 and be at most 1")
+        if self.queries < 1 or self.prototypes < 2 or self.sinkhorn < 0:
+            raise ValueError("queries must be at least 1, prototypes at least 2 and sinkhorn at least 0")
+        if self.position == "off" and self.clusters == "off":
+            raise ValueError("position and clusters are both off: nothing would be learnt")
+        if self.position == "single" and (self.clusters != "off" or self.eta == 1):
+            raise ValueError(
+                "position 'single' has no queries to cluster and no reference to hide: clusters off, eta < 1"
+            )
+
+    def visible(self, total: int) -> int:
+        """How many of `total` reference tokens the query sees."""
+        return int((1 - self.eta) * total + 1e-9)  # a float's (1 - 0.9) * 200 is a hair below 20
+
+
+def views(cfg: Config) -> Recipe:
+    """A reference, a random query and focal queries, with the reference patch of every query patch; box adds "box"."""
+    recipe = recipes.loca(
+        cfg.fidelity,
+        queries=cfg.queries - 1,
+        patch=vit_shape(cfg.backbone).patch,
+        size=cfg.size,
+        focal_size=cfg.focal_size,
+        rule=cfg.rule,
+    )
+    if cfg.position == "single":
+        return replace(recipe, cuts=tuple(cut for cut in recipe.cuts if cut.kind == "reference"), targets=None)
+    if cfg.position == "box" and (patches := recipe.targets) is not None:
+        kinds = [cut.kind for cut in recipe.cuts if cut.kind != "reference"]
+
+        def with_boxes(windows: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+            queries = np.concatenate([windows[kind] for kind in kinds], axis=1)
+            return {**patches(windows), "box": relative_boxes(windows["reference"], queries)}
+
+        return replace(recipe, targets=with_boxes)
+    return recipe
+
+
+# ---- What is learnt --------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """One block in which query tokens look at reference tokens, and not at one another. No drop-path, no positions.
+
+    With ``attend=False`` there is no reference to look at: the attention adds nothing and has no weights.
+    """
+
+    def __init__(self, width: int, heads: int, attend: bool) -> None:
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        if attend:
+            self.norm_query, self.norm_reference = layer_norm(width), layer_norm(width)
+            layers = {"q": nn.Linear(width, width), "kv": nn.Linear(width, 2 * width), "proj": nn.Linear(width, width)}
+            self.attn = nn.ModuleDict(layers)
+        self.norm_mlp = layer_norm(width)
+        self.mlp = Mlp(width, 4 * width, act_layer=gelu)
+        block_init_(self)
+
+    def forward(self, query: Tensor, reference: Tensor | None) -> Tensor:
+        """(B, T, D) and (B, n, D) -> (B, T, D)."""
+        if self.attend:
+            q = self.attn["q"](self.norm_query(query)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            kv = self.attn["kv"](self.norm_reference(reference)).unflatten(-1, (2, self.heads, -1))
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            query = query + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return query + self.mlp(self.norm_mlp(query))
+
+
+def mlp(widths: list[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Linear layers from width to width with activations between them."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        linear = nn.Linear(fan_in, fan_out)
+        lecun_normal_(linear)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Clusters(nn.Module):
+    """Projector and prototypes: (..., D) -> (..., K), the cosine between each feature and each prototype, in fp32."""
+
+    def __init__(self, width: int, hidden: int, prototypes: int) -> None:
+        super().__init__()
+        self.projector = mlp([width, hidden, hidden, 256], gelu)
+        self.prototypes = nn.Linear(256, prototypes, bias=False)
+        lecun_normal_(self.prototypes)
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projector(x)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round a logit by up to 0.04
+            weight = self.prototypes.weight
+            weight = weight / (weight.norm(dim=1, keepdim=True) + 1e-10)
+            return F.linear(F.normalize(x.to(weight.dtype), dim=-1), weight)
+
+
+class Branch(nn.Module):
+    """Everything that has weights, and of which the teacher has a copy. Only what the configuration uses is built."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.backbone = vit(cfg.backbone, size=cfg.size, drop_path=cfg.drop_path, cls_token=cfg.clusters == "cls")
+        width, positions = self.backbone.width, self.backbone.grid**2
+        if cfg.clusters != "off":
+            self.clusters = Clusters(width, cfg.hidden, cfg.prototypes)
+        if cfg.position in ("patch", "centre", "box"):
+            self.cross = CrossAttention(width, self.backbone.heads, attend=cfg.visible(positions) > 0)
+            self.norm = layer_norm(width)
+        if cfg.position != "off":
+            self.head = mlp([width, width, width, 4] if cfg.position == "box" else [width, positions], nn.ReLU)
+
+    def locate(self, queries: Tensor, reference: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+        """Query tokens (B, T, D) and visible reference tokens (B, n, D) -> what the head says of each token, fp32.
+
+        With `lengths`, tokens per view, the tokens of a view are averaged first and the head speaks of each view.
+        """
+        x = self.norm(self.cross(queries, reference))
+        if lengths is not None:
+            x = torch.stack([view.mean(1) for view in x.split(lengths, dim=1)], dim=1)
+        return fp32(self.head(x))
+
+
+class Method(nn.Module):
+    """See trainer.methods for what a method offers. Query views run through the backbone image-major."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        recipe = views(cfg)
+        self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
+        self.student = Branch(cfg)
+        if cfg.position == "single" or (
+            cfg.clusters == "off" and cfg.eta == 1
+        ):  # nothing has a position: none is learnt
+            nn.init.zeros_(self.student.backbone.pos_embed).requires_grad_(False)
+        self.teacher = deepcopy(self.student).requires_grad_(False) if cfg.clusters != "off" else None
+
+    def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this rank's images, whose mean over ranks is to be minimised, and its parts.
+
+        No gradient reaches the teacher. A part without a valid correspondence is 0. `progress` changes nothing here.
+        """
+        cfg = self.cfg
+        images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
+        if cfg.position == "single":
+            return self.single_view(images["reference"])
+        keep, visible = self.draw(len(images["reference"]), images["reference"].device)
+        whole, seen = self.encode_reference(images["reference"], visible)
+        queries = self.encode_queries(images, keep)
+        prefix = self.student.backbone.num_prefix_tokens
+        patches = [view[:, prefix:] for view in queries]
+        lengths = [view.shape[1] for view in patches]
+        tokens = torch.cat(patches, dim=1)
+        targets = [take(batch.targets["query"].flatten(1), keep)]
+        if "focal" in images:
+            targets.append(batch.targets["focal"].flatten(1))
+        target = torch.cat(targets, dim=1).long()
+
+        losses, metrics = [], {"valid_tokens": (target >= 0).float().mean()}
+        if cfg.position == "box":
+            predicted = self.student.locate(tokens, seen, lengths).sigmoid()
+            valid = batch.targets["box"][..., 2] > 0
+            boxes = torch.where(valid[..., None], batch.targets["box"], predicted.detach())
+            loss, metrics["box_iou"] = (pooled(x, valid) for x in box_loss(predicted, boxes))
+        elif cfg.position == "centre":
+            at = self.centres(lengths)
+            loss, metrics["position_accuracy"] = self.position_loss(tokens[:, at], seen, target[:, at], [1] * len(at))
+        elif cfg.position == "patch":
+            loss, metrics["position_accuracy"] = self.position_loss(tokens, seen, target, lengths)
+        if cfg.position != "off":
+            losses.append(loss)
+            metrics["position_loss"] = loss
+
+        if cfg.clusters == "patch":
+            loss, parts = self.cluster_loss(tokens, whole[:, prefix:], target, lengths)
+        elif cfg.clusters != "off":  # of whole views: each belongs to the only row of its image
+            summaries = torch.cat([self.summary(view) for view in queries], dim=1)
+            rows = target.new_zeros(summaries.shape[:2])
+            loss, parts = self.cluster_loss(summaries, self.summary(whole), rows, [1] * len(queries))
+        if cfg.clusters != "off":
+            losses.append(loss)
+            metrics |= parts
+        return torch.stack(losses).sum(), {name: value.detach() for name, value in metrics.items()}
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which tokens of the random query are kept, in any order, and which of the reference are visible.
+
+        Both i64 (1, n), one draw for the rank's `count` images, or (count, n), one for each. A central patch that is to
+        be located is always kept, and comes first.
+        """
+        cfg, grid = self.cfg, self.student.backbone.grid
+        total, rows = grid**2, count if cfg.draws == "sample" else 1
+        order = torch.rand(rows, total, device=device)
+        if cfg.position == "centre":
+            order[:, centre(grid)] = -1
+        keep = order.argsort(dim=1)[:, : round(cfg.query_keep * total)]
+        n = cfg.visible(total)
+        if cfg.mask == "unstructured":
+            return keep, torch.rand(rows, total, device=device).argsort(dim=1)[:, :n]
+        run = torch.arange(n, device=device)[None]
+        return keep, run if cfg.mask == "first" else run + torch.randint(total - n + 1, (rows, 1), device=device)
+
+    def encode_reference(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All tokens of the reference for the clusters, and the visible patch tokens for the positions.
+
+        By the teacher, without a gradient. Without clusters by the student, whose gradient then flows through both
+        branches, and the hidden patches are dropped before the first block (released code).
+        """
+        if self.teacher is None:
+            seen = self.student.backbone(images, visible) if visible.shape[1] else None
+            return images.new_empty(0), seen
+        with torch.no_grad():
+            tokens = self.teacher.backbone(images)
+            return tokens, take(tokens[:, self.teacher.backbone.num_prefix_tokens :], visible)
+
+    def encode_queries(self, images: dict[str, Tensor], keep: Tensor | None) -> list[Tensor]:
+        """The student's tokens (B, n, D) of every query view. Without clusters it sees no positions (released code)."""
+        vit, positions = self.student.backbone, self.teacher is not None
+        queries = [vit(images["query"], keep, positions=positions)]
+        if "focal" in images:
+            focal = vit(images["focal"], positions=positions)
+            queries += focal.unflatten(0, (len(images["query"]), -1)).unbind(1)
+        return queries
+
+    def summary(self, tokens: Tensor) -> Tensor:
+        """One feature (B, 1, D) of a whole view."""
+        return tokens[:, :1] if self.cfg.clusters == "cls" else tokens.mean(dim=1, keepdim=True)
+
+    def centres(self, lengths: list[int]) -> list[int]:
+        """Where the central patch of every view stands among an image's query tokens."""
+        starts = [sum(lengths[:v]) for v in range(len(lengths))]
+        return [0] + [start + centre(round(n**0.5)) for start, n in zip(starts[1:], lengths[1:], strict=True)]
+
+    def position_loss(
+        self, tokens: Tensor, seen: Tensor | None, target: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Equation 2 and the share of right guesses: tokens (B, T, D), visible reference (B, n, D), target (B, T)."""
+        logits = self.student.locate(tokens, seen)
+        loss = F.cross_entropy(logits.mT, target, ignore_index=-1, reduction="none")
+        valid = target >= 0
+        return self.average(loss, valid, lengths), pooled((logits.argmax(-1) == target).to(loss.dtype), valid)
+
+    def cluster_loss(
+        self, queries: Tensor, reference: Tensor, rows: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation 1 with mean entropy maximisation: queries (B, T, D), reference (B, R, D), rows (B, T) in -1..R-1.
+
+        Each query token predicts the cluster assignment of the reference feature `rows` of its image; -1 has none, but
+        still counts in the mean prediction, whose entropy is taken over all ranks.
+        """
+        cfg, teacher = self.cfg, self.teacher
+        assert teacher is not None
+        with torch.no_grad():
+            scores = teacher.clusters(reference) / cfg.teacher_temperature
+            assigned = sinkhorn(scores.flatten(0, 1).softmax(-1), cfg.sinkhorn).view_as(scores)
+        prediction = F.log_softmax(self.student.clusters(queries) / cfg.student_temperature, dim=-1)
+        images = torch.arange(len(rows), device=rows.device)[:, None]
+        cross_entropy = -(assigned[images, rows.clamp(min=0)] * prediction).sum(-1)
+        loss = self.average(cross_entropy, rows >= 0, lengths)
+
+        mean = mean_over_ranks(prediction.exp().mean(dim=(0, 1)))
+        negative_entropy = (mean * mean.log()).sum()
+        used = scores.new_zeros(cfg.prototypes).scatter_(0, assigned.argmax(-1).flatten(), 1.0)
+        return loss + cfg.me_max * negative_entropy, {
+            "cluster_loss": loss,
+            "me_max": (negative_entropy + log(cfg.prototypes)).clamp(min=0),  # as KL divergence to uniform
+            "target_entropy": torch.special.entr(assigned).sum(-1).mean(),
+            "prototypes_in_use": used.sum(),
+        }
+
+    def single_view(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every patch of a view tells its own place; only visible patches are attended to."""
+        logits = self.locate_single(images)
+        target = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        loss = F.cross_entropy(logits.mT, target)
+        return loss, {"position_loss": loss.detach(), "position_accuracy": (logits.argmax(-1) == target).float().mean()}
+
+    def locate_single(self, images: Tensor) -> Tensor:
+        vit = self.student.backbone
+        _, visible = self.draw(len(images), images.device)
+        context = torch.zeros(len(visible), vit.grid**2, dtype=torch.bool, device=images.device)
+        tokens = vit(images, context=context.scatter(1, visible, True))
+        return fp32(self.student.head(tokens))
+
+    def average(self, x: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
+        """The mean of `x` (B, T) where `valid`: over all tokens, or over the queries that have any, of each one's."""
+        if self.cfg.average == "pooled":
+            return pooled(x, valid)
+        sums = torch.stack([view.sum(1) for view in (x * valid).split(lengths, dim=1)], dim=1)
+        counts = torch.stack([view.sum(1) for view in valid.split(lengths, dim=1)], dim=1)
+        return pooled(sums / counts.clamp(min=1), counts > 0)
+
+    @torch.no_grad()
+    def after_step(self, progress: Tensor) -> None:
+        """The teacher follows the student, parameter by parameter, by 1 - momentum."""
+        if self.teacher is None:
+            return
+        rate = (1 - self.cfg.momentum) * 0.5 * (1 + torch.cos(pi * progress))
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
+        step = torch._foreach_sub(student, teacher)
+        torch._foreach_mul_(step, rate.to(student[0].device))  # a tensor: a lerp's weight would have to reach the host
+        torch._foreach_add_(teacher, step)
+
+    def backbone(self) -> VisionTransformer:
+        """The teacher's, whose weights the paper evaluates; without a teacher the student's."""
+        return (self.student if self.teacher is None else self.teacher).backbone
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Decayed are matrices, position embeddings, prototypes, and the biases of q, k and v (released code)."""
+        decayed: list[Tensor] = []
+        exempt: list[Tensor] = []
+        for name, parameter in self.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            bias = name.endswith((".qkv.bias", ".q.bias", ".kv.bias"))
+            (decayed if parameter.ndim > 1 or bias else exempt).append(parameter)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def place(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Where the method places every patch, and which reference patches it saw: for pictures; call `eval()` first.
+
+        i64 (B, V, n) by kind, laid out as the targets, and i64 (1 or B, n). No token of a query is dropped. Empty
+        where no patch is located (position "box" or "off"); a single view places the patches of the reference.
+        """
+        images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
+        _, visible = self.draw(len(images["reference"]), images["reference"].device)
+        if self.cfg.position == "single":
+            return {"reference": self.locate_single(images["reference"]).argmax(-1)[:, None]}, visible
+        if self.cfg.position not in ("patch", "centre"):
+            return {}, visible
+        _, seen = self.encode_reference(images["reference"], visible)
+        prefix = self.student.backbone.num_prefix_tokens
+        places = [self.student.locate(view[:, prefix:], seen).argmax(-1) for view in self.encode_queries(images, None)]
+        kinds = {"query": torch.stack(places[:1], dim=1)}
+        return kinds | ({"focal": torch.stack(places[1:], dim=1)} if places[1:] else {}), visible
+
+
+# ---- Formulas --------------------------------------------------------------------------------------------------------
+
+
+def fp32(x: Tensor) -> Tensor:
+    """At least single precision, whatever autocast made of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def centre(grid: int) -> int:
+    """The patch whose upper left corner, or whose middle, is the middle of the view."""
+    return (grid // 2) * grid + grid // 2
+
+
+def pooled(x: Tensor, valid: Tensor) -> Tensor:
+    """The mean of `x` where `valid`; 0 where nothing is."""
+    valid = valid.to(x.dtype)
+    return (x * valid).sum() / (valid.sum() + 1e-8)
+
+
+def sinkhorn(p: Tensor, iterations: int) -> Tensor:
+    """Evens out how much each of K clusters is used by the rows of p (n, K) of all ranks; rows sum to 1 again.
+
+    Each iteration divides columns by their sums over all ranks, then rows by theirs. Only the two scaling vectors are
+    iterated: the matrix is read, and written once.
+    """
+    if iterations == 0:
+        return p
+    rows = p.new_ones(len(p), 1)
+    for _ in range(iterations):
+        columns = 1 / sum_over_ranks_((p * rows).sum(0))
+        rows = 1 / (p * columns).sum(1, keepdim=True)
+    return p * columns * rows
