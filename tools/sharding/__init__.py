@@ -1,0 +1,15 @@
+"""The rooms of `tools/shard_imagenet.py`.
+
+tars     read any tar by offsets, write USTAR and its DALI index
+images   prove that an image decodes; repair or refuse it
+labels   class lists, the devkit's ground truth, Kaggle's csv files
+sources  what lies in a folder or tar: one row per image, no payload read
+plan     keys, order, subset, shards: everything that is decided before the first image
+writing  one shard, records of finished shards, the split's metadata
+pool     many shards over processes, with progress
+check    is a finished folder what its manifest says?
+"""
+
+
+class SourceError(ValueError):
+    """The source, the target or an option cannot be used; the message names the thing and the remedy."""

@@ -1,0 +1,137 @@
+"""Which class an image belongs to, where its folder does not say so: class lists, the devkit, Kaggle's csv files."""
+
+import csv
+import io
+import re
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import SourceError
+
+WNID = re.compile(r"n\d{8}")
+# Number of classes -> (what it is, the name its shards get). Names are those of timm's published shards.
+RELEASES = {
+    1000: ("ImageNet-1k (ILSVRC2012)", "imagenet1k"),
+    10450: ("ImageNet-21k-P, winter21", "imagenet_w21p"),
+    11221: ("ImageNet-21k-P, fall11", "imagenet21kp"),
+    19167: ("ImageNet-21k, winter21 release", "imagenet_w21"),
+    21841: ("ImageNet-21k, fall11 release", "imagenet22k"),
+}
+_BESIDE = (
+    "LOC_val_solution.csv",
+    "ILSVRC2012_devkit_t12",
+    "ILSVRC2012_devkit_t12.tar.gz",
+    "ILSVRC2012_validation_ground_truth.txt",
+)
+
+
+def release(classes: list[str]) -> tuple[str, str] | None:
+    """(description, short name) of the ImageNet release that has just as many classes, all named like its synsets."""
+    return RELEASES.get(len(classes)) if all(WNID.fullmatch(name) for name in classes) else None
+
+
+def read_classes(path: Path) -> list[str]:
+    """One class per line, label = line number; what follows a synset's name (LOC_synset_mapping.txt) is dropped."""
+    names = []
+    for line in _text(path).splitlines():
+        name = line.strip()
+        if WNID.match(name):
+            name = name.split()[0].rstrip(",")
+        if name:
+            names.append(name)
+    if not names:
+        raise SourceError(f"{path} names no class")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SourceError(f"{path} names class {twice!r} twice")
+    return names
+
+
+def missing_from_1k(classes: list[str]) -> list[str]:
+    """Synsets that this almost complete ImageNet-1k lacks (timm installs the list); empty when it is something else."""
+    timm = find_spec("timm")
+    if not 900 <= len(classes) < 1000 or timm is None or not timm.submodule_search_locations:
+        return []
+    listed = Path(timm.submodule_search_locations[0], "data", "_info", "imagenet_synsets.txt")
+    known = set(listed.read_text().split()) if listed.is_file() else set()
+    return sorted(known - set(classes)) if set(classes) <= known else []
+
+
+def beside(folder: Path) -> Path | None:
+    """A file of validation labels lying in `folder` under its published name."""
+    return next((folder / name for name in _BESIDE if (folder / name).exists()), None)
+
+
+def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
+    """{file stem: class name, or label where the file gives integers}.
+
+    `path`: Kaggle's LOC_val_solution.csv; the ILSVRC2012 devkit (folder, .tar.gz, or its ground truth .txt with
+    meta.mat beside it); or a text file with lines `<file name> <class name or label>`. `offset` is added to integers.
+    """
+    if not path.exists():
+        raise SourceError(f"{path} does not exist: --labels wants a csv, the devkit, or lines `<file name> <label>`")
+    if path.is_dir() or tarfile.is_tarfile(path) or path.name == "ILSVRC2012_validation_ground_truth.txt":
+        return _devkit(path)
+    if path.suffix == ".csv":
+        rows = list(csv.reader(io.StringIO(_text(path))))
+        rows = rows[1:] if rows and rows[0][0] == "ImageId" else rows
+        pairs = [(row[0], row[1].split()[0]) for row in rows if len(row) > 1 and row[1].split()]
+    else:
+        pairs = [(line.split()[0], line.split()[-1]) for line in _text(path).splitlines() if len(line.split()) > 1]
+    if not pairs:
+        raise SourceError(f"{path} has no lines `<file name> <class name or label>`")
+    found: dict[str, str | int] = {Path(name).stem: label for name, label in pairs}
+    if len(found) < len(pairs):
+        raise SourceError(f"{path} labels a file twice")
+    if all(re.fullmatch(r"-?\d+", label) for _, label in pairs):
+        numbers = {stem: int(label) for stem, label in found.items()}
+        if offset is None and min(numbers.values()) == 1:
+            raise SourceError(f"{path}: labels begin at 1; say --label-offset -1 (or 0 if they really mean 1)")
+        found = {stem: label + (offset or 0) for stem, label in numbers.items()}
+        if min(label for label in found.values() if isinstance(label, int)) < 0:
+            raise SourceError(f"{path}: with --label-offset {offset or 0} a label is negative")
+    return found
+
+
+def _devkit(path: Path) -> dict[str, str | int]:
+    """The ground truth counts in the devkit's own ids, which are not the sorted order: meta.mat translates."""
+    names = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
+    if path.is_dir():
+        found = {name: next(path.rglob(name), None) for name in names}
+        contents = {name: file.read_bytes() for name, file in found.items() if file}
+    elif path.suffix == ".txt":
+        near = next(path.parent.glob("meta.mat"), None)
+        contents = {names[0]: path.read_bytes()} | ({names[1]: near.read_bytes()} if near else {})
+    else:
+        with tarfile.open(path) as tar:
+            members = {Path(member.name).name: member for member in tar if member.isfile()}
+            files = {name: tar.extractfile(members[name]) for name in names if name in members}
+            contents = {name: file.read() for name, file in files.items() if file}
+    for name in names:
+        if name not in contents:
+            raise SourceError(
+                f"{path}: {name} of the ILSVRC2012 devkit is not there; its ids mean nothing without meta.mat, "
+                f"so give the devkit's folder or .tar.gz as --labels (or LOC_val_solution.csv)"
+            )
+    try:
+        from scipy.io import loadmat  # only this one file needs it, and it is slow to import
+
+        synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True, struct_as_record=True)["synsets"]
+        wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
+        ids = [int(line) for line in contents[names[0]].decode("ascii").split()]
+        return {f"ILSVRC2012_val_{number:08d}": wnid[one] for number, one in enumerate(ids, 1)}
+    except ImportError:
+        raise SourceError(f"{path}: reading the devkit's meta.mat needs scipy; or give LOC_val_solution.csv") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise SourceError(f"{path}: not the ILSVRC2012 devkit ({type(error).__name__}: {error})") from None
+
+
+def _text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark; line ends of any system."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SourceError(f"{path} is no UTF-8 text") from None

@@ -1,0 +1,135 @@
+"""Many shards over processes, watched: a bar on a terminal, a plain line every half minute elsewhere."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import images, writing
+from .plan import Plan
+
+_PLAIN_EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+class Progress:
+    """images/s, MB/s, time left, repaired and quarantined."""
+
+    def __init__(self, total: int, verb: str):
+        self._bar = tqdm(total=total, unit="img", desc=verb, disable=not sys.stderr.isatty(), smoothing=0.05)
+        self._total, self._verb = total, verb
+        self._began = self._spoke = time.monotonic()
+
+    def show(self, done: int, read: int, repaired: int, quarantined: int) -> None:
+        now = time.monotonic()
+        rate = read / max(now - self._began, 1e-9) / 1e6
+        if not self._bar.disable:
+            self._bar.n = done
+            self._bar.set_postfix_str(f"{rate:.0f} MB/s, {repaired} repaired, {quarantined} quarantined")
+        elif now - self._spoke >= _PLAIN_EVERY:
+            self._spoke = now
+            speed = done / (now - self._began)
+            left = (self._total - done) / max(speed, 1e-9)
+            print(
+                f"{self._verb} {done:,}/{self._total:,} images, {speed:.0f} images/s, {rate:.0f} MB/s, "
+                f"{left / 60:.0f} min left, {repaired} repaired, {quarantined} quarantined",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def progress(total: int, verb: str) -> Iterator[Progress]:
+    shown = Progress(total, verb)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def run(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: int) -> None:
+    """Makes the given shards; the first error stops the rest and is raised."""
+    total = sum(plan.bounds[shard + 1] - plan.bounds[shard] for shard in shards)
+    with progress(total, "sharding") as shown:
+        if workers == 1 or len(shards) == 1:
+            counts = [0, 0, 0, 0]
+
+            def told(*more: int) -> None:
+                counts[:] = [count + one for count, one in zip(counts, more, strict=True)]
+                shown.show(*counts)
+
+            for shard in shards:
+                writing.write_shard(plan, out, shard, rules, told)
+            return
+        _run_many(writing.work_folder(out, plan), out, shards, rules, min(workers, len(shards)), shown)
+
+
+def _run_many(work: Path, out: Path, shards: list[int], rules: images.Rules, workers: int, shown: Progress) -> None:
+    context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
+    counts, following, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
+    job = (str(work), str(out), shards, rules, counts, following, errors)
+    processes = [context.Process(target=_work, args=job, daemon=True) for _ in range(workers)]
+    try:
+        for process in processes:
+            process.start()
+        alive = list(processes)
+        while alive:
+            wait_for([process.sentinel for process in alive], timeout=0.25)
+            shown.show(*counts[:])
+            if any(process.exitcode not in (None, 0) for process in alive):
+                if not errors.empty():
+                    raise errors.get()
+                raise RuntimeError(
+                    "a worker was killed (out of memory?): run the same command again, perhaps with fewer --workers"
+                )
+            alive = [process for process in alive if process.exitcode is None]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _work(
+    work: str, out: str, shards: list[int], rules: images.Rules, counts: Any, following: Any, errors: Any
+) -> None:
+    """A worker process: takes the next shard until there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    plan = Plan.load(Path(work))
+
+    def told(*more: int) -> None:
+        with counts.get_lock():
+            for position, one in enumerate(more):
+                counts.get_obj()[position] += one
+
+    try:
+        while True:
+            with following.get_lock():
+                position = following.value
+                following.value += 1
+            if position >= len(shards):
+                return
+            writing.write_shard(plan, Path(out), shards[position], rules, told)
+    except Exception as error:
+        errors.put(
+            error if isinstance(error, OSError | RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")
+        )
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing beside the parent's successor."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,236 @@
+"""What lies in a source: one row per image, found by names and headers alone.
+
+A folder of class folders, a flat folder, Kaggle's layout, a folder of class tars, a tar of class tars, a tar of images:
+all become the same columns, so that what follows does not know where an image came from.
+"""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from . import SourceError, labels, tars
+
+IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+_SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
+_OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
+
+
+@dataclass
+class Listing:
+    """Columns of all images, in the order found. 21 bytes and a name each: 14 million of them are 0.7 GB."""
+
+    root: Path
+    kind: str  # for people
+    tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
+    classes: list[str] = field(default_factory=list)  # names, in the order found
+    notes: list[str] = field(default_factory=list)
+    place: array = field(default_factory=lambda: array("i"))  # index into tars, -1 = a file below root
+    group: array = field(default_factory=lambda: array("i"))  # index into classes, -1 = none
+    offset: array = field(default_factory=lambda: array("q"))
+    size: array = field(default_factory=lambda: array("q"))
+    name_end: array = field(default_factory=lambda: array("q"))
+    names: bytearray = field(default_factory=bytearray)  # path below root or in the tar, end to end
+    refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): links, devices, unsafe names
+    ignored: Counter = field(default_factory=Counter)  # what -> how many
+    labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
+    gzipped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def name(self, row: int) -> str:
+        start = self.name_end[row - 1] if row else 0
+        return os.fsdecode(bytes(self.names[start : self.name_end[row]]))
+
+    def add(self, name: str, size: int, group: int, place: int = -1, offset: int = 0) -> None:
+        self.names += os.fsencode(name)
+        self.name_end.append(len(self.names))
+        self.size.append(size)
+        self.group.append(group)
+        self.place.append(place)
+        self.offset.append(offset)
+
+
+def read(source: Path, split: str, label_file: Path | None, label_offset: int | None, unlabelled: bool) -> Listing:
+    """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
+    if not source.exists():
+        raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
+    source, label_file = _descend(source, split, None if unlabelled else label_file, unlabelled)
+    try:
+        listing = _tar_file(source) if source.is_file() else _folder(source, unlabelled or label_file is not None)
+    except OSError as error:
+        raise SourceError(f"cannot read {error.filename or source}: {error.strerror}") from None
+    if not len(listing):
+        raise SourceError(f"{source} holds no image{_ignored(listing)}")
+    if unlabelled:
+        _forget_classes(listing)
+    elif label_file is not None:
+        _forget_classes(listing)
+        listing.labelled = labels.read_labels(label_file, label_offset)
+        listing.notes.append(f"labels from {label_file}")
+    elif not listing.classes and any("ILSVRC2012_val_" in listing.name(row) for row in range(min(100, len(listing)))):
+        raise SourceError(
+            f"{source} is ImageNet's flat validation set: give --labels the devkit (folder or .tar.gz) or "
+            f"LOC_val_solution.csv, or say --unlabelled"
+        )
+    return listing
+
+
+def _descend(source: Path, split: str, label_file: Path | None, unlabelled: bool) -> tuple[Path, Path | None]:
+    """From a downloaded whole to the part that `split` means, and to the labels that lie beside it."""
+    aliases = _SAME_SPLIT.get(split, (split,))
+    if source.is_dir():
+        top = source
+        official = top / f"ILSVRC2012_img_{aliases[0]}.tar"
+        kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
+        inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
+        source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
+        if label_file is None and not unlabelled and aliases[0] == "val":
+            found = labels.beside(top)
+            flat = source.is_file() or not any(entry.is_dir() for entry in os.scandir(source))
+            label_file = found if flat else None
+    elif label_file is None and not unlabelled and aliases[0] == "val":
+        label_file = labels.beside(source.parent)
+    return source, label_file
+
+
+def _forget_classes(listing: Listing) -> None:
+    listing.classes = []
+    listing.group = array("i", [-1]) * len(listing)
+
+
+def _ignored(listing: Listing) -> str:
+    return f" (ignored: {', '.join(f'{n} {what}' for what, n in listing.ignored.items())})" if listing.ignored else ""
+
+
+def _wanted(listing: Listing, name: str) -> bool:
+    """Images by extension (the content is looked at later); hidden files (`.DS_Store`, `._x.JPEG`) are never one."""
+    base = name.rpartition("/")[2]
+    extension = os.path.splitext(base)[1].lower()  # noqa: PTH122 - called once per image, pathlib is slow
+    if base.startswith("."):
+        listing.ignored["hidden files"] += 1
+    elif extension not in IMAGES:
+        listing.ignored[f"{extension or 'extensionless'} files"] += 1
+    else:
+        return True
+    return False
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, any_depth: bool) -> Listing:
+    listing = Listing(root, "")
+    entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file()]
+    if class_tars and not folders:
+        listing.kind = "folder of class tars"
+        for name in class_tars:
+            listing.tars.append(str(root / name))
+            class_tar = tars.Seekable(root / name)
+            try:
+                _tar_members(listing, class_tar, name.removesuffix(".tar"))
+            finally:
+                class_tar.close()
+        return listing
+    _files(listing, root, "", -1, deep=False)
+    flat = len(listing)
+    for name in folders:
+        group = -1
+        if not any_depth and not flat:
+            group = len(listing.classes)
+            listing.classes.append(name)
+        _files(listing, root, name, group, deep=True)
+    if flat and len(listing) > flat and not any_depth:
+        raise SourceError(
+            f"{root} holds images both directly and in folders: say --unlabelled to take them all without labels, "
+            f"or move {listing.name(0)!r} into a class folder"
+        )
+    listing.kind = "folder of class folders" if listing.classes else "folder of images"
+    return listing
+
+
+def _files(listing: Listing, root: Path, below: str, group: int, deep: bool) -> None:
+    """Images of one folder by name, its subfolders after them; links to files are followed, as every reader does."""
+    folders = []
+    for entry in sorted(os.scandir(root / below), key=lambda entry: os.fsencode(entry.name)):
+        name = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir(follow_symlinks=not deep):
+            folders.append(name)
+        elif _wanted(listing, name):
+            if entry.is_file():
+                listing.add(name, entry.stat().st_size, group)
+            else:
+                listing.refused.append((name, "not a regular file"))
+    if deep:
+        for name in folders:
+            _files(listing, root, name, group, deep=True)
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
+
+
+def _tar_file(path: Path) -> Listing:
+    listing = Listing(path, "tar of images", tars=[str(path)])
+    source = tars.open_bytes(path)
+    listing.gzipped = isinstance(source, tars.Gzipped)
+    official = _OFFICIAL.get(path.name)
+    if official and source.size != official:
+        listing.notes.append(f"{path.name} has {source.size} bytes, the official one {official}")
+    try:
+        _tar_members(listing, source, None)
+        if isinstance(source, tars.Gzipped):
+            source.finish()
+            listing.kind += ", gzipped"
+    finally:
+        source.close()
+    return listing
+
+
+def _tar_members(listing: Listing, source: tars.Seekable | tars.Gzipped, group_name: str | None) -> None:
+    """Images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
+    place = len(listing.tars) - 1
+    groups: dict[str, int] = {name: number for number, name in enumerate(listing.classes)}
+
+    def group_of(name: str) -> int:
+        if name not in groups:
+            groups[name] = len(listing.classes)
+            listing.classes.append(name)
+        return groups[name]
+
+    def images(members: Iterator[tars.Member], name: str | None) -> None:
+        if name is not None:
+            group_of(name)  # a class without images is known, too
+        for member in members:
+            if _refused(listing, member):
+                continue
+            path = PurePosixPath(member.name)
+            if path.suffix.lower() == ".tar" and name is None:
+                listing.kind = "tar of class tars"
+                inner = tars.walk(source, member.offset, member.offset + member.size, inside=member.name)
+                images(inner, path.stem)
+            elif _wanted(listing, member.name):
+                group = name if name is not None else path.parent.name
+                listing.add(member.name, member.size, group_of(group) if group else -1, place, member.offset)
+
+    images(tars.walk(source), group_name)
+    if place == 0 and listing.kind == "tar of images" and len(listing.classes) == 1 and group_name is None:
+        _forget_classes(listing)  # `val/x.JPEG`: one folder around a flat set is no class
+
+
+def _refused(listing: Listing, member: tars.Member) -> bool:
+    """True for what is no plain, safely named file; folders are not worth a word."""
+    if member.kind == "folder":
+        return True
+    path = PurePosixPath(member.name)
+    if member.kind != "file":
+        listing.refused.append((member.name, f"{member.kind} in a tar"))
+    elif path.is_absolute() or ".." in path.parts:
+        listing.refused.append((member.name, "unsafe name in a tar"))
+    else:
+        return False
+    return True
