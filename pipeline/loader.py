@@ -1,0 +1,391 @@
+"""Batches of views: prefetched, resumable at every step, undisturbed by bad samples.
+
+A batch is a stretch of positions of an epoch; all that is random about it follows from (seed, epoch, sample, view). So
+the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
+
+    positions -> samples -> bytes, windows, targets      a few threads, some batches ahead
+              -> decode, cut, colour                     DALI, two batches ahead
+              -> Batch                                   when the trainer asks
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import draws
+from . import order as orders
+from .batch import Batch, View
+from .graph import DecodeError, Form, Graph
+from .recipes import Recipe
+from .samples import Samples
+from .shards import ShardSet, Spec
+
+Order = Literal["global", "block"]
+
+_READERS = 4  # threads that read ahead, a batch each
+_AHEAD = 4  # batches read ahead
+_RUNS = 2  # batches in DALI's hands
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch before anything is read: this rank's positions of an epoch, and where the epoch stands after it."""
+
+    epoch: int
+    start: int
+    stop: int
+    after: tuple[int, int]  # (epoch, position)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the host knows of a batch before its pixels."""
+
+    plan: _Plan
+    index: NDArray[np.int64]  # (B,)
+    images: list[NDArray[np.uint8]]
+    windows: NDArray[np.float32]  # (B, T, 4)
+    params: NDArray[np.float32]  # (B, T, P)
+    targets: dict[str, NDArray[Any]]
+    label: NDArray[np.int64]  # (B,)
+
+
+@dataclass
+class _Run:
+    """A batch in DALI's hands. `views` and `failed` are set when it is taken out before its turn."""
+
+    prepared: _Prepared
+    views: list[Any] | None = None
+    failed: bool = False
+
+
+class _Preparation:
+    """From a plan to all that the host does for a batch. Knows nothing of the loader, so that no thread keeps one
+    alive.
+    """
+
+    def __init__(self, samples: Samples, recipe: Recipe, seed: int, order: Order | None):
+        self.samples, self._recipe, self._seed, self._order = samples, recipe, seed, order
+        self._tables = draws.tables(recipe)
+
+    def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at these positions of an epoch."""
+        if self._order is None:
+            return np.arange(start, stop)
+        if self._order == "block":
+            return orders.block_positions(self._seed, epoch, start, stop, self.samples.shards.first)
+        return orders.positions(self._seed, epoch, start, stop, len(self.samples.shards))
+
+    def __call__(self, plan: _Plan) -> _Prepared:
+        index, images = self.samples.load(plan.epoch, self.positions(plan.epoch, plan.start, plan.stop))
+        rows = self.samples.shards.table[index]
+        sizes = np.stack([rows["height"], rows["width"]], axis=-1)
+        windows, params = draws.draw(self._tables, self._seed, plan.epoch, index, sizes)
+        targets = self._recipe.targets(by_kind(self._recipe, windows)) if self._recipe.targets else {}
+        return _Prepared(plan, index, images, windows, params, targets, rows["label"].astype(np.int64))
+
+
+def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """All views' numbers (B, T, ...) by kind: (B, V, ...) each."""
+    ends = np.cumsum([cut.count for cut in recipe.cuts])[:-1]
+    parts = np.split(views, ends, axis=1)
+    return {cut.kind: np.ascontiguousarray(part) for cut, part in zip(recipe.cuts, parts, strict=True)}
+
+
+class Loader:
+    """Batches of a recipe's views, epoch after epoch.
+
+    Iterating yields the rest of the current epoch, from wherever a loaded state or a broken-off loop left it, and moves
+    on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
+    incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may get
+    an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow storage.
+    `num_threads` are DALI's (default: the cores that this process may use, shared among the ranks of the machine),
+    `max_bad` as in `samples.Samples`, `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` picks
+    the graph's form, for comparisons.
+
+    A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
+    is current when it is asked for, without the host waiting for the device. Raises ValueError for a number out of range
+    or a set smaller than one global batch, ShardError for too many bad samples.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet | Spec,
+        recipe: Recipe,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        order: Order = "global",
+        max_bad: float | None = None,
+        hw_decoder_load: float | None = None,
+        form: Form | None = None,
+    ):
+        self.shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
+        self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
+        self.device = _device(device)
+        self._seed, self._drop_last, self._shuffle = seed, drop_last, shuffle
+        self._global = batch_size * world_size
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size} must be positive and rank {rank} one of the world_size {world_size} ranks"
+            )
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), not {seed}")
+        if order not in ("global", "block"):
+            raise ValueError(f"order must be 'global' or 'block', not {order!r}")
+        if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
+        if drop_last and len(self.shards) < self._global:
+            raise ValueError(
+                f"{len(self.shards)} samples do not fill one batch of {batch_size} on {world_size} ranks: "
+                "lower batch_size, or keep incomplete batches with drop_last=False"
+            )
+        if num_threads is None:
+            num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if num_threads < 1:
+            raise ValueError(f"num_threads must be positive, not {num_threads}")
+        self._graph_settings = {"num_threads": num_threads, "form": form, "hw_decoder_load": hw_decoder_load}
+        self._identity = {
+            "version": _VERSION,
+            "seed": seed,
+            "order": order if shuffle else "stored",
+            "shards": self.shards.fingerprint,
+            "recipe": asdict(replace(recipe, targets=None)),
+        }
+        self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
+        self._pool: ThreadPoolExecutor | None = None
+        self._graph: Graph | None = None
+        self._ahead: deque[Future[_Prepared]] = deque()
+        self._runs: deque[_Run] = deque()
+        self._move_to(0, 0)
+
+    def __len__(self) -> int:
+        """Steps per epoch, on every rank."""
+        whole, rest = divmod(len(self.shards), self._global)
+        return whole + (rest > 0 and not self._drop_last)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to."""
+        return self._epoch
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """The bad samples that this process met so far: place in the set -> reason."""
+        return dict(self._prepare.samples.bad)
+
+    def shuffle_quality(self) -> dict[str, float]:
+        """`order.shuffle_quality` of the first quarter million samples of the current epoch."""
+        n = len(self.shards)
+        stop = min(n, 1 << 18)
+        return orders.shuffle_quality(
+            self._prepare.positions(self._epoch, 0, stop), self.shards.first, n, batch=min(256, stop)
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        while self._epoch == epoch:
+            yield self._next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch stands after the batches handed out; the same on all ranks, fit for JSON."""
+        state = {**self._identity, "epoch": self._epoch, "position": self._position}
+        return json.loads(json.dumps(state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, with whatever batch size, world size or threads this loader has.
+
+        Raises ValueError, naming the field, for a state of another seed, order, recipe or shard set.
+        """
+        mine = self.state_dict()
+        for name in self._identity:
+            if name not in state:
+                raise ValueError(f"the loader's state has no {name!r}: it was not taken from a Loader")
+            _same(name, state[name], mine[name])
+        epoch, position = (state.get(name) for name in ("epoch", "position"))
+        if not (
+            isinstance(epoch, int) and isinstance(position, int) and 0 <= position < len(self.shards) and epoch >= 0
+        ):
+            raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {len(self.shards)}")
+        self._move_to(epoch, position)
+
+    def close(self) -> None:
+        """Ends the threads and gives back the device's memory; batches handed out stay valid. Iterating starts anew."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._graph = None
+        self._ahead.clear()
+        self._runs.clear()
+        self._front = (self._epoch, self._position)
+
+    def _move_to(self, epoch: int, position: int) -> None:
+        rest = len(self.shards) - position
+        if rest < (self._global if self._drop_last else 1):  # no batch is left of this epoch
+            epoch, position = epoch + 1, 0
+        self._epoch, self._position = epoch, position
+        self.close()
+
+    def _plan(self, epoch: int, position: int) -> _Plan:
+        n = len(self.shards)
+        taken = min(self._global, n - position)
+        share = -(-taken // self.world_size)
+        start, stop = (position + min(r * share, taken) for r in (self.rank, self.rank + 1))
+        end = position + taken
+        over = n - end < (self._global if self._drop_last else 1)
+        return _Plan(epoch, start, stop, (epoch + 1, 0) if over else (epoch, end))
+
+    def _fill(self) -> None:
+        """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="loader")
+        if self._graph is None:
+            device_id = self.device.index if self.device.type == "cuda" else None
+            self._graph = Graph(self.recipe, self.batch_size, device_id=device_id, **self._graph_settings)
+        while True:
+            # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
+            while len(self._ahead) < _AHEAD and (self._shuffle or self._front[0] == self._epoch):
+                plan = self._plan(*self._front)
+                self._ahead.append(self._pool.submit(self._prepare, plan))
+                self._front = plan.after
+            if len(self._runs) >= _RUNS or not self._ahead or (self._runs and not self._ahead[0].done()):
+                return
+            prepared = self._ahead.popleft().result()
+            if not self.bad.keys().isdisjoint(prepared.index.tolist()):  # found out since it was prepared
+                prepared = self._prepare(prepared.plan)
+            self._runs.append(_Run(prepared))
+            self._submit(prepared)
+
+    def _submit(self, prepared: _Prepared) -> None:
+        if prepared.images:  # a rank's share of an epoch's end may be empty
+            self._graph.submit(prepared.images, prepared.windows, prepared.params)
+
+    def _next(self) -> Batch:
+        try:
+            self._fill()
+            run = self._runs.popleft()
+            self._take(run)
+            batch = self._batch(run) if run.views is not None else self._batch(self._repair(run))
+            self._fill()
+        except BaseException:  # also Ctrl-C: what is under way no longer matches our books
+            self.close()
+            raise
+        self._epoch, self._position = run.prepared.plan.after
+        return batch
+
+    def _take(self, run: _Run) -> None:
+        if run.views is not None or run.failed:
+            return
+        if not run.prepared.images:
+            run.views = []
+            return
+        try:
+            run.views = self._graph.take(self._stream())
+        except DecodeError:
+            run.failed = True
+
+    def _stream(self) -> int | None:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+
+    def _repair(self, run: _Run) -> _Run:
+        """The same batch without the samples that the device cannot decode."""
+        for later in self._runs:  # what was started behind it comes out first
+            self._take(later)
+        while True:
+            prepared = run.prepared
+            culprits = {
+                i: reason
+                for i, image in zip(prepared.index.tolist(), prepared.images, strict=True)
+                if (reason := self._refusal(i, image))
+            }
+            if not culprits:
+                raise RuntimeError(
+                    f"a batch failed though each of its images can be decoded: {prepared.index.tolist()}"
+                )
+            for i, reason in culprits.items():
+                self._prepare.samples.reject(i, reason)
+            run = _Run(self._prepare(prepared.plan))
+            self._submit(run.prepared)
+            self._take(run)
+            if not run.failed:
+                return run
+
+    def _refusal(self, i: int, image: NDArray[np.uint8]) -> str | None:
+        row = self.shards.table[i]
+        try:
+            height, width = self._graph.decode_alone(image)
+        except DecodeError as error:
+            return f"cannot be decoded: {error}"
+        if (height, width) != (row["height"], row["width"]):
+            return f"decoded to {height} x {width} pixels, but its header says {row['height']} x {row['width']}"
+        return None
+
+    def _batch(self, run: _Run) -> Batch:
+        prepared = run.prepared
+        views = {}
+        windows, params = (by_kind(self.recipe, x) for x in (prepared.windows, prepared.params))
+        for k, cut in enumerate(self.recipe.cuts):
+            if prepared.images:
+                pixels = torch.from_dlpack(run.views[k])
+            else:
+                pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
+            if self._graph.form == "operators":
+                from . import colour
+
+                pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.colours)
+            views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]))
+        return Batch(
+            views,
+            {name: self._on_device(target) for name, target in prepared.targets.items()},
+            self._on_device(prepared.label),
+            torch.from_numpy(prepared.index),
+        )
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda[:i]', not {str(device)!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(f"device {str(device)!r}: PyTorch finds no CUDA device here; use device='cpu'")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= count:
+            raise ValueError(f"device {str(device)!r}: there are only {count} CUDA devices here")
+        return torch.device("cuda", index)
+    return device
+
+
+def _same(name: str, theirs: Any, mine: Any) -> None:
+    """Raises ValueError at the first field in which a state differs from this loader."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            _same(f"{name}.{key}", theirs.get(key), mine.get(key))
+    elif isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
+        for k, pair in enumerate(zip(theirs, mine, strict=True)):
+            _same(f"{name}[{k}]", *pair)
+    elif theirs != mine:
+        raise ValueError(
+            f"this state was taken with {name} = {theirs!r}, but the loader has {mine!r}: "
+            "go on with the former, or start anew"
+        )

@@ -1,0 +1,117 @@
+"""Sound images only: what a bad sample is, and which one takes its place.
+
+Whether a sample is bad depends on its stored bytes alone, so that every device, rank and resumed run replaces the same
+samples by the same others. Each image is checked on its way to the decoder (complete, an image, of the size that the
+table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless is rejected
+then. A sample known to be bad is not read again, so that a fault costs its batch once and nothing later.
+"""
+
+import io
+import logging
+import threading
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from . import headers
+from .order import replacement
+from .shards import ShardError, ShardSet
+
+_log = logging.getLogger(__name__)
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_LISTED = 20  # bad samples that the closing error names
+
+
+class Samples:
+    """The sound images of a shard set, for the draws of one seed.
+
+    `bad` holds why each bad sample found so far was rejected, by its place in the set. More than `max_bad` of the set
+    (a share) raise ShardError with a list; None stands for a hundredth of the set, but never fewer than 32 samples.
+    Safe to use from several threads.
+    """
+
+    def __init__(self, shards: ShardSet, seed: int, max_bad: float | None = None):
+        if max_bad is not None and not 0 <= max_bad <= 1:
+            raise ValueError(f"max_bad is a share of the samples, in [0, 1], not {max_bad}")
+        n = len(shards)
+        self.shards, self.bad = shards, dict[int, str]()
+        self._seed = seed
+        self._allowed = min(n - 1, max(32, n // 100) if max_bad is None else int(max_bad * n))
+        self._vouched: set[int] = set()  # in doubt by the quick check, and decoded in full since
+        self._lock = threading.Lock()
+
+    def load(self, epoch: int, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]]]:
+        """The samples taken, i64 (B,), and their stored bytes: those wanted, bad ones replaced for this epoch."""
+        self.shards.advise(wanted)
+        pairs = [self._load(epoch, int(i)) for i in wanted]
+        return np.array([i for i, _ in pairs], dtype=np.int64), [image for _, image in pairs]
+
+    def _load(self, epoch: int, wanted: int) -> tuple[int, NDArray[np.uint8]]:
+        taken, attempt = wanted, 0
+        while (image := self._sound(taken)) is None:
+            attempt += 1
+            taken = replacement(self._seed, epoch, wanted, attempt, len(self.shards))
+        return taken, image
+
+    def _sound(self, i: int) -> NDArray[np.uint8] | None:
+        if i in self.bad:
+            return None
+        row = self.shards.table[i]
+        try:
+            image = np.frombuffer(self._read(i), np.uint8)
+        except OSError as error:
+            return self.reject(i, error.strerror or str(error))
+        if image.size < row["size"]:
+            return self.reject(i, f"the shard ends after {image.size} of its {row['size']} bytes")
+        if image.size == 0:
+            return self.reject(i, "no bytes")
+        finding = headers.check(image, int(row["height"]), int(row["width"]))
+        if finding == headers.NO_END and i not in self._vouched:
+            reason = _decode(image)
+            if reason:
+                return self.reject(i, reason)
+            self._vouched.add(i)
+        elif finding not in (headers.SOUND, headers.NO_END):
+            return self.reject(i, headers.REASONS[finding])
+        return image
+
+    def _read(self, i: int) -> bytes:
+        try:
+            return self.shards.read(i)
+        except OSError:  # network file systems have bad moments
+            return self.shards.read(i)
+
+    def reject(self, i: int, reason: str) -> None:
+        """Marks a sample as bad and names it, once. Raises ShardError when there are too many."""
+        with self._lock:
+            if i in self.bad:
+                return
+            self.bad[i] = reason
+            _log.warning("bad sample replaced: %s", self._named(i))
+            if len(self.bad) > self._allowed:
+                listed = "; ".join(self._named(bad) for bad in list(self.bad)[:_LISTED])
+                more = f"; and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
+                raise ShardError(
+                    f"{len(self.bad)} of {len(self.shards)} samples are bad, but max_bad allows {self._allowed}: "
+                    f"mend the shards or raise max_bad. They are {listed}{more}"
+                )
+
+    def _named(self, i: int) -> str:
+        try:
+            key = self.shards.key(i)
+        except OSError:  # the shard is gone
+            key = f"number {i}"
+        return f"{key} in {self.shards.shard_of(i)}: {self.bad[i]}"
+
+
+def _decode(image: NDArray[np.uint8]) -> str | None:
+    """What Pillow has to say against an image, or None."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(image.tobytes()), formats=_FORMATS) as opened:
+            warnings.simplefilter("ignore")
+            opened.load()
+    except Exception as error:
+        return f"cannot be decoded: {error}"
+    return None

@@ -1,0 +1,403 @@
+"""A set of WebDataset shards as one numbered list of images.
+
+A table says where each image lies: shard, first byte, length, height and width by its header, label. It comes from
+beside our own shards; for anybody else's it is found by one walk over their headers and kept in the user's cache
+folder. Index files are not read: a stale one cannot hurt. Images are read by position, so that any order costs the
+same.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import resource
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import headers, tar
+
+SAMPLE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
+)
+IMAGES = ("jpg", "jpeg", "png", "webp")
+Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_SCAN = 1  # counts up when a scan of the same bytes would give another table
+_HEAD = 2048  # bytes read for an image's size; a long EXIF or ICC segment asks for more
+_LARGEST_JSON = 1 << 20
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_log = logging.getLogger(__name__)
+
+
+class ShardError(ValueError):
+    """A shard set that cannot be used, and what to do about it."""
+
+
+class ShardSet:
+    """The images of a directory of tars, a brace pattern (``dir/x-{0000..1023}.tar``) or a list of tars, numbered.
+
+    `table` holds one SAMPLE row per image, memory-mapped where one file holds them all; `fingerprint` names the set by
+    its shards' names, lengths and counts, wherever it lies. Images that cannot be decoded are listed too. Raises
+    ShardError for a set that is missing, empty, no tar, without images, ambiguous, or not a local file.
+    """
+
+    def __init__(self, spec: Spec):
+        self.paths, manifest = _resolve(spec)
+        self.table = _table(self.paths, manifest)
+        if not len(self.table):
+            raise ShardError(f"{_name(self.paths)} holds no images: members must be named KEY.{'|'.join(IMAGES)}")
+        shard = self.table["shard"]
+        self.first = np.array([bisect_left(shard, s) for s in range(len(self.paths) + 1)], dtype=np.int64)
+        """i64 (shards + 1,): the first image of each shard and, last, the number of images."""
+        counts = np.diff(self.first).tolist()
+        content = [[path.name, path.stat().st_size, count] for path, count in zip(self.paths, counts, strict=True)]
+        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self._files = _Files(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def shard_of(self, i: int) -> Path:
+        """The tar that holds image `i`."""
+        return self.paths[self.table["shard"][i]]
+
+    def key(self, i: int) -> str:
+        """The WebDataset key of image `i`: its member's name up to the first dot. Reads the shard's headers."""
+        keys = _keys(self.shard_of(i), self.shard_of(i).stat().st_mtime_ns)
+        return keys.get(int(self.table["offset"][i]), f"byte {self.table['offset'][i]}")
+
+    def read(self, i: int) -> bytes:
+        """The stored bytes of image `i`; fewer than the table says where the shard was cut off since. Raises
+        OSError.
+        """
+        row = self.table[i]
+        return self._files.read(int(row["shard"]), int(row["offset"]), int(row["size"]))
+
+    def advise(self, indices: NDArray[np.int64]) -> None:
+        """Asks the system to fetch these images, all at once, before they are read one by one."""
+        for row in self.table[indices]:
+            self._files.advise(int(row["shard"]), int(row["offset"]), int(row["size"]))
+
+
+class _Files:
+    """Open shards, the least recently used ones closed when there are many. Safe to use from several threads."""
+
+    class _File:
+        __slots__ = ("fd",)
+
+        def __init__(self, path: Path):
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+        def __del__(self) -> None:  # not before the last reader lets go
+            if hasattr(self, "fd"):
+                os.close(self.fd)
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        self._open: OrderedDict[int, _Files._File] = OrderedDict()
+        self._lock = threading.Lock()
+        self._most = max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16) // 2)
+
+    def _file(self, shard: int) -> "_Files._File":
+        with self._lock:
+            file = self._open.pop(shard, None) or self._File(self._paths[shard])
+            self._open[shard] = file
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)
+            return file
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        file = self._file(shard)
+        data = os.pread(file.fd, size, offset)
+        while len(data) < size:  # a network file system may deliver in parts; nothing more is the end
+            more = os.pread(file.fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def advise(self, shard: int, offset: int, size: int) -> None:
+        try:
+            os.posix_fadvise(self._file(shard).fd, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:  # the read that follows says what is wrong
+            return
+
+
+def _name(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _expand(pattern: str) -> list[str]:
+    """``a{00..02}b{x,y}`` -> a00bx, a00by, a01bx ..."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    if numbers := _RANGE.fullmatch(found[1]):
+        low, high = (int(text) for text in numbers.groups())
+        choices = [str(k).zfill(len(numbers[1])) for k in range(low, high + 1)]
+    elif "," in found[1]:
+        choices = found[1].split(",")
+    else:
+        raise ShardError(f"{pattern!r}: {found[0]} is neither a range {{0000..0099}} nor a list {{a,b}}")
+    return list(chain.from_iterable(_expand(pattern[: found.start()] + c + pattern[found.end() :]) for c in choices))
+
+
+def _resolve(spec: Spec) -> tuple[list[Path], dict | None]:
+    """The tars that `spec` names, and the manifest of the split that they are, where there is one."""
+    entries = [os.fspath(spec)] if isinstance(spec, str | os.PathLike) else [os.fspath(entry) for entry in spec]
+    for entry in entries:
+        if _ADDRESS.match(entry) and not Path(entry).exists():
+            raise ShardError(
+                f"{entry!r} is an address or a command: shards are read from local files only, so copy them to a disk"
+            )
+    if len(entries) == 1 and Path(entries[0]).is_dir():
+        return _in_directory(Path(entries[0]))
+    paths = [Path(path) for entry in entries for path in ([entry] if Path(entry).exists() else _expand(entry))]
+    if not paths:
+        raise ShardError("an empty list of shards: name a directory, a brace pattern or tars")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        if missing[0].is_dir():
+            raise ShardError(f"{missing[0]} is a directory among tars: name one directory alone, or tars")
+        raise ShardError(
+            f"{missing[0]} is missing ({len(missing)} of {len(paths)} shards): "
+            "check the path, or make shards with tools/shard_imagenet.py"
+        )
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ShardError(f"{twice} is named twice: name each shard once")
+    for manifest in _manifests(paths[0].parent).values():
+        if paths == [paths[0].parent / shard["file"] for shard in manifest["shards"]]:
+            return paths, manifest
+    return paths, None
+
+
+def _in_directory(folder: Path) -> tuple[list[Path], dict | None]:
+    manifests = _manifests(folder)
+    if len(manifests) > 1:
+        patterns = " or ".join(f"{folder}/{m['name']}-{split}-{{...}}.tar" for split, m in manifests.items())
+        raise ShardError(f"{folder} holds the splits {', '.join(manifests)}: name one by its pattern, {patterns}")
+    for manifest in manifests.values():
+        paths = [folder / shard["file"] for shard in manifest["shards"]]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise ShardError(
+                f"{missing[0]} is missing ({len(missing)} of the {len(paths)} shards that the manifest lists): "
+                "restore it, or name the remaining tars one by one"
+            )
+        return paths, manifest
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
+    info = next((folder / name for name in ("_info.json", "info.json") if (folder / name).is_file()), None)
+    splits = (_json(info) or {}).get("splits", {}) if info else {}
+    if isinstance(splits, dict) and len(splits) > 1:
+        raise ShardError(
+            f"{folder} holds the splits {', '.join(splits)}: name one by a pattern, {folder}/NAME-{{0000..0099}}.tar"
+        )
+    return paths, None
+
+
+def _json(path: Path) -> dict | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _manifests(folder: Path) -> dict[str, dict]:
+    """Our sharder's manifests in a folder, by split; anything else of that name is left alone."""
+    found = {}
+    for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
+        manifest = _json(path)
+        if manifest and manifest.get("format") == 1 and isinstance(manifest.get("shards"), list):
+            found[str(manifest.get("split"))] = manifest
+    return found
+
+
+def _table(paths: Sequence[Path], manifest: dict | None) -> NDArray[np.void]:
+    if manifest and all(path.stat().st_size == s["bytes"] for path, s in zip(paths, manifest["shards"], strict=True)):
+        merged = paths[0].parent / f"{manifest['name']}-{manifest['split']}.samples.npy"
+        table = _load(merged)
+        if table is not None and len(table) == manifest["num_samples"]:
+            return table
+    tables: list[NDArray[np.void] | None] = [_sidecar(path) for path in paths]
+    foreign = [path for path, table in zip(paths, tables, strict=True) if table is None]
+    if foreign:
+        scanned = _scan_all(foreign)
+        if len(foreign) == len(paths):
+            return scanned
+        parts = iter(np.split(scanned, np.searchsorted(scanned["shard"], np.arange(1, len(foreign)))))
+        tables = [next(parts) if table is None else table for table in tables]
+    return _joined([table for table in tables if table is not None])
+
+
+def _joined(tables: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
+    out = np.empty(sum(len(table) for table in tables), SAMPLE)
+    end = 0
+    for shard, table in enumerate(tables):
+        part = out[end : end + len(table)]
+        part[:] = table
+        part["shard"] = shard
+        end += len(table)
+    return out
+
+
+def _load(path: Path) -> NDArray[np.void] | None:
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return table if table.dtype == SAMPLE and table.ndim == 1 else None
+
+
+@lru_cache(maxsize=8)
+def _listed(folder: Path, stamps: tuple[int, ...]) -> dict[str, dict]:
+    return {shard["file"]: shard for manifest in _manifests(folder).values() for shard in manifest["shards"]}
+
+
+def _sidecar(path: Path) -> NDArray[np.void] | None:
+    """The table beside one of our shards, if the manifest still describes the tar."""
+    beside = path.with_suffix(".samples.npy")
+    if not beside.is_file():
+        return None
+    stamps = tuple(p.stat().st_mtime_ns for p in sorted(path.parent.glob("*manifest.json")))
+    listed = _listed(path.parent, stamps).get(path.name)
+    table = _load(beside)
+    if listed is None or table is None or listed["bytes"] != path.stat().st_size or listed["samples"] != len(table):
+        return None
+    return table
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-ssl" / "tables"
+
+
+def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
+    """The table of shards that bring none: from the cache if they have not changed since, else by a walk."""
+    stats = [path.stat() for path in paths]
+    stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
+    name = hashlib.blake2b(json.dumps([_SCAN, stamp]).encode(), digest_size=16).hexdigest() + ".npy"
+    cached = _load(_cache_folder() / name)
+    if cached is not None:
+        return cached
+    _log.info("reading the headers of %d shards, once; the table is kept in %s", len(paths), _cache_folder())
+    with ThreadPoolExecutor(min(16, len(paths))) as pool:
+        scans = list(pool.map(_scan, paths))
+    for path, (_, damage) in zip(paths, scans, strict=True):
+        if not damage.is_tar and (len(paths) == 1 or path.stat().st_size >= tar.BLOCK):
+            what = "is empty" if path.stat().st_size == 0 else "is not a tar"
+            raise ShardError(f"{path} {what}: remove it from the set, or fetch it again")
+        if damage.notes:
+            _log.warning("%s: %s; the rest of it is used", path, "; ".join(damage.notes))
+    table = _joined([rows for rows, _ in scans])
+    if len(table) and not any(damage.notes for _, damage in scans):  # a damaged set is scanned, and named, every time
+        _keep(table, _cache_folder() / name)
+    return table
+
+
+def _keep(table: NDArray[np.void], path: Path) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.save(file, table)
+        beside.replace(path)
+    except OSError as error:  # the table is in memory; the next start scans again
+        _log.warning("the table of these shards cannot be kept in %s: %s", path.parent, error)
+        beside.unlink(missing_ok=True)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension, as WebDataset splits it: at the first dot of the last part of the path."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem) if stem else "", extension.lower()
+
+
+def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
+    damage = tar.Damage()
+    images: dict[str, tar.Member] = {}
+    labels: dict[str, int] = {}
+    keys: dict[str, None] = {}
+    twice: list[str] = []
+    with path.open("rb") as file:
+        fd = file.fileno()
+        for member in tar.walk(fd, damage):
+            key, extension = _split_name(member.name)
+            if not key or not extension:
+                continue
+            keys[key] = None
+            if extension in IMAGES:
+                if key in images:
+                    twice.append(key)
+                images.setdefault(key, member)
+            elif extension == "cls" and member.size <= 32:
+                labels[key] = _int(os.pread(fd, member.size, member.offset), labels.get(key, -1))
+            elif extension == "json" and member.size <= _LARGEST_JSON and key not in labels:
+                label = _label_in(os.pread(fd, member.size, member.offset))
+                if label is not None:
+                    labels[key] = label
+        rows = np.zeros(len(images), SAMPLE)
+        for row, (key, member) in zip(rows, images.items(), strict=True):
+            height, width = _image_size(fd, member)
+            row["offset"], row["size"] = member.offset, min(member.size, 2**31 - 1)
+            row["height"], row["width"], row["label"] = height, width, labels.get(key, -1)
+    without = [key for key in keys if key not in images]
+    if without and images:
+        damage.notes.append(f"{len(without)} samples without an image, the first is {without[0]!r}")
+    if twice:
+        damage.notes.append(f"{len(twice)} keys with a second image, which is left out, the first is {twice[0]!r}")
+    return rows, damage
+
+
+def _int(text: bytes, default: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return default
+
+
+def _label_in(text: bytes) -> int | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    label = content.get("label") if isinstance(content, dict) else None
+    return label if isinstance(label, int) and not isinstance(label, bool) and abs(label) < 2**31 else None
+
+
+def _image_size(fd: int, member: tar.Member) -> tuple[int, int]:
+    """Height and width of a stored image by its header, (0, 0) where it is none."""
+    wanted = _HEAD
+    while True:
+        head = np.frombuffer(os.pread(fd, min(wanted, member.size), member.offset), np.uint8)
+        kind, height, width = headers.image_size(head)
+        if kind != headers.MORE:
+            return (height, width) if max(height, width) < 2**31 else (0, 0)
+        if head.size == member.size:
+            return 0, 0
+        wanted = max(2 * wanted, height)  # where more is needed, the second number says how much
+
+
+@lru_cache(maxsize=4)
+def _keys(path: Path, stamp: int) -> dict[int, str]:
+    with path.open("rb") as file:
+        return {m.offset: _split_name(m.name)[0] for m in tar.walk(file.fileno(), tar.Damage())}
+
+
+def names(shards: ShardSet, indices: Iterable[int]) -> list[str]:
+    """``key (shard)`` of some images, for messages."""
+    return [f"{shards.key(i)} ({shards.shard_of(i).name})" for i in indices]
