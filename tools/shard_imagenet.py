@@ -20,11 +20,11 @@ import os
 import sys
 from pathlib import Path
 
-from sharding import SourceError, check, images, plan, pool, sources, writing
+from sharding import SourceError, check, finishing, images, plan, pool, sources, writing
 
 
-def main() -> int:
-    args = arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     try:
         return verify(args) if args.check else shard(args)
     except SourceError as error:
@@ -62,14 +62,14 @@ def shard(args: argparse.Namespace) -> int:
     # --- make what is still missing
     work = target(planned, args.out)
     with writing.locked(work, args.part):
-        manifest = writing.check_target(planned, args.out)
+        manifest = finishing.check_target(planned, args.out)
         if manifest is None:
             with writing.alone(work):
                 if not (work / "plan.json").exists():
                     planned.save(work)
-            missing = [one for one in mine if not writing.done(planned, args.out, one)]
+            missing = [one for one in mine if not finishing.done(planned, args.out, one)]
         else:  # finished before: only what was lost since
-            whole = {entry["file"] for entry in manifest["shards"] if writing.whole(args.out, entry)}
+            whole = {entry["file"] for entry in manifest["shards"] if finishing.whole(args.out, entry)}
             lost = {entry["file"] for entry in manifest["shards"]} - whole
             missing = [one for one in mine if planned.shard_file(one) in lost]
             if missing:
@@ -90,33 +90,33 @@ def finish(planned: plan.Plan, args: argparse.Namespace, manifest: dict | None, 
     if manifest is not None:
         wanted = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
         for one in made:
-            entry = writing.record(planned, args.out, one)["entry"]
+            entry = finishing.read_record(planned, args.out, one)["entry"]
             if entry["sha256"] != wanted[entry["file"]]:
                 raise RuntimeError(
                     f"{entry['file']} came out different from the manifest: another Pillow than {manifest['codec']}?"
                 )
-        writing.clean_up(planned, args.out)
+        finishing.clean_up(planned, args.out)
         print(
             f"{args.out} is complete: {manifest['num_samples']:,} samples"
             + f"; {len(made)} lost shards made again" * bool(made)
         )
         return 0
     with writing.alone(work):
-        manifest = writing.check_target(planned, args.out)  # another part may have been last, just now
+        manifest = finishing.check_target(planned, args.out)  # another part may have been last, just now
         if manifest is None:
-            waiting = [one for one in range(planned.shards) if not writing.done(planned, args.out, one)]
+            waiting = [one for one in range(planned.shards) if not finishing.done(planned, args.out, one)]
             if waiting:
                 print(
                     f"this part is done; {len(waiting)} of {planned.shards} shards are other parts' and not there yet"
                 )
                 return int(args.merge)
-            manifest = writing.merge(planned, args.out, strict=args.strict)
+            manifest = finishing.merge(planned, args.out, strict=args.strict)
             if args.strict and manifest["quarantined"]:
-                listed = writing.own_file(args.out, args.split, "quarantine.jsonl")
+                listed = finishing.own_file(args.out, args.split, "quarantine.jsonl")
                 raise RuntimeError(
                     f"--strict: {manifest['quarantined']} image(s) quarantined ({listed}): no manifest is written"
                 )
-    writing.clean_up(planned, args.out)
+    finishing.clean_up(planned, args.out)
     print(
         f"done: {manifest['num_samples']:,} samples in {len(manifest['shards'])} shards, "
         f"{manifest['repaired']} repaired, {manifest['quarantined']} quarantined -> {args.out}"
@@ -168,7 +168,7 @@ def complain(what: object, code: int) -> int:
     return code
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="only write the metadata, once all parts are done (the last part does by itself)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.check is None and (args.source is None or args.out is None):
         parser.error("SOURCE and OUT are needed (or --check OUT)")
     if not args.split.replace("_", "").isalnum() or (

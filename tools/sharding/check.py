@@ -12,7 +12,7 @@ from . import SourceError, pool, tars
 
 
 def run(out: Path, workers: int) -> list[str]:
-    """Every difference found, a sentence each; an empty list is a sound folder. SourceError where there is no manifest."""
+    """Every difference found, a sentence each; none is a sound folder. SourceError where there is no manifest."""
     manifests = sorted(out.glob("manifest.json")) + sorted(out.glob("*.manifest.json"))
     if not manifests:
         unfinished = ": the run that writes it is unfinished" if any(out.glob(".*.work")) else ""

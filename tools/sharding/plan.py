@@ -121,6 +121,7 @@ def build(
     key_style: str,
 ) -> Plan:
     """Raises SourceError for what cannot be a set: duplicate keys, labels out of range, empty classes."""
+    class_list = class_list or listing.class_file
     classes, label = _labels(listing, labels.read_classes(class_list) if class_list else None)
     kept = np.flatnonzero(label > -2)
     if not len(kept):
@@ -161,7 +162,7 @@ def build(
         shards = max(math.ceil(size / SHARD_BYTES), min(16, math.ceil(len(rows) / 100)))
     elif shards > len(rows):
         raise SourceError(f"--shards {shards}: there are only {len(rows)} images")
-    content = hashlib.sha256(ranked.tobytes())
+    content = hashlib.sha256(ranked.tobytes() + "\n".join(classes).encode("utf-8", "surrogateescape"))
     for column in ("size", "label"):
         content.update(np.ascontiguousarray(rows[column]).tobytes())
     known = labels.release(classes)

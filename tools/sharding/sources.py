@@ -36,6 +36,7 @@ class Listing:
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): links, devices, unsafe names
     ignored: Counter = field(default_factory=Counter)  # what -> how many
     labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
+    class_file: Path | None = None  # a list of classes that came with the source
     gzipped: bool = False
 
     def __len__(self) -> int:
@@ -58,6 +59,7 @@ def read(source: Path, split: str, label_file: Path | None, label_offset: int | 
     """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
     if not source.exists():
         raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
+    mapping = source / "LOC_synset_mapping.txt"
     source, label_file = _descend(source, split, None if unlabelled else label_file, unlabelled)
     try:
         listing = _tar_file(source) if source.is_file() else _folder(source, unlabelled or label_file is not None)
@@ -65,6 +67,8 @@ def read(source: Path, split: str, label_file: Path | None, label_offset: int | 
         raise SourceError(f"cannot read {error.filename or source}: {error.strerror}") from None
     if not len(listing):
         raise SourceError(f"{source} holds no image{_ignored(listing)}")
+    if mapping.is_file() and not unlabelled:
+        listing.class_file = mapping
     if unlabelled:
         _forget_classes(listing)
     elif label_file is not None:
