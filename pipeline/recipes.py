@@ -153,14 +153,14 @@ def loca(
             colours=look,
         )
 
-    cuts = (
+    cuts = [
         cut("reference", 1, size, scale, 0.5 if paper else 0.0, colours(blur=1.0)),
         cut("query", 1, size, scale, 0.5, colours(blur=0.1, solarize=0.2)),
-        cut("focal", queries, focal_size, focal_scale, 0.5, colours(blur=0.5)),
-    )
-    cuts = cuts if queries else cuts[:2]
+    ]
+    if queries:
+        cuts.append(cut("focal", queries, focal_size, focal_scale, 0.5, colours(blur=0.5)))
     grids = {c.kind: (c.grid, c.size) for c in cuts}
-    return Recipe("loca", fidelity, cuts, targets=partial(_patch_targets, grids=grids, rule=rule))
+    return Recipe("loca", fidelity, tuple(cuts), targets=partial(_patch_targets, grids=grids, rule=rule))
 
 
 def vicregl(
