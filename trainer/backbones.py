@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models import convnext as timm_convnext
+from timm.models import resnet as timm_resnet
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from trainer.parallel import gather, world_size
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -177,3 +181,92 @@ def block_init_(block: Any) -> None:
 
 
 # ---- Convolutional networks ------------------------------------------------------------------------------------------
+
+# depths and widths of the four stages
+CONVNEXT_SIZES = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+
+
+def convnet(name: str, *, drop_path: float = 0.0) -> "ConvNeXt | ResNet":
+    """The network called `name`: ``resnet50`` or ``convnext_{tiny,small,base,large,xlarge}``. Raises ValueError."""
+    if name == "resnet50":
+        return ResNet((3, 4, 6, 3), drop_path=drop_path)
+    if (size := name.removeprefix("convnext_")) in CONVNEXT_SIZES and name != size:
+        return ConvNeXt(*CONVNEXT_SIZES[size], drop_path=drop_path)
+    sizes = ", ".join(CONVNEXT_SIZES)
+    raise ValueError(f"unknown backbone {name!r}: choose resnet50 or convnext_SIZE with SIZE one of {sizes}")
+
+
+class ConvNeXt(timm_convnext.ConvNeXt):
+    """timm's ConvNeXt as VICRegL trains it (released code): no layer scale, the last LayerNorm on every cell.
+
+    The original pools first and normalises the mean; here maps and their mean share the norm (`head.norm` in timm).
+    Block l of L drops its branch, per sample, with probability ``drop_path * l / (L - 1)``.
+    """
+
+    patch = 32  # pixels per cell side
+
+    def __init__(self, depths: tuple[int, ...], widths: tuple[int, ...], *, drop_path: float = 0.0) -> None:
+        super().__init__(num_classes=0, depths=depths, dims=widths, ls_init_value=None, drop_path_rate=drop_path)
+        self.width = widths[-1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
+        maps: Tensor = self.forward_features(pixels)
+        norm: Any = self.head.norm
+        return norm(maps).flatten(2).mT
+
+
+class ResNet(timm_resnet.ResNet):
+    """timm's bottleneck ResNet (v1.5: the stride is in the 3x3 convolution); maps after the last block's ReLU.
+
+    Convolutions start as Kaiming normal by fan-out, the last norm of each block with gain 0 (released VICRegL code).
+    """
+
+    patch = 32
+
+    def __init__(self, depths: tuple[int, ...], *, drop_path: float = 0.0) -> None:
+        block: Any = timm_resnet.Bottleneck
+        super().__init__(block, depths, num_classes=0, norm_layer=BatchNorm, drop_path_rate=drop_path)
+        self.width = self.num_features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
+        return self.forward_features(pixels).flatten(2).mT
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of (B, D) or (B, D, H, W) whose statistics run over all ranks, on any device, with exact gradients.
+
+    One gather of two vectors per layer and direction; nothing with one process. The names are nn.BatchNorm2d's.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # both shapes are welcome
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        axes = [0, *range(2, input.ndim)]
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        each = gather(torch.stack(torch.var_mean(x, axes, correction=0))[None])  # (ranks, variance and mean, D)
+        mean = each[:, 1].mean(0)
+        var = each[:, 0].mean(0) + (each[:, 1] - mean).square().mean(0)
+        with torch.no_grad():
+            count = input.numel() // input.shape[1] * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shape = (-1, *(1,) * (input.ndim - 2))
+        return ((x - mean.reshape(shape)) * scale.reshape(shape) + self.bias.reshape(shape)).to(input.dtype)
