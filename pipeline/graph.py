@@ -11,21 +11,27 @@ its buffers alive for as long as a result is held, and survives an image that it
 next one goes on.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numba import carray, cfunc
+from numba import types as numba_types
 from numpy.typing import NDArray
 from nvidia import dali
 from nvidia.dali import backend, fn, types
+from nvidia.dali.plugin.numba import NumbaFunction
 
+from .cutting import cut_image
 from .recipes import Cut, Recipe
 
 Form = Literal["fused", "operators"]
 Images = Sequence[NDArray[np.uint8]]
 
-_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_FILTERS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
 
 
 class DecodeError(RuntimeError):
@@ -34,10 +40,11 @@ class DecodeError(RuntimeError):
 
 def _call(schema: str, device: str, function: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
     """An operator, after a look at DALI's registry: a missing GPU kernel shows without a GPU."""
+    registry: Any = backend
     registered = {
-        "cpu": backend.RegisteredCPUOps,
-        "gpu": backend.RegisteredGPUOps,
-        "mixed": backend.RegisteredMixedOps,
+        "cpu": registry.RegisteredCPUOps,
+        "gpu": registry.RegisteredGPUOps,
+        "mixed": registry.RegisteredMixedOps,
     }[device]()
     if schema not in registered:
         raise NotImplementedError(f"DALI {dali.__version__} has no {schema} for {device!r}")
@@ -49,7 +56,7 @@ def _source(name: str, dtype: types.DALIDataType, ndim: int) -> Any:
 
 
 def _decode(images: Any, gpu: bool, hw_decoder_load: float | None) -> Any:
-    arguments: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    arguments: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if gpu:
         arguments["jpeg_fancy_upsampling"] = True  # as the CPU decoder upsamples chroma
         if hw_decoder_load is not None:
@@ -59,8 +66,8 @@ def _decode(images: Any, gpu: bool, hw_decoder_load: float | None) -> Any:
 
 def _operators(image: Any, cuts: Sequence[Cut], device: str) -> list[Any]:
     """Each kind's views (V, S, S, 3), uncoloured."""
-    start, shape = (_source(name, types.INT32, 2) for name in ("start", "shape"))
-    roi_start, roi_end = (_source(name, types.FLOAT, 2) for name in ("roi_start", "roi_end"))
+    start, shape = (_source(name, types.DALIDataType.INT32, 2) for name in ("start", "shape"))
+    roi_start, roi_end = (_source(name, types.DALIDataType.FLOAT, 2) for name in ("roi_start", "roi_end"))
     kinds, view = [], 0
     for cut in cuts:
         views = []
@@ -84,42 +91,90 @@ def _operators(image: Any, cuts: Sequence[Cut], device: str) -> list[Any]:
     return kinds
 
 
+_ARRAYS, _NDIMS = numba_types.CPointer(numba_types.voidptr), numba_types.CPointer(numba_types.int32)
+_SHAPES, _INT = numba_types.CPointer(numba_types.CPointer(numba_types.int64)), numba_types.int32
+_RUN = numba_types.void(_ARRAYS, _SHAPES, _NDIMS, _INT, _ARRAYS, _SHAPES, _NDIMS, _INT)
+_SETUP = numba_types.void(_SHAPES, _NDIMS, _INT, _SHAPES, _NDIMS, _INT, _INT)
+
+
 @cache
-def _fused(shapes: tuple[tuple[int, int], ...]) -> Any:
-    """The operator that cuts and colours all views of one image; compiled once per process for each set of (V, S)."""
-    from nvidia.dali.plugin.numba import NumbaFunction
+def _cut_all() -> Any:
+    """All views of one decoded image, as DALI calls a numba operator: outputs, then inputs, by address and shape."""
+    # numba looks for changes in this file only; what it keeps must also go when a file that is compiled in changes.
+    here = Path(__file__).parent
+    version = zlib.crc32(b"".join((here / name).read_bytes() for name in ("cutting.py", "simd.py", "draws.py")))
 
-    from .cutting import cut_image
-
-    kinds = len(shapes)
-    sizes = np.array([(count, size, size, 3) for count, size in shapes], dtype=np.int64)
-
-    def set_shapes(outputs, inputs):
+    def run(outputs, out_shapes, out_ndims, kinds, inputs, in_shapes, in_ndims, count):
+        image = carray(inputs[0], (in_shapes[0][0], in_shapes[0][1], in_shapes[0][2]), np.uint8)
+        windows = carray(inputs[1], (in_shapes[1][0], in_shapes[1][1]), np.float32)
+        params = carray(inputs[2], (in_shapes[2][0], in_shapes[2][1]), np.float32)
+        done = 0 * version
         for kind in range(kinds):
-            for sample in range(len(outputs[kind])):
-                for axis in range(4):
-                    outputs[kind][sample][axis] = sizes[kind, axis]
+            shape = out_shapes[kind]
+            out = carray(outputs[kind], (shape[0], shape[1], shape[2], shape[3]), np.uint8)
+            cut_image((out,), image, windows[done:], params[done:])
+            done += shape[0]
 
-    # One function per number of kinds, as DALI hands arrays over singly. It types them as possibly absent; [:] is an
-    # array. It looks at as many inputs as there are outputs when it sets shapes (2.4), so it is fed no fewer.
-    run = (
-        lambda a, i, w, p: cut_image((a[:],), i[:], w[:], p[:]),
-        lambda a, b, i, w, p: cut_image((a[:], b[:]), i[:], w[:], p[:]),
-        lambda a, b, c, i, w, p: cut_image((a[:], b[:], c[:]), i[:], w[:], p[:]),
-        lambda a, b, c, d, i, w, p, x: cut_image((a[:], b[:], c[:], d[:]), i[:], w[:], p[:]),
-        lambda a, b, c, d, e, i, w, p, x, y: cut_image((a[:], b[:], c[:], d[:], e[:]), i[:], w[:], p[:]),
-        lambda a, b, c, d, e, f, i, w, p, x, y, z: cut_image((a[:], b[:], c[:], d[:], e[:], f[:]), i[:], w[:], p[:]),
-    )[kinds - 1]
-    inputs = max(3, kinds)
-    return NumbaFunction(
-        run_fn=run,
-        setup_fn=set_shapes,
-        out_types=[types.UINT8] * kinds,
-        outs_ndim=[4] * kinds,
-        in_types=[types.UINT8] + [types.FLOAT] * (inputs - 1),
-        ins_ndim=[3] + [2] * (inputs - 1),
-        device="cpu",
-    )
+    try:
+        return cfunc(_RUN, cache=True)(run)
+    except RuntimeError:  # no cache directory can be written
+        return cfunc(_RUN)(run)
+
+
+@cache
+def _shapes(counts_and_sizes: tuple[tuple[int, int], ...]) -> Any:
+    sizes = np.array([(count, size, size, 3) for count, size in counts_and_sizes], dtype=np.int64)
+
+    @cfunc(_SETUP)
+    def setup(out_shapes, out_ndims, kinds, in_shapes, in_ndims, count, samples):
+        for kind in range(kinds):
+            for sample in range(samples):
+                for axis in range(4):
+                    out_shapes[kind * samples + sample][axis] = sizes[kind, axis]
+
+    return setup
+
+
+class _Fused(NumbaFunction):
+    """DALI's numba operator with functions that are compiled already.
+
+    DALI wraps the functions it is given and compiles them anew in each process, which takes 3 to 10 s. What it then
+    calls is this: two C functions, the first of which numba keeps on disk.
+    """
+
+    def __init__(self, cuts: Sequence[Cut]):
+        self._sizes = tuple((cut.count, cut.size) for cut in cuts)
+        byte, real, kinds = types.DALIDataType.UINT8, types.DALIDataType.FLOAT, len(cuts)
+        super().__init__(
+            run_fn=None,
+            setup_fn=None,
+            out_types=[byte] * kinds,
+            outs_ndim=[4] * kinds,
+            in_types=[byte, real, real],
+            ins_ndim=[3, 2, 2],
+            device="cpu",
+        )
+
+    def _get_run_fn_cpu(self, *_: Any) -> int:
+        return _cut_all().address
+
+    def _get_setup_fn_cpu(self, _: Any) -> int:
+        return _shapes(self._sizes).address
+
+    @staticmethod
+    def fits() -> bool:
+        """Whether this DALI calls a numba operator's functions as 2.4 does."""
+        operator: Any = NumbaFunction
+        try:
+            signatures = operator._run_fn_sig(None, False), operator._setup_fn_sig(None)
+        except (AttributeError, TypeError):
+            return False
+        word, number = numba_types.uint64, numba_types.int32
+        run = [word, word, word, number] * 2
+        return signatures == (
+            numba_types.void(*run),
+            numba_types.void(word, word, number, word, word, number, number),
+        )
 
 
 class Graph:
@@ -138,7 +193,7 @@ class Graph:
         form: Form | None = None,
         hw_decoder_load: float | None = None,
     ):
-        self.form: Form = form or ("fused" if device_id is None else "operators")
+        self.form: Form = form or ("fused" if device_id is None and _Fused.fits() else "operators")
         gpu = device_id is not None
         if gpu and self.form == "fused":
             raise NotImplementedError("the fused form is for the CPU: leave `form` out on a GPU")
@@ -148,11 +203,13 @@ class Graph:
         self._alone: dali.Pipeline | None = None
         self._pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
-            image = _decode(_source("image", types.UINT8, 1), *self._decoding)
+            image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding)
             if self.form == "fused":
-                operator = _fused(tuple((cut.count, cut.size) for cut in recipe.cuts))
-                windows, params = _source("windows", types.FLOAT, 2), _source("params", types.FLOAT, 2)
-                views = operator(image, windows, params, *[params] * max(0, len(recipe.cuts) - 3))
+                views: Any = _Fused(recipe.cuts)(
+                    image,
+                    _source("windows", types.DALIDataType.FLOAT, 2),
+                    _source("params", types.DALIDataType.FLOAT, 2),
+                )
                 outputs = [views] if len(recipe.cuts) == 1 else list(views)
             else:
                 outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu")
@@ -192,7 +249,7 @@ class Graph:
         if self._alone is None:
             self._alone = dali.Pipeline(batch_size=1, exec_dynamic=True, **self._settings)
             with self._alone:
-                self._alone.set_outputs(_decode(_source("image", types.UINT8, 1), *self._decoding))
+                self._alone.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
         self._alone.feed_input("image", [image])
         try:
             self._alone.schedule_run()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import draws
+from . import colour, draws
 from . import order as orders
 from .batch import Batch, View
 from .graph import DecodeError, Form, Graph
@@ -62,11 +63,11 @@ class _Prepared:
 
 @dataclass
 class _Run:
-    """A batch in DALI's hands. `views` and `failed` are set when it is taken out before its turn."""
+    """A batch in DALI's hands. It may be taken out before its turn; `views` stays None where the run failed."""
 
     prepared: _Prepared
+    taken: bool = False
     views: list[Any] | None = None
-    failed: bool = False
 
 
 class _Preparation:
@@ -105,17 +106,17 @@ def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.
 class Loader:
     """Batches of a recipe's views, epoch after epoch.
 
-    Iterating yields the rest of the current epoch, from wherever a loaded state or a broken-off loop left it, and moves
-    on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
-    incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may get
-    an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow storage.
-    `num_threads` are DALI's (default: the cores that this process may use, shared among the ranks of the machine),
-    `max_bad` as in `samples.Samples`, `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` picks
-    the graph's form, for comparisons.
+    Iterating yields the rest of the current epoch, from wherever a loaded state or a broken-off loop left it, and
+    moves on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
+    incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may
+    get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
+    storage. `num_threads` are DALI's (default: the cores that this process may use, shared among the ranks of the
+    machine), `max_bad` as in `samples.Samples`, `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's).
+    `form` picks the graph's form, for comparisons.
 
     A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
-    is current when it is asked for, without the host waiting for the device. Raises ValueError for a number out of range
-    or a set smaller than one global batch, ShardError for too many bad samples.
+    is current when it is asked for, without the host waiting for the device. Raises ValueError for a number out of
+    range or a set smaller than one global batch, ShardError for too many bad samples.
     """
 
     def __init__(
@@ -160,7 +161,15 @@ class Loader:
             num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if num_threads < 1:
             raise ValueError(f"num_threads must be positive, not {num_threads}")
-        self._graph_settings = {"num_threads": num_threads, "form": form, "hw_decoder_load": hw_decoder_load}
+        self._build = partial(
+            Graph,
+            recipe,
+            batch_size,
+            device_id=self.device.index if self.device.type == "cuda" else None,
+            num_threads=num_threads,
+            form=form,
+            hw_decoder_load=hw_decoder_load,
+        )
         self._identity = {
             "version": _VERSION,
             "seed": seed,
@@ -170,7 +179,7 @@ class Loader:
         }
         self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
         self._pool: ThreadPoolExecutor | None = None
-        self._graph: Graph | None = None
+        self._built: Graph | None = None
         self._ahead: deque[Future[_Prepared]] = deque()
         self._runs: deque[_Run] = deque()
         self._move_to(0, 0)
@@ -229,7 +238,7 @@ class Loader:
         """Ends the threads and gives back the device's memory; batches handed out stay valid. Iterating starts anew."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = self._graph = None
+        self._pool = self._built = None
         self._ahead.clear()
         self._runs.clear()
         self._front = (self._epoch, self._position)
@@ -250,13 +259,16 @@ class Loader:
         over = n - end < (self._global if self._drop_last else 1)
         return _Plan(epoch, start, stop, (epoch + 1, 0) if over else (epoch, end))
 
+    @property
+    def _graph(self) -> Graph:
+        if self._built is None:
+            self._built = self._build()
+        return self._built
+
     def _fill(self) -> None:
         """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="loader")
-        if self._graph is None:
-            device_id = self.device.index if self.device.type == "cuda" else None
-            self._graph = Graph(self.recipe, self.batch_size, device_id=device_id, **self._graph_settings)
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
             while len(self._ahead) < _AHEAD and (self._shuffle or self._front[0] == self._epoch):
@@ -279,51 +291,48 @@ class Loader:
         try:
             self._fill()
             run = self._runs.popleft()
-            self._take(run)
-            batch = self._batch(run) if run.views is not None else self._batch(self._repair(run))
+            prepared, views = run.prepared, self._take(run)
+            if views is None:
+                prepared, views = self._repair(run.prepared)
+            batch = self._batch(prepared, views)
             self._fill()
         except BaseException:  # also Ctrl-C: what is under way no longer matches our books
             self.close()
             raise
-        self._epoch, self._position = run.prepared.plan.after
+        self._epoch, self._position = prepared.plan.after
         return batch
 
-    def _take(self, run: _Run) -> None:
-        if run.views is not None or run.failed:
-            return
-        if not run.prepared.images:
-            run.views = []
-            return
-        try:
-            run.views = self._graph.take(self._stream())
-        except DecodeError:
-            run.failed = True
+    def _take(self, run: _Run) -> list[Any] | None:
+        """The pixels of a run by kind, or None where it failed."""
+        if not run.taken:
+            run.taken = True
+            try:
+                run.views = self._graph.take(self._stream()) if run.prepared.images else []
+            except DecodeError:
+                run.views = None
+        return run.views
 
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
 
-    def _repair(self, run: _Run) -> _Run:
+    def _repair(self, prepared: _Prepared) -> tuple[_Prepared, list[Any]]:
         """The same batch without the samples that the device cannot decode."""
         for later in self._runs:  # what was started behind it comes out first
             self._take(later)
         while True:
-            prepared = run.prepared
-            culprits = {
-                i: reason
-                for i, image in zip(prepared.index.tolist(), prepared.images, strict=True)
-                if (reason := self._refusal(i, image))
-            }
+            culprits = 0
+            for i, image in zip(prepared.index.tolist(), prepared.images, strict=True):
+                reason = self._refusal(i, image)
+                if reason:
+                    culprits += 1
+                    self._prepare.samples.reject(i, reason)
             if not culprits:
-                raise RuntimeError(
-                    f"a batch failed though each of its images can be decoded: {prepared.index.tolist()}"
-                )
-            for i, reason in culprits.items():
-                self._prepare.samples.reject(i, reason)
-            run = _Run(self._prepare(prepared.plan))
-            self._submit(run.prepared)
-            self._take(run)
-            if not run.failed:
-                return run
+                raise RuntimeError(f"a batch failed, but each of its images can be decoded: {prepared.index.tolist()}")
+            prepared = self._prepare(prepared.plan)
+            self._submit(prepared)
+            views = self._take(_Run(prepared))
+            if views is not None:
+                return prepared, views
 
     def _refusal(self, i: int, image: NDArray[np.uint8]) -> str | None:
         row = self.shards.table[i]
@@ -335,18 +344,15 @@ class Loader:
             return f"decoded to {height} x {width} pixels, but its header says {row['height']} x {row['width']}"
         return None
 
-    def _batch(self, run: _Run) -> Batch:
-        prepared = run.prepared
+    def _batch(self, prepared: _Prepared, pixels_by_kind: list[Any]) -> Batch:
         views = {}
         windows, params = (by_kind(self.recipe, x) for x in (prepared.windows, prepared.params))
         for k, cut in enumerate(self.recipe.cuts):
             if prepared.images:
-                pixels = torch.from_dlpack(run.views[k])
+                pixels = torch.from_dlpack(pixels_by_kind[k])
             else:
                 pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
             if self._graph.form == "operators":
-                from . import colour
-
                 pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.colours)
             views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]))
         return Batch(

@@ -8,7 +8,6 @@ applications on average.
 Two orders. ``global`` permutes all samples. ``block`` permutes the shards, joins every `window` of them and permutes
 inside: storage that hates random reads then sees a few shards at a time.
 """
-# ruff: noqa: PLR0917 - kernels take what they need by position
 
 import numpy as np
 from numpy.typing import NDArray

@@ -58,23 +58,31 @@ class Samples:
     def _sound(self, i: int) -> NDArray[np.uint8] | None:
         if i in self.bad:
             return None
+        found = self._inspect(i)
+        if isinstance(found, str):
+            self.reject(i, found)
+            return None
+        return found
+
+    def _inspect(self, i: int) -> NDArray[np.uint8] | str:
+        """The bytes of a sample, or what is wrong with it."""
         row = self.shards.table[i]
         try:
             image = np.frombuffer(self._read(i), np.uint8)
         except OSError as error:
-            return self.reject(i, error.strerror or str(error))
+            return error.strerror or str(error)
         if image.size < row["size"]:
-            return self.reject(i, f"the shard ends after {image.size} of its {row['size']} bytes")
+            return f"the shard ends after {image.size} of its {row['size']} bytes"
         if image.size == 0:
-            return self.reject(i, "no bytes")
+            return "no bytes"
         finding = headers.check(image, int(row["height"]), int(row["width"]))
         if finding == headers.NO_END and i not in self._vouched:
             reason = _decode(image)
             if reason:
-                return self.reject(i, reason)
+                return reason
             self._vouched.add(i)
         elif finding not in (headers.SOUND, headers.NO_END):
-            return self.reject(i, headers.REASONS[finding])
+            return headers.REASONS[finding]
         return image
 
     def _read(self, i: int) -> bytes:

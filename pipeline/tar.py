@@ -77,7 +77,7 @@ def walk(fd: int, damage: Damage) -> Iterator[Member]:
     beyond the end of the file is left out.
     """
     size, position = os.fstat(fd).st_size, 0
-    long_name, pax = "", {}
+    long_name, pax = "", dict[str, str]()
     while position + BLOCK <= size:
         header = os.pread(fd, BLOCK, position)
         if not header.rstrip(b"\0"):
