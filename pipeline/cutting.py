@@ -13,7 +13,6 @@ whole jitter, gray included, is one step: float32 without rounding in between.
 
 Nothing here raises, makes Python objects or needs the interpreter lock, so that DALI's numba operator can call it.
 """
-# ruff: noqa: PLR0917 - kernels take what they need by position
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from .draws import (
     CONTRAST,
     FILTER,
     GRAY,
+    HUE,
     ORDER,
     PERMUTATIONS,
     RULE,
@@ -85,8 +85,13 @@ def resize_weights(length, size, filtering):
 def blur_weights(sigma):
     """The Gaussian at whole pixels within RADII sigmas, i16 (2 radius + 1,)."""
     radius = max(1, int(np.ceil(RADII * sigma)))
-    real = np.exp(-0.5 * ((np.arange(2 * radius + 1) - radius) / sigma) ** 2)
-    return np.minimum(np.rint(real / real.sum() * 32768), 32767).astype(np.int16)
+    weights = np.empty(2 * radius + 1, dtype=np.int16)
+    total = 0.0
+    for k in range(-radius, radius + 1):
+        total += np.exp(-0.5 * (k / sigma) ** 2)
+    for k in range(-radius, radius + 1):
+        weights[k + radius] = min(np.rint(np.exp(-0.5 * (k / sigma) ** 2) / total * 32768), 32767)
+    return weights
 
 
 @kernel
@@ -127,19 +132,12 @@ def _columns(columns, image, bounds, flipped, size, filtering):
 
 
 @kernel
-def _blend(r, g, b, factor, base):
-    """Each channel moved away from `base`, then clipped: brightness (base 0) and contrast (base = mean gray)."""
-    shift = (np.float32(1) - factor) * base
-    for channel in (r, g, b):
+def _affine(channels, factor, offsets):
+    """Brightness and contrast of either rule: each channel times the factor, plus its offset, clipped."""
+    for c in range(3):
+        channel, offset = channels[c], offsets[c]
         for i in range(len(channel)):
-            channel[i] = min(max(channel[i] * factor + shift, np.float32(0)), np.float32(255))
-
-
-@kernel
-def _shift(r, g, b, shift):
-    for channel in (r, g, b):
-        for i in range(len(channel)):
-            channel[i] = min(max(channel[i] + shift, np.float32(0)), np.float32(255))
+            channel[i] = min(max(channel[i] * factor + offset, np.float32(0)), np.float32(255))
 
 
 @kernel
@@ -200,48 +198,35 @@ def _turn_hue(r, g, b, shift):
 
 
 @kernel
-def _jitter(r, g, b, p, start, stop, means):
-    """Operations start..stop-1 of the drawn order on three channels in levels."""
-    order = PERMUTATIONS[np.int64(p[ORDER])]
+def _offsets(p, operation, factor, means):
+    """What `_affine` adds: means f32 (3,) are those of the channels before the contrast."""
+    offsets = np.zeros(3, dtype=np.float32)
+    for c in range(3):
+        if operation == CONTRAST:
+            mean = means[c] if p[RULE] == TENSORFLOW else _luma(means[0], means[1], means[2])
+            offsets[c] = (np.float32(1) - factor) * mean
+        elif p[RULE] == TENSORFLOW:
+            offsets[c] = np.float32(255) * factor
+    return offsets
+
+
+@kernel
+def _jitter(channels, p, start, stop, means):
+    """Operations start..stop-1 of the drawn order on channels f32 (3, n) in levels."""
+    r, g, b = channels[0], channels[1], channels[2]
+    shifted = p[RULE] == TENSORFLOW
     for step in range(start, stop):
-        operation = order[step]
+        operation = PERMUTATIONS[np.int64(p[ORDER]), step]
         factor = p[operation]
-        if p[RULE] == TENSORFLOW:
-            if operation == BRIGHTNESS:
-                _shift(r, g, b, factor * np.float32(255))
-            elif operation == CONTRAST:
-                for channel, mean in ((r, means[0]), (g, means[1]), (b, means[2])):
-                    _blend(channel, channel[:0], channel[:0], factor, mean)
-            elif operation == SATURATION:
-                _saturate_hsv(r, g, b, factor)
-            else:
-                _turn_hue(r, g, b, factor)
-        elif operation == BRIGHTNESS:
-            _blend(r, g, b, factor, np.float32(0))
-        elif operation == CONTRAST:
-            _blend(r, g, b, factor, _luma(means[0], means[1], means[2]))
+        if operation == HUE:
+            _turn_hue(r, g, b, factor)
+        elif operation == SATURATION and shifted:
+            _saturate_hsv(r, g, b, factor)
         elif operation == SATURATION:
             _saturate(r, g, b, factor)
         else:
-            _turn_hue(r, g, b, factor)
-
-
-@kernel
-def _load(channel, source):
-    for i in range(len(channel)):
-        channel[i] = np.float32(source[i])
-
-
-@kernel
-def _store(target, channel):
-    for i in range(len(target)):
-        target[i] = np.uint8(np.int32(channel[i] + np.float32(0.5)))
-
-
-@kernel
-def _add(totals, channel):
-    for i in range(len(totals)):
-        totals[i] += channel[i]
+            offsets = _offsets(p, operation, factor, means)
+            _affine(channels, np.float32(1) if operation == BRIGHTNESS and shifted else factor, offsets)
 
 
 @kernel
@@ -249,35 +234,43 @@ def _colour(columns, size, p):
     """Jitter and gray, in place. Contrast needs the mean of what precedes it, so that much is worked out twice."""
     padded = columns.shape[1] // 3
     channels = np.empty((3, size), dtype=np.float32)
-    r, g, b = channels[0], channels[1], channels[2]
+    totals = np.zeros((3, size), dtype=np.float32)
     means = np.zeros(3, dtype=np.float32)
-    jitter = p[ORDER] >= 0
-    if jitter:
-        order = PERMUTATIONS[np.int64(p[ORDER])]
-        contrast = 0
-        while order[contrast] != CONTRAST:
+    contrast = 0
+    if p[ORDER] >= 0:
+        while PERMUTATIONS[np.int64(p[ORDER]), contrast] != CONTRAST:
             contrast += 1
-        totals = np.zeros((3, size), dtype=np.float32)
+    for final in range(0 if p[ORDER] >= 0 else 1, 2):
         for x in range(size):
             for c in range(3):
-                _load(channels[c], columns[x, c * padded : c * padded + size])
-            _jitter(r, g, b, p, 0, contrast, means)
-            for c in range(3):
-                _add(totals[c], channels[c])
+                channel, source = channels[c], columns[x, c * padded : c * padded + size]
+                for i in range(size):
+                    channel[i] = np.float32(source[i])
+            if p[ORDER] >= 0:
+                _jitter(channels, p, 0, 4 if final else contrast, means)
+            if final:
+                _store(columns[x], channels, p[GRAY] > 0)
+            else:
+                for c in range(3):
+                    total, channel = totals[c], channels[c]
+                    for i in range(size):
+                        total[i] += channel[i]
         for c in range(3):
             means[c] = totals[c].sum() / (size * size)
-    for x in range(size):
-        for c in range(3):
-            _load(channels[c], columns[x, c * padded : c * padded + size])
-        if jitter:
-            _jitter(r, g, b, p, 0, 4, means)
-        if p[GRAY] > 0:
-            for i in range(size):
-                r[i] = _luma(r[i], g[i], b[i])
-            g[:] = r
-            b[:] = r
-        for c in range(3):
-            _store(columns[x, c * padded : c * padded + size], channels[c])
+
+
+@kernel
+def _store(column, channels, gray):
+    """Channels f32 (3, n) in levels, rounded, as one column."""
+    padded = len(column) // 3
+    r, g, b = channels[0], channels[1], channels[2]
+    if gray:
+        for i in range(len(r)):
+            r[i] = _luma(r[i], g[i], b[i])
+    for c in range(3):
+        channel, target = r if gray else channels[c], column[c * padded : (c + 1) * padded]
+        for i in range(len(channel)):
+            target[i] = np.uint8(np.int32(channel[i] + np.float32(0.5)))
 
 
 @kernel
@@ -285,8 +278,9 @@ def _extend(rows, radius):
     """Repeats the first and the last of the middle rows outwards."""
     last = len(rows) - 1 - radius
     for k in range(radius):
-        rows[k] = rows[radius]
-        rows[last + 1 + k] = rows[last]
+        for j in range(rows.shape[1]):
+            rows[k, j] = rows[radius, j]
+            rows[last + 1 + k, j] = rows[last, j]
 
 
 @kernel
@@ -323,16 +317,10 @@ def cut_view(out, image, window, p):
 
 
 @kernel
-def cut_kind(out, image, windows, params):
-    """All views of one kind, u8 (V, S, S, 3), of one image u8 (H, W, 3); windows f32 (V, 4), params f32 (V, PARAMS)."""
-    for view in range(len(out)):
-        cut_view(out[view], image, windows[view], params[view])
-
-
-@kernel
 def cut_image(outputs, image, windows, params):
     """All views of one image, a tuple of u8 (V, S, S, 3); windows f32 (T, 4) and params f32 (T, PARAMS) in turn."""
     done = 0
     for out in outputs:
-        cut_kind(out, image, windows[done:], params[done:])
+        for view in range(len(out)):
+            cut_view(out[view], image, windows[done + view], params[done + view])
         done += len(out)
