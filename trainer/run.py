@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     from torch.nn.parallel import DistributedDataParallel
     from torch.profiler import record_function as span
 
-    from pipeline import Loader, ShardError, ShardSet
+    from pipeline import Loader, ShardSet
     from trainer import checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
     from trainer.interrupt import Interrupt
 
@@ -58,10 +58,13 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------- what is learnt
     room = methods.load(cfg.method)
-    method_config = room.Config(**vars(settings.method))
-    recipe = room.views(method_config)
     torch.manual_seed(cfg.seed)
-    method = room.Method(method_config).to(device)
+    try:
+        method_config = room.Config(**vars(settings.method))
+        recipe = room.views(method_config)
+        method = room.Method(method_config).to(device)
+    except ValueError as error:
+        raise config.UsageError(f"--{cfg.method}: {error}") from None
     optimizer = optim.build(cfg.optim, method)
     learnt = [p for p in method.parameters() if p.requires_grad]
     if compiled:
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> int:
             order=cfg.data.order,
             max_bad=cfg.data.max_bad,
         )
-    except ShardError as error:
+    except ValueError as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
     total = cfg.steps or round(cfg.epochs * steps_per_epoch)
@@ -127,7 +130,7 @@ def main(argv: list[str]) -> int:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
             f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "
-            f"{precision}{', compiled' if compiled else ''}, {world} x {name}, {len(os.sched_getaffinity(0))} cores allowed\n"
+            f"{precision}{', compiled' if compiled else ''}, {world} x {name}, {len(os.sched_getaffinity(0))} cores\n"
             f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
             f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
             + (f", going on from step {start:,}" if start else "")
