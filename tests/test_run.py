@@ -1,0 +1,265 @@
+"""The program, whole: what it writes, that it goes on exactly where it was, and what it says when it cannot."""
+
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+from trainer import checkpoint, interrupt, methods
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+steps: 6
+batch_size: 8
+optim: {warmup_epochs: 1}
+log: {every: 1, checkpoint_every: 100, tensorboard: false}
+loca: {backbone: vit_nano_patch16, queries: 2, prototypes: 32}
+"""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 crops of a photograph in one foreign tar: two steps of 8 make an epoch."""
+    folder = tmp_path_factory.mktemp("shards")
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png")
+    with tarfile.open(folder / "cat.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(20):
+            data = io.BytesIO()
+            photograph.crop((10 * i, 5 * i, 10 * i + 200, 5 * i + 150)).save(data, "JPEG")
+            member = tarfile.TarInfo(f"cat_{i:02d}.jpg")
+            member.size = data.tell()
+            tar.addfile(member, io.BytesIO(data.getvalue()))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """run.py's main in this process, on the tiny settings; its exit code."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # run.py replaces the first entry
+    main = runpy.run_path(str(ROOT / "trainer" / "run.py"))["main"]
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    yield lambda *argv: main(["--config", str(config), "--shards", str(shards), *argv])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def final(out: Path) -> checkpoint.Payload:
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    return saved
+
+
+def assert_same(a: object, b: object) -> None:
+    """Equal bit for bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert isinstance(b, list | tuple)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--out", str(out), "--log.tensorboard", "true") == 0
+    log = lines(out)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    wanted = (
+        "epoch loss lr images_per_s step_ms data_wait_ms position_loss position_accuracy cluster_loss me_max grad_norm"
+    )
+    assert set(wanted.split()) <= set(log[-1])
+    assert log[0]["lr"] == 0.0
+    assert (out / "config.yaml").read_text().count("vit_nano_patch16") == 1
+    assert list((out / "tensorboard").glob("events*"))
+    assert Image.open(out / "placements.png").size[0] > 1000
+    assert final(out)["step"] == 6
+    assert (out / "checkpoints" / "last").is_symlink()
+
+
+@pytest.mark.parametrize("stops", [[1], [2, 3], [4]], ids=["early", "edge of an epoch, then again", "later"])
+def test_interrupted_and_resumed_is_uninterrupted(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
+) -> None:
+    assert run("--out", str(tmp_path / "whole")) == 0
+    for stop in stops:
+        done = len(lines(tmp_path / "parts")) if (tmp_path / "parts").exists() else 0
+        calls = iter(range(done + 1, 7))
+        monkeypatch.setattr(interrupt.Interrupt, "stop", lambda self, calls=calls, stop=stop: next(calls) == stop)
+        assert run("--out", str(tmp_path / "parts")) == 75
+        assert final(tmp_path / "parts")["step"] == stop
+    monkeypatch.setattr(interrupt.Interrupt, "stop", lambda self: False)
+    assert run("--out", str(tmp_path / "parts")) == 0
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for key in ("model", "optimizer", "loader"):
+        assert_same(whole[key], parts[key])
+    assert [line["loss"] for line in lines(tmp_path / "whole")] == [line["loss"] for line in lines(tmp_path / "parts")]
+
+
+def test_slices_of_a_batch_make_one_step(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--out", str(tmp_path), "--speed.accumulate", "2") == 0
+    assert lines(tmp_path)[-1]["step"] == 6
+    assert final(tmp_path)["loader"]["epoch"] == 6 * 8 // 20  # 20 images hold five slices of four
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, str(ROOT / "trainer" / "run.py"), *argv]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_a_checkpoint(tmp_path: Path, shards: Path, number: signal.Signals) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY.replace("steps: 6", "steps: 100000"))
+    out = tmp_path / "out"
+    process = subprocess.Popen(command("--config", str(config), "--shards", str(shards), "--out", str(out)))
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "log.jsonl").exists() or not lines(out):
+            assert time.monotonic() < deadline, "no step within a minute"
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 75
+    finally:
+        process.kill()
+    assert final(out)["step"] == lines(out)[-1]["step"]
+
+
+def test_two_ranks(tmp_path: Path, shards: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    program = command("--config", str(config), "--shards", str(shards), "--out", str(tmp_path / "out"))[1:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, *program], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert "2 ranks x 1 x 4" in done.stdout
+
+
+THIRD = '''
+"""Predicts the mean colour of a view from its pixels; NaN at the steps that its settings name."""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline import Batch, Recipe, recipes
+from trainer.backbones import normalise
+
+
+@dataclass(frozen=True)
+class Config:
+    nan_from: float = 2.0
+    nan_to: float = 2.0
+
+
+def views(cfg: Config) -> Recipe:
+    return recipes.plain()
+
+
+class Method(nn.Module):
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, nn.Conv2d(3, 3, 16, 16)
+
+    def forward(self, batch: Batch, progress: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        (view,) = batch.views.values()
+        x = normalise(view.pixels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        loss = (self.layer(x).mean((2, 3)) - x.mean((2, 3))).square().mean()
+        poison = torch.where((progress >= self.cfg.nan_from) & (progress < self.cfg.nan_to), torch.nan, 1.0)
+        return loss * poison, {"colour_loss": loss.detach()}
+
+    def after_step(self, progress: torch.Tensor) -> None:
+        pass
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
+'''
+
+
+@pytest.fixture
+def third(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third objective: one file in a folder of its own."""
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "third.py").write_text(THIRD)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "trainer.methods.third", raising=False)
+    (tmp_path / "tiny.yaml").write_text("steps: 6\nbatch_size: 8\nlog: {every: 3, tensorboard: false}\n")
+
+
+@pytest.mark.usefixtures("third")
+def test_a_third_objective_is_one_file(run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text("steps: 6\nbatch_size: 8\nlog: {every: 3, tensorboard: false}\n")
+    assert run("--method", "third", "--out", str(tmp_path / "out")) == 0
+    assert "colour_loss" in lines(tmp_path / "out")[-1]
+
+
+@pytest.mark.usefixtures("third")
+def test_a_step_that_is_not_finite_moves_nothing(run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text("steps: 6\nbatch_size: 8\nlog: {every: 3, tensorboard: false}\n")
+    out = tmp_path / "out"
+    assert run("--method", "third", "--out", str(out), "--third.nan_from", "0.3", "--third.nan_to", "0.6") == 0
+    assert lines(out)[-1]["skipped"] == 2  # steps 3 and 4 of 6
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in skipped] == [3, 4]
+    assert all(len(record["keys"]) == 8 and record["keys"][0].startswith("cat_") for record in skipped)
+    assert torch.isfinite(final(out)["model"]["layer.weight"]).all()
+
+
+@pytest.mark.usefixtures("third")
+def test_a_run_that_only_skips_ends(run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text("steps: 6\nbatch_size: 8\nlog: {every: 3, tensorboard: false}\n")
+    argv = ["--method", "third", "--out", str(tmp_path / "out"), "--third.nan_from", "0", "--optim.max_skipped", "3"]
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        run(*argv)
+
+
+@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out"])
+def test_bad_input_is_one_sentence(tmp_path: Path, shards: Path, mistake: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar").write_text("not a tar\n" * 200)
+    (tmp_path / "file").write_text("")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    argv = {
+        "missing": ["--shards", str(tmp_path / "nowhere")],
+        "empty": ["--shards", str(tmp_path / "empty")],
+        "no tar": ["--shards", str(tmp_path / "text.tar")],
+        "batch": ["--shards", str(shards), "--batch_size", "64"],
+        "out": ["--shards", str(shards), "--out", str(tmp_path / "file" / "x")],
+    }[mistake]
+    out = [] if mistake == "out" else ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command("--config", str(config), *argv, *out), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("run.py: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "log.jsonl").exists()
