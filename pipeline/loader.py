@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from . import colour, draws
 from . import order as orders
 from .batch import Batch, View
 from .graph import DecodeError, Form, Graph
-from .recipes import Recipe
+from .recipes import Recipe, describe
 from .samples import Samples
 from .shards import ShardSet, Spec
 
@@ -175,7 +175,7 @@ class Loader:
             "seed": seed,
             "order": order if shuffle else "stored",
             "shards": self.shards.fingerprint,
-            "recipe": asdict(replace(recipe, targets=None)),
+            "recipe": describe(recipe),
         }
         self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
         self._pool: ThreadPoolExecutor | None = None
