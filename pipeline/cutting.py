@@ -58,26 +58,29 @@ def resize_weights(length, size, filtering):
     """
     scale = length / size
     widening = 1.0 if filtering == BILINEAR else max(scale, 1.0)
+    narrowing = 1 / widening
     support = (2.0 if filtering == BICUBIC_ANTIALIAS else 1.0) * widening
     most = min(length, int(np.ceil(support)) * 2 + 1)
     first = np.empty(size, dtype=np.int64)
     taps = np.empty(size, dtype=np.int64)
-    weights = np.zeros((size, most), dtype=np.int16)
+    weights = np.empty((size, most), dtype=np.int16)
     real = np.empty(most)
     for i in range(size):
         centre = (i + 0.5) * scale
         if filtering == BILINEAR:  # without antialiasing a sample beyond the edge is the edge
             centre = min(max(centre, 0.5), length - 0.5)
         low = max(int(centre - support + 0.5), 0)
-        high = min(int(centre + support + 0.5), length)
+        count = min(int(centre + support + 0.5), length) - low
         total = 0.0
-        for k in range(high - low):
-            x = (low + k + 0.5 - centre) / widening
-            real[k] = _bicubic(x) if filtering == BICUBIC_ANTIALIAS else max(1.0 - abs(x), 0.0)
-            total += real[k]
-        first[i], taps[i] = low, high - low
-        for k in range(high - low):
-            weights[i, k] = min(np.rint(real[k] / total * 32768), 32767)
+        for k in range(count):
+            x = (low + k + 0.5 - centre) * narrowing
+            weight = _bicubic(x) if filtering == BICUBIC_ANTIALIAS else max(1.0 - abs(x), 0.0)
+            real[k] = weight
+            total += weight
+        unit = 32768 / total
+        for k in range(count):
+            weights[i, k] = np.int16(min(np.rint(real[k] * unit), 32767.0))
+        first[i], taps[i] = low, count
     return first, taps, weights
 
 
@@ -171,30 +174,24 @@ def _saturate_hsv(r, g, b, factor):
 @kernel
 def _turn_hue(r, g, b, shift):
     """HSV's hue moved by `shift` of the circle = 1; value and saturation stay."""
-    zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
-    turn = six * (shift - np.floor(shift))
+    zero, one, two, six = np.float32(0), np.float32(1), np.float32(2), np.float32(6)
+    turn = six * (shift - np.rint(shift))
     for i in range(len(r)):
         value = max(r[i], g[i], b[i])
-        chroma = value - min(r[i], g[i], b[i])
+        least = min(r[i], g[i], b[i])
+        chroma = value - least
         # Hue in sixths of the circle, from -1 (red towards blue) to 5.
-        from_green = np.float32(2) if g[i] == value else four
         over = b[i] - r[i] if g[i] == value else r[i] - g[i]
-        sector = zero if r[i] == value else from_green
+        sector = two if g[i] == value else np.float32(4)
         over = g[i] - b[i] if r[i] == value else over
+        sector = zero if r[i] == value else sector
         hue = sector + over / max(chroma, np.float32(1e-6)) + turn
-        # A channel falls short of the value by the chroma times a trapezium of its distance round the circle.
-        k = hue + np.float32(5)
-        k = k - six if k >= six else k
-        k = k - six if k >= six else k
-        r[i] = value - chroma * max(zero, min(k, four - k, one))
-        k = hue + np.float32(3)
-        k = k - six if k >= six else k
-        k = k - six if k >= six else k
-        g[i] = value - chroma * max(zero, min(k, four - k, one))
-        k = hue + one
-        k = k - six if k >= six else k
-        k = k - six if k >= six else k
-        b[i] = value - chroma * max(zero, min(k, four - k, one))
+        hue = hue + six if hue < zero else hue
+        hue = hue - six if hue >= six else hue
+        # A channel rises over the least by the chroma times a trapezium of its distance round the circle.
+        r[i] = least + chroma * max(zero, min(one, abs(hue - np.float32(3)) - one))
+        g[i] = least + chroma * max(zero, min(one, two - abs(hue - two)))
+        b[i] = least + chroma * max(zero, min(one, two - abs(hue - np.float32(4))))
 
 
 @kernel
@@ -231,32 +228,31 @@ def _jitter(channels, p, start, stop, means):
 
 @kernel
 def _colour(columns, size, p):
-    """Jitter and gray, in place. Contrast needs the mean of what precedes it, so that much is worked out twice."""
+    """Jitter and gray, in place: up to the contrast, which needs the mean of what precedes it, then the rest."""
     padded = columns.shape[1] // 3
-    channels = np.empty((3, size), dtype=np.float32)
+    channels = np.empty((size, 3, size), dtype=np.float32)
     totals = np.zeros((3, size), dtype=np.float32)
     means = np.zeros(3, dtype=np.float32)
-    contrast = 0
+    contrast = stop = 0
     if p[ORDER] >= 0:
+        stop = 4
         while PERMUTATIONS[np.int64(p[ORDER]), contrast] != CONTRAST:
             contrast += 1
-    for final in range(0 if p[ORDER] >= 0 else 1, 2):
-        for x in range(size):
-            for c in range(3):
-                channel, source = channels[c], columns[x, c * padded : c * padded + size]
-                for i in range(size):
-                    channel[i] = np.float32(source[i])
-            if p[ORDER] >= 0:
-                _jitter(channels, p, 0, 4 if final else contrast, means)
-            if final:
-                _store(columns[x], channels, p[GRAY] > 0)
-            else:
-                for c in range(3):
-                    total, channel = totals[c], channels[c]
-                    for i in range(size):
-                        total[i] += channel[i]
+    for x in range(size):
         for c in range(3):
-            means[c] = totals[c].sum() / (size * size)
+            channel, source = channels[x, c], columns[x, c * padded : c * padded + size]
+            for i in range(size):
+                channel[i] = np.float32(source[i])
+        _jitter(channels[x], p, 0, contrast, means)
+        for c in range(3):
+            channel, total = channels[x, c], totals[c]
+            for i in range(size):
+                total[i] += channel[i]
+    for c in range(3):
+        means[c] = totals[c].sum() / (size * size)
+    for x in range(size):
+        _jitter(channels[x], p, contrast, stop, means)
+        _store(columns[x], channels[x], p[GRAY] > 0)
 
 
 @kernel
