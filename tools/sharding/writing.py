@@ -8,6 +8,7 @@ the same bytes. So a kill, a full disk or a lost machine costs the shards then i
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,11 @@ def locked(work: Path, part: tuple[int, int]) -> Iterator[None]:
                 fcntl.flock(files[-1], how | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(f"another sharder is at work on {work.parent}: wait for it, or choose another OUT") from None
-        yield
+        try:
+            yield
+        finally:
+            if part[1] == 1 and not (work / "plan.json").exists():
+                shutil.rmtree(work, ignore_errors=True)  # refused, or all done long ago: leave no trace
     finally:
         for file in files:
             file.close()

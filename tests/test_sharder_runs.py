@@ -1,0 +1,436 @@
+"""Kills, full disks, second runs, parts over machines, and whether --check sees every kind of damage."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import sharder_sources as make
+from sharding import pool, tars, writing
+from sharding.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    files = make.photographs(10)
+    files["n01440764/n01440764_broken.JPEG"] = files["n01440764/n01440764_1.JPEG"][:-200]
+    files["n01443537/n01443537_png.JPEG"] = make.encode(77, "PNG")
+    return make.tree(tmp_path_factory.mktemp("runs") / "tiny", files)
+
+
+@pytest.fixture(scope="module")
+def wanted(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wanted")
+    assert make.run(source, out, "--shards", 6) == 0
+    return make.contents(out)
+
+
+def whole_shards_only(out, wanted):
+    """Whatever is visible is what it will be in the end."""
+    for path in out.glob("*.*"):
+        if not path.name.startswith(".") and path.name != "quarantine.jsonl":
+            assert path.read_bytes() == wanted[path.name], path.name
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def kill_until_done(source, out, wanted, options, kills, whole_group, seed):
+    luck = random.Random(seed)
+    killed = 0
+    for _ in range(10 * kills):
+        process = make.command(source, out, *options, "--workers", 2)
+        try:
+            process.communicate(timeout=luck.uniform(0.3, 1.1) if killed < kills else 120)
+        except Exception:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+            process.communicate()
+            killed += 1
+        whole_shards_only(out, wanted)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert make.contents(out) == wanted
+    return killed
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory):
+    """Images large enough that a kill falls into the work."""
+    files = {f"one/{number}.jpg": make.encode(number, size=(800, 1000)) for number in range(36)}
+    return make.tree(tmp_path_factory.mktemp("slow") / "big", files)
+
+
+@pytest.fixture(scope="module")
+def slow_wanted(slow_source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("slow-wanted")
+    assert make.run(slow_source, out, "--shards", 12, "--short-side", 400) == 0
+    return make.contents(out)
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_killed_twice_and_still_the_same_bytes(whole_group, slow_source, slow_wanted, tmp_path):
+    options = ("--shards", 12, "--short-side", 400)
+    assert kill_until_done(slow_source, tmp_path / "out", slow_wanted, options, 2, whole_group, seed=1) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_killed_again_and_again(packed, slow_source, slow_wanted, tmp_path):
+    source = slow_source
+    if packed:
+        files = {f"one/{path.name}": path.read_bytes() for path in slow_source.glob("*/*.jpg")}
+        source = tmp_path / "big.tar.gz"
+        source.write_bytes(make.tar_of(files, mode="w:gz"))
+    options = ["--shards", 12, "--short-side", 400, "--name", "big"]
+    assert make.run(source, tmp_path / "wanted", *options) == 0
+    wanted = make.contents(tmp_path / "wanted")
+    for seed in range(3):
+        killed = kill_until_done(source, tmp_path / f"out{seed}", wanted, options, 12, bool(seed % 2), seed)
+        assert killed > 3
+    assert {name: one for name, one in wanted.items() if name.endswith(".tar")} == {
+        name: one for name, one in slow_wanted.items() if name.endswith(".tar")
+    }
+
+
+def test_a_worker_dies_with_its_parent(slow_source, tmp_path):
+    process = make.command(slow_source, tmp_path / "out", "--short-side", 400, "--shards", 12, "--workers", 2)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "out").glob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # returns only when no worker holds the pipes any more
+    before = make.contents(tmp_path / "out")
+    time.sleep(0.5)
+    assert make.contents(tmp_path / "out") == before
+    assert len(list((tmp_path / "out").glob("*.tar"))) < 12
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_run_ends_the_same(slow_source, slow_wanted, tmp_path):
+    options = (slow_source, tmp_path / "out", "--shards", 12, "--short-side", 400)
+    limit = 40_000  # a shard is larger: its write fails half-way, as on a full disk
+    assert max(map(len, slow_wanted.values())) > limit
+    process = make.command(
+        *options, "--workers", 1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert len(said.strip().splitlines()) == 1, said
+    assert not list((tmp_path / "out").glob("*.tar"))
+    left = [path.name for path in (tmp_path / "out").rglob("*.tar.*")]
+    assert not left, "half-written files are removed"
+    assert make.run(*options) == 0
+    assert make.contents(tmp_path / "out") == slow_wanted
+
+
+def failing(monkeypatch, word, error, times):
+    """Reading the file whose name holds `word` fails `times` times."""
+    original, left = writing.Reader.read, [times]
+
+    def read(self, item):
+        if word in item.name and left[0]:
+            left[0] -= 1
+            raise error
+        return original(self, item)
+
+    monkeypatch.setattr(writing.Reader, "read", read)
+    monkeypatch.setattr(writing, "_RETRIES", (0.0, 0.0))
+
+
+def test_a_read_error_is_tried_again(source, wanted, tmp_path, monkeypatch):
+    failing(monkeypatch, "n02105855_3", OSError(errno.EIO, "Input/output error"), times=2)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+def test_an_unreadable_file_is_quarantined(source, tmp_path, monkeypatch):
+    failing(monkeypatch, "n02105855_3", OSError(errno.EIO, "Input/output error"), times=3)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["key"]: line["reason"] for line in lines}["n02105855_3"] == "unreadable: Input/output error"
+
+
+def test_a_sick_disk_stops_the_run_rather_than_empty_the_set(source, wanted, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as during:
+        failing(during, "_", OSError(errno.EIO, "Input/output error"), times=10**6)
+        assert make.run(source, tmp_path, "--shards", 2) == 1
+        assert "sick disk" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_source_that_vanishes_stops_the_run(source, wanted, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as during:
+        failing(during, "n02105855_3", FileNotFoundError(errno.ENOENT, "gone", "n02105855_3.JPEG"), times=1)
+        assert make.run(source, tmp_path, "--shards", 6) == 1
+        assert "still mounted" in capsys.readouterr().err
+    whole_shards_only(tmp_path, wanted)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+# --- second runs -----------------------------------------------------------------------------------------------------
+
+
+def test_two_on_one_target_are_refused(source, tmp_path, capsys):
+    work = tmp_path / ".tiny-train.work"
+    with writing.locked(work, (0, 1)):
+        assert make.run(source, tmp_path) == 1
+        assert "another sharder" in capsys.readouterr().err
+        assert make.run(source, tmp_path, "--part", "0/2") == 1
+    with writing.locked(work, (0, 2)):
+        assert make.run(source, tmp_path) == 1
+        assert make.run(source, tmp_path, "--part", "0/2") == 1
+        assert make.run(source, tmp_path, "--part", "1/2") == 0
+    assert make.run(source, tmp_path) == 0
+
+
+def test_a_finished_set_is_left_alone_and_what_was_lost_is_made_again(source, wanted, tmp_path, capsys):
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    (tmp_path / "tiny-train-0002.tar").unlink()
+    (tmp_path / "tiny-train-0004.idx").unlink()
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("options", [("--seed", 5), ("--quality", 50), ("--shards", 4), ("--short-side", 9)])
+def test_other_options_are_refused_whether_finished_or_not(options, source, tmp_path, capsys):
+    base = {"--shards": 6} | dict([options])
+    words = [word for pair in base.items() for word in pair]
+    assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0
+    assert make.run(source, tmp_path, *words) == 2
+    assert "unfinished run with" in capsys.readouterr().err
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    before = make.contents(tmp_path)
+    assert make.run(source, tmp_path, *words) == 2
+    said = capsys.readouterr().err
+    assert options[0].strip("-").replace("-", "_") in said
+    assert make.contents(tmp_path) == before
+
+
+def test_a_changed_source_is_refused(tmp_path):
+    files = make.photographs(3)
+    source = make.tree(tmp_path / "tiny", files)
+    assert make.run(source, tmp_path / "out") == 0
+    (source / "n01440764/n01440764_0.JPEG").write_bytes(b"longer than before" * 1000)
+    assert make.run(source, tmp_path / "out") == 2
+
+
+def test_strict_and_dry_run(source, wanted, tmp_path, capsys):
+    assert make.run(source, tmp_path / "out", "--shards", 6, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "32 images" in said
+    assert "6 shards" in said
+    assert not (tmp_path / "out").exists()
+    assert make.run(source, tmp_path / "out", "--shards", 6, "--strict") == 1
+    assert "1 image(s) quarantined" in capsys.readouterr().err
+    assert "n01440764_broken" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert make.run(source, tmp_path / "out", "--shards", 6) == 0
+    assert make.contents(tmp_path / "out") == wanted
+
+
+def test_what_was_repaired_and_refused_is_told(wanted):
+    manifest = json.loads(wanted["manifest.json"])
+    assert (manifest["num_samples"], manifest["repaired"], manifest["quarantined"]) == (31, 1, 1)
+    assert manifest["counts"] == {"PNG to JPEG": 1}
+    (line,) = map(json.loads, wanted["quarantine.jsonl"].splitlines())
+    assert line["key"] == "n01440764_broken"
+    assert "does not decode" in line["reason"]
+    assert line["source"] == "n01440764/n01440764_broken.JPEG"
+
+
+def test_a_plain_line_where_there_is_no_terminal(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pool, "_PLAIN_EVERY", 0.0)
+    assert make.run(source, tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sharding ")]
+    assert "images/s" in lines[-1]
+    assert "MB/s" in lines[-1]
+    assert "1 repaired, 1 quarantined" in lines[-1]
+    assert lines[-1].startswith("sharding 32/32")
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm", "option"])
+def test_parts_make_the_same_set(launcher, source, wanted, tmp_path, monkeypatch, capsys):
+    for rank in (2, 0, 1):
+        assert not (tmp_path / "manifest.json").exists()
+        words = []
+        if launcher == "torchrun":
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "3")
+        elif launcher == "slurm":
+            for name, value in {"ID": 10 + 2 * rank, "COUNT": 3, "MIN": 10, "STEP": 2}.items():
+                monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        else:
+            words = ["--part", f"{rank}/3"]
+        assert make.run(source, tmp_path, "--shards", 6, *words) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+def test_parts_at_the_same_time(source, wanted, tmp_path):
+    running = [
+        make.command(source, tmp_path, "--shards", 6, "--part", f"{rank}/3", "--workers", 1) for rank in range(3)
+    ]
+    for process in running:
+        said = process.communicate()
+        assert process.returncode == 0, said
+    assert make.contents(tmp_path) == wanted
+
+
+def test_merge_says_what_is_missing_and_merges_what_is_there(source, wanted, tmp_path, monkeypatch, capsys):
+    assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0
+    assert make.run(source, tmp_path, "--shards", 6, "--merge") == 1
+    assert "3 of 6 shards" in capsys.readouterr().out
+    with monkeypatch.context() as killed:  # the last part dies after its last shard
+        killed.setattr("sharding.finishing.merge", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
+        assert make.run(source, tmp_path, "--shards", 6, "--part", "1/2") == 1
+    assert make.run(source, tmp_path, "--shards", 6, "--merge") == 0
+    assert make.contents(tmp_path) == wanted
+
+
+def test_a_launcher_without_sense_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        make.run(source, tmp_path)
+    assert stopped.value.code == 2
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def patched(path, change):
+    raw = bytearray(path.read_bytes())
+    path.chmod(0o644)
+    path.write_bytes(bytes(change(raw) or raw))
+
+
+def flip(at):
+    def change(raw):
+        raw[at] ^= 1
+
+    return change
+
+
+def rewrite(out, change):
+    manifest = json.loads((out / "manifest.json").read_text())
+    change(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def other_label(raw):
+    """A label beyond the classes, in the tar alone."""
+    at = raw.index(b".cls\0")
+    content = at // 512 * 512 + 512
+    raw[content : content + 1] = b"9"
+
+
+DAMAGES = {
+    "a flipped bit": (lambda out: patched(out / "tiny-train-0001.tar", flip(700)), "0001.tar: sha256"),
+    "a cut tar": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:-700]), "0001.tar"),
+    "a cut at a block": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:-1024]), "cut short"),
+    "an empty tar": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:0] or b"\0"), "0001.tar"),
+    "a lost tar": (lambda out: (out / "tiny-train-0003.tar").unlink(), "0003.tar: missing"),
+    "a foreign tar": (lambda out: shutil.copy(out / "tiny-train-0003.tar", out / "x.tar"), "x.tar: in no manifest"),
+    "a label out of range": (lambda out: patched(out / "tiny-train-0000.tar", other_label), "out of range"),
+    "an old index": (
+        lambda out: shutil.copy(out / "tiny-train-0000.idx", out / "tiny-train-0001.idx"),
+        "0001.idx: is not",
+    ),
+    "no index": (lambda out: (out / "tiny-train-0000.idx").unlink(), "0000.idx: missing"),
+    "another table": (
+        lambda out: shutil.copy(out / "tiny-train-0000.samples.npy", out / "tiny-train-0001.samples.npy"),
+        "0001.samples.npy",
+    ),
+    "a pickled table": (
+        lambda out: np.save(out / "tiny-train-0000.samples.npy", np.array([{}], dtype=object), allow_pickle=True),
+        "0000.samples.npy: unreadable",
+    ),
+    "a cut merged table": (
+        lambda out: patched(out / "tiny-train.samples.npy", lambda raw: raw[:-9]),
+        "train.samples.npy",
+    ),
+    "fewer classes": (lambda out: patched(out / "synsets.txt", lambda raw: raw[:11]), "synsets.txt"),
+    "another count": (lambda out: rewrite(out, lambda said: said.update(num_samples=99)), "99 samples"),
+    "no info": (lambda out: (out / "_info.json").unlink(), "_info.json"),
+    "a name that leads out": (
+        lambda out: rewrite(out, lambda said: said["shards"][0].update(file="../x.tar")),
+        "leads out",
+    ),
+    "a manifest that is none": (lambda out: (out / "manifest.json").write_text("[]"), "no manifest of format 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert make.run(source, out, "--shards", 6) == 0
+    return out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_check_sees(damage, finished, tmp_path, capsys, monkeypatch):
+    import concurrent.futures
+
+    monkeypatch.setattr("sharding.check.ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr("sharding.check.get_context", lambda _: "")  # a thread pool takes a name prefix there
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert make.run("--check", out) == 0
+    DAMAGES[damage][0](out)
+    assert make.run("--check", out) == 1
+    assert DAMAGES[damage][1] in capsys.readouterr().out
+
+
+def test_check_sees_a_key_in_two_shards(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for ending in (".tar", ".idx", ".samples.npy"):
+        shutil.copy(out / f"tiny-train-0000{ending}", out / f"tiny-train-0006{ending}")
+    rewrite(out, lambda said: said["shards"].append(said["shards"][0] | {"file": "tiny-train-0006.tar"}))
+    assert make.run("--check", out) == 1
+    assert "key(s) in two shards, e.g. one in tiny-train-0000.tar and in tiny-train-0006.tar" in capsys.readouterr().out
+
+
+def test_check_wants_a_manifest(tmp_path, capsys):
+    assert make.run("--check", tmp_path) == 2
+    assert "no manifest.json" in capsys.readouterr().err
+
+
+def test_the_plan_is_mapped_not_loaded(source, tmp_path):
+    """A worker's memory does not grow with the set."""
+    assert make.run(source, tmp_path, "--part", "0/2", "--shards", 6) == 0
+    plan = Plan.load(tmp_path / ".tiny-train.work")
+    assert isinstance(plan.rows, np.memmap)
+    assert isinstance(plan.names, np.memmap)
+
+
+def test_a_damaged_spool_stops_the_run(tmp_path):
+    path = tmp_path / "tiny.tar.gz"
+    path.write_bytes(make.tar_of(make.photographs(4), mode="w:gz"))
+    assert make.run(path, tmp_path / "out", "--part", "0/2", "--shards", 2) == 0
+    work = tmp_path / "out" / ".tiny-train.work"
+    (work / "spool.1").write_bytes(b"short")
+    assert make.run(path, tmp_path / "out", "--shards", 2) == 1
+    (work / "spool.1").unlink()
+    assert make.run(path, tmp_path / "out", "--shards", 2) == 0
+    assert make.run("--check", tmp_path / "out") == 0
+
+
+def test_headers_of_our_own_tars_survive_our_own_walk(finished):
+    for path in finished.glob("*.tar"):
+        members = list(tars.walk(tars.Seekable(path)))
+        assert {member.kind for member in members} == {"file"}
+        assert len(members) % 3 == 0
