@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -317,7 +318,8 @@ def _keep(table: NDArray[np.void], path: Path) -> None:
         beside.replace(path)
     except OSError as error:  # the table is in memory; the next start scans again
         _log.warning("the table of these shards cannot be kept in %s: %s", path.parent, error)
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -1,0 +1,418 @@
+"""Shards of ours and other people's as one numbered list of images."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import resource
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mapimages import encode, map_image, sample, smooth_image, write_set, write_tar
+from PIL import Image
+
+from pipeline import headers, shards
+from pipeline.shards import SAMPLE, ShardError, ShardSet
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def image(number: int, height: int = 20, width: int = 30, form: str = "JPEG") -> bytes:
+    return encode(map_image(number, height, width), form)
+
+
+NAMES = [
+    "n01440764_10026",
+    "a key with blanks",
+    "schlüssel-ä",
+    "folder/of/keys/k1",
+    "long" * 30,
+    "folder/" * 20 + "deep" * 40,
+]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar(tmp_path: Path, form: int) -> None:
+    names = NAMES[:4] if form == tarfile.USTAR_FORMAT else NAMES
+    members = [m for k, name in enumerate(names) for m in sample(name, image(k, 20 + k, 30 + k), k)]
+    path = write_tar(tmp_path / "x.tar", members, form)
+    found = ShardSet([path])
+    assert [found.key(i) for i in range(len(found))] == names
+    assert found.table["label"].tolist() == list(range(len(names)))
+    with tarfile.open(path) as tar:
+        images = [m for m in tar.getmembers() if m.name.endswith(".jpg")]
+        assert found.table["offset"].tolist() == [m.offset_data for m in images]
+        assert [found.read(i) for i in range(len(found))] == [tar.extractfile(m).read() for m in images]  # type: ignore[union-attr]
+    assert found.table[["height", "width"]].tolist() == [(20 + k, 30 + k) for k in range(len(names))]
+
+
+def test_directory_pattern_and_list_are_one_set(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "a set", 10, 3)
+    pattern = f"{folder}/map-{{0000..0002}}.tar"
+    listed = [folder / f"map-000{k}.tar" for k in range(3)]
+    sets = [ShardSet(spec) for spec in (folder, str(folder), pattern, listed, f"{folder}/map-000{{0,1,2}}.tar")]
+    assert {s.fingerprint for s in sets} == {sets[0].fingerprint}
+    assert all(len(s) == 10 for s in sets)
+    assert sets[0].first.tolist() == [0, 4, 8, 10]
+    assert [sets[0].shard_of(i).name[-5] for i in (0, 3, 4, 9)] == ["0", "0", "1", "2"]
+    assert len(ShardSet(f"{folder}/map-{{0001..0002}}.tar")) == 6
+
+
+def test_labels_from_cls_then_json_then_none(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", image(0)),
+        ("a.json", b'{"label": 5}'),
+        ("a.cls", b"3\n"),
+        ("b.json", b'{"label": 5}'),
+        ("b.JPEG", image(1)),
+        ("c.jpg", image(2)),
+        ("d.jpg", image(3)),
+        ("d.json", b"[not json"),
+        ("e.jpg", image(4)),
+        ("e.cls", b"cat"),
+        (".hidden.jpg", image(5)),
+        ("f.seg.png", image(6, form="PNG")),
+        ("g.webp", image(7, form="WEBP")),
+    ]
+    found = ShardSet(write_tar(tmp_path / "x.tar", members))
+    assert dict(zip([found.key(i) for i in range(len(found))], found.table["label"].tolist(), strict=True)) == {
+        "a": 3,
+        "b": 5,
+        "c": -1,
+        "d": -1,
+        "e": -1,
+        "g": -1,
+    }
+
+
+def test_an_index_file_is_never_believed(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, 6, 1)
+    before = ShardSet(folder).table.copy()
+    (folder / "map-0000.idx").write_text("v1.2 1\njpg 512 999999 nonsense.jpg\n")
+    assert np.array_equal(ShardSet(folder).table, before)
+
+
+def _forms() -> list[tuple[str, bytes]]:
+    photo = Image.fromarray(smooth_image(1, 61, 83))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60000
+    return [
+        ("baseline", encode(photo, "JPEG")),
+        ("progressive", encode(photo, "JPEG", progressive=True)),
+        ("gray", encode(photo.convert("L"), "JPEG")),
+        ("cmyk", encode(photo.convert("CMYK"), "JPEG")),
+        ("large exif", encode(photo, "JPEG", exif=exif.tobytes())),
+        ("large icc", encode(photo, "JPEG", icc_profile=os.urandom(200_000))),
+        ("restarts", encode(photo, "JPEG", restart_marker_blocks=2)),
+        ("png", encode(photo, "PNG")),
+        ("16 bit png", encode(Image.fromarray(np.arange(61 * 83, dtype=np.uint16).reshape(61, 83)), "PNG")),
+        ("webp", encode(photo, "WEBP")),
+        ("lossless webp", encode(photo, "WEBP", lossless=True)),
+        ("webp with alpha", encode(photo.convert("RGBA"), "WEBP", exact=True, exif=exif.tobytes())),
+    ]
+
+
+@pytest.mark.parametrize(("name", "data"), _forms(), ids=lambda v: v if isinstance(v, str) else "")
+def test_sizes_by_header_are_pillows(tmp_path: Path, name: str, data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as opened:
+        width, height = opened.size
+    row = ShardSet(write_tar(tmp_path / "x.tar", [("a.jpg", data)])).table[0]
+    assert (row["height"], row["width"]) == (height, width) == (61, 83)
+    assert headers.check(np.frombuffer(data, np.uint8), 61, 83) == headers.SOUND
+    assert headers.check(np.frombuffer(data, np.uint8), 61, 84) == headers.OTHER_SIZE
+    assert headers.check(np.frombuffer(data[:-70], np.uint8), 61, 83) == headers.NO_END
+
+
+def test_no_bytes_confuse_the_header_parser() -> None:
+    rng = np.random.default_rng(0)
+    starts = [data[:40] for _, data in _forms()] + [b"", b"\xff\xd8", b"\xff\xd8\xff", b"RIFF", b"\x89PNG\r\n\x1a\n"]
+    for start in starts:
+        for length in (0, 1, 5, 30, 400):
+            data = np.concatenate([np.frombuffer(start, np.uint8), rng.integers(0, 256, length, dtype=np.uint8)])
+            kind, height, width = headers.image_size(data)
+            assert kind in (headers.MORE, headers.UNKNOWN, headers.JPEG, headers.PNG, headers.WEBP)
+            assert height >= 0
+            assert width >= 0
+            headers.check(data, 10, 10)
+    for fill in (0xFF, 0x00):
+        assert headers.image_size(np.full(5000, fill, np.uint8))[0] == headers.UNKNOWN
+    bomb = bytearray(encode(map_image(0, 8, 8), "PNG"))
+    bomb[16:24] = (65535).to_bytes(4, "big") * 2
+    assert headers.check(np.frombuffer(bytes(bomb), np.uint8), 65535, 65535) == headers.TOO_LARGE
+
+
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", 4, 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar").write_text("this is not a tar\n" * 100)
+    (tmp_path / "nothing.tar").write_bytes(b"")
+    write_tar(tmp_path / "labels.tar", [("a.cls", b"1"), ("a.txt", b"x")])
+    write_tar(tmp_path / "void.tar", [])
+    cases = {
+        str(tmp_path / "none"): "is missing",
+        f"{folder}/map-{{0000..0004}}.tar": r"map-0002.tar is missing \(3 of 5 shards\)",
+        str(tmp_path / "empty"): "no .tar",
+        str(tmp_path / "text.tar"): "is not a tar",
+        str(tmp_path / "nothing.tar"): "is empty",
+        str(tmp_path / "labels.tar"): "no images",
+        str(tmp_path / "void.tar"): "no images",
+        "pipe:cat x.tar": "local files",
+        "https://host/x-{0000..0003}.tar": "local files",
+        "s3://bucket/x.tar": "local files",
+        f"{folder}/map-{{0000-0001}}.tar": "neither a range",
+    }
+    for spec, sentence in cases.items():
+        with pytest.raises(ShardError, match=sentence) as caught:
+            ShardSet(spec)
+        assert "\n" not in str(caught.value)
+    for listed, sentence in (
+        ([], "empty list"),
+        ([folder / "map-0000.tar"] * 2, "twice"),
+        ([folder, folder], "directory"),
+    ):
+        with pytest.raises(ShardError, match=sentence):
+            ShardSet(listed)
+
+
+def test_splits_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, 4, 2)
+    info = {"name": "x", "splits": {"train": {"name": "train"}, "validation": {"name": "validation"}}}
+    (folder / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(ShardError, match="train, validation"):
+        ShardSet(folder)
+    assert len(ShardSet(f"{folder}/map-{{0000..0001}}.tar")) == 4
+
+
+class Trap:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickles_are_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    members = [("a.jpg", image(0)), *[(f"a.{e}", trap * 50) for e in ("pyd", "pkl", "pickle", "pth", "npy")]]
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path) as tar:
+        forbidden = [(m.offset_data, m.offset_data + m.size) for m in tar.getmembers()[1:]]
+    reads = []
+    real = os.pread
+
+    def spy(fd: int, size: int, offset: int) -> bytes:
+        reads.append((offset, offset + size))
+        return real(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", spy)
+    found = ShardSet(path)
+    found.read(0)
+    found.key(0)
+    assert not (tmp_path / "sprung").exists()
+    assert not [(r, f) for r in reads for f in forbidden if r[0] < f[1] and f[0] < r[1]]
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+@pytest.mark.parametrize("where", ["in an image", "in a header", "between members", "in the first block"])
+def test_a_shard_cut_off_keeps_what_lies_before(tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str) -> None:
+    folder = write_set(tmp_path, 12, 2)
+    path = folder / "map-0001.tar"
+    with tarfile.open(path) as tar:
+        last = [m for m in tar.getmembers() if m.name.endswith("png")][-2]
+    cut = {
+        "in an image": last.offset_data + last.size // 2,
+        "in a header": last.offset + 100,
+        "between members": last.offset,
+        "in the first block": 300,
+    }[where]
+    os.truncate(path, cut)
+    found = ShardSet(folder)
+    assert len(found) == (6 if where == "in the first block" else 10)
+    assert "map-0001.tar" in warned(caplog)
+    assert "map-0000.tar" not in warned(caplog)
+    caplog.clear()
+    ShardSet(folder)  # named at every start, not only when it is first met
+    assert "map-0001.tar" in warned(caplog)
+
+
+def test_a_damaged_header_costs_one_member(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_set(tmp_path, 8, 1)
+    path = folder / "map-0000.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmember("image-00002.png")
+    content = bytearray(path.read_bytes())
+    content[third.offset + 10] ^= 4
+    path.write_bytes(content)
+    found = ShardSet(folder)
+    assert [found.key(i) for i in range(len(found))] == [f"image-0000{k}" for k in (0, 1, 3, 4, 5, 6, 7)]
+    assert f"damaged from byte {third.offset}" in warned(caplog)
+
+
+def test_members_that_do_not_belong_together_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [*sample("a", image(0), 1), ("b.cls", b"2"), *sample("c", image(1), 3), ("a.jpg", image(2))]
+    found = ShardSet(write_tar(tmp_path / "x.tar", members))
+    assert found.table["label"].tolist() == [1, 3]
+    assert found.read(0) == image(0)
+    assert "'b'" in warned(caplog)
+    assert "second image" in warned(caplog)
+
+
+def test_foreign_tables_are_kept_and_renewed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path, 9, 3)
+    first = ShardSet(folder).table.copy()
+    scan = shards._scan
+
+    def refuse(path: Path) -> None:
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(shards, "_scan", refuse)
+    again = ShardSet(folder)
+    assert np.array_equal(again.table, first)
+    assert isinstance(again.table, np.memmap)
+    monkeypatch.setattr(shards, "_scan", scan)
+    write_tar(folder / "map-0001.tar", sample("new", image(99), 5))
+    assert len(ShardSet(folder)) == 7
+    for kept in (cache / "dense-ssl" / "tables").iterdir():
+        kept.write_bytes(b"rubbish")
+    assert len(ShardSet(folder)) == 7
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")  # cannot be written, even by root
+    assert len(ShardSet(folder)) == 7
+
+
+def ours(folder: Path, samples: tuple[int, ...] = (4, 3)) -> Path:
+    """A set as tools/shard_imagenet.py leaves it, written here from its description."""
+    write_set(folder, sum(samples), 1)
+    (folder / "map-0000.tar").unlink()
+    start, entries, tables = 0, [], []
+    for k, count in enumerate(samples):
+        path = folder / f"map-train-{k:04d}.tar"
+        numbers = range(start, start + count)
+        members = [m for j in numbers for m in sample(f"k{j}", image(j, 40, 50), j)]
+        write_tar(path, members)
+        table = ShardSet([path]).table.copy()
+        np.save(path.with_suffix(".samples.npy"), table)
+        table["shard"] = k
+        tables.append(table)
+        entries.append({"file": path.name, "bytes": path.stat().st_size, "sha256": "", "samples": count})
+        start += count
+    np.save(folder / "map-train.samples.npy", np.concatenate(tables))
+    manifest = {"format": 1, "name": "map", "split": "train", "num_samples": start, "shards": entries}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_our_tables_are_used_while_they_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ours(tmp_path / "set")
+    scanned: list[Path] = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda path: scanned.append(path) or scan(path))
+    whole = ShardSet(folder)
+    assert isinstance(whole.table, np.memmap)
+    assert len(whole) == 7
+    assert whole.table.dtype == SAMPLE
+    part = ShardSet([folder / "map-train-0001.tar"])
+    assert part.table["shard"].tolist() == [0, 0, 0]
+    assert [part.key(i) for i in range(3)] == ["k4", "k5", "k6"]
+    swapped = ShardSet([folder / "map-train-0001.tar", folder / "map-train-0000.tar"])
+    assert swapped.key(0) == "k4"
+    assert swapped.read(3) == whole.read(0)
+    assert not scanned
+    write_tar(folder / "map-train-0001.tar", sample("other", image(1), 1))  # the manifest no longer describes it
+    mixed = ShardSet(folder)
+    assert scanned == [folder / "map-train-0001.tar"]
+    assert [mixed.key(i) for i in range(len(mixed))] == ["k0", "k1", "k2", "k3", "other"]
+    assert mixed.fingerprint != whole.fingerprint
+
+
+def test_a_second_split_must_be_named(tmp_path: Path) -> None:
+    folder = ours(tmp_path / "set")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "validation.manifest.json").write_text(json.dumps({**manifest, "split": "validation"}))
+    with pytest.raises(ShardError, match="train, validation"):
+        ShardSet(folder)
+
+
+def test_a_shard_missing_from_our_set_is_named(tmp_path: Path) -> None:
+    folder = ours(tmp_path / "set")
+    (folder / "map-train-0001.tar").unlink()
+    with pytest.raises(ShardError, match=r"map-train-0001\.tar is missing"):
+        ShardSet(folder)
+    assert len(ShardSet([folder / "map-train-0000.tar"])) == 4
+
+
+def test_the_fingerprint_is_the_sets_not_the_places(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "here", 6, 2)
+    moved = tmp_path / "there"
+    shutil.copytree(folder, moved)
+    assert ShardSet(folder).fingerprint == ShardSet(moved).fingerprint
+    write_tar(moved / "map-0001.tar", sample("one", image(1), 1))
+    assert ShardSet(folder).fingerprint != ShardSet(moved).fingerprint
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    for k in range(80):
+        write_tar(tmp_path / f"{k:03d}.tar", sample(f"k{k}", image(k), k))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+    try:
+        found = ShardSet(tmp_path)
+        found._files._most = 16
+        for _ in range(2):
+            assert [found.read(i) for i in range(80)] == [image(i) for i in range(80)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_cut_off_while_open_gives_fewer_bytes(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, 6, 1)
+    found = ShardSet(folder)
+    whole = found.read(3)
+    os.truncate(folder / "map-0000.tar", int(found.table["offset"][3]) + 10)
+    assert found.read(3) == whole[:10]
+    assert found.read(5) == b""
+
+
+def test_fourteen_million_images_cost_their_table_on_disk_only(tmp_path: Path) -> None:
+    """A sparse set of 1,024 empty tars: the table is mapped, opening it reads next to nothing of it."""
+    n, count = 14_000_000, 1024
+    ends = np.linspace(0, n, count + 1).astype(np.int64)
+    entries = []
+    for k in range(count):
+        path = tmp_path / f"big-train-{k:04d}.tar"
+        path.touch()
+        os.truncate(path, 1 << 20)
+        entries.append({"file": path.name, "bytes": 1 << 20, "samples": int(ends[k + 1] - ends[k])})
+    table = np.lib.format.open_memmap(tmp_path / "big-train.samples.npy", "w+", SAMPLE, (n,))
+    for k in range(count):
+        table["shard"][ends[k] : ends[k + 1]] = k
+    table.flush()
+    del table
+    manifest = {"format": 1, "name": "big", "split": "train", "num_samples": n, "shards": entries}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = anonymous()
+    found = ShardSet(tmp_path)
+    assert len(found) == n
+    assert np.array_equal(found.first, ends)
+    assert anonymous() - before < 20 << 20
+
+
+def anonymous() -> int:
+    """Bytes of memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
