@@ -1,0 +1,430 @@
+"""VICRegL: the views of an image agree as wholes, and where they show the same place or look alike.
+
+Bardes, Ponce, LeCun, "VICRegL: Self-Supervised Learning of Local Visual Features" (arXiv 2210.01571), with what the
+paper leaves open taken from the released code (facebookresearch/VICRegL).
+
+Letters: B images of this rank, n images of all ranks, N views, T cells of all views of an image one after another, D
+width. A slot is one matched pair of cells of a pair of views; its statistics run over the n images.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import Batch, Recipe, recipes
+from trainer.backbones import BatchNorm, convnet, normalise, vit
+from trainer.parallel import gather, rank, world_size
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the ConvNeXt-S run: 74.6 % linear top-1, 67.5 mIoU on frozen VOC after 400 epochs (Table 2)."""
+
+    backbone: str = "convnext_small"
+    """resnet50, convnext_{tiny,small,base,large,xlarge}, or vit_SIZE_patchP as LOCA has them"""
+    drop_path: float = 0.1
+    """of the last block, falling linearly to 0 at the first (released code; ResNet-50 has none: set 0)"""
+    fidelity: Literal["paper", "released"] = "paper"
+    """which recipe cuts the views; "released" grids ignore that a view is mirrored: see pipeline.recipes.vicregl"""
+    large: int = 2
+    """large views; each is paired with every other view"""
+    small: int = 6
+    """small views; 0 for ResNet-50"""
+    size: int = 224
+    small_size: int = 96
+    large_scale: tuple[float, float] = (0.4, 1.0)
+    """share of the image's area; (0.08, 1.0) for ResNet-50, which has no small views"""
+    small_scale: tuple[float, float] = (0.08, 0.4)
+
+    alpha: float = 0.75
+    """weight of the global loss, 1 - alpha of the local one; 1 is VICReg, 0 is local only (Fig. 2: 0.9 and 0.75)"""
+    locations: bool = True
+    """match cells by where they lie (L_s); without, its half of the local loss is missing"""
+    features: bool = True
+    """match cells by their features' distance (L_d); without, its half of the local loss is missing"""
+    gamma: tuple[int, int] | None = (20, 4)
+    """location matches kept from a large view to another, and back; null keeps one for each cell"""
+    feature_gamma: tuple[int, int] | None = (20, 4)
+    """the same for feature matches; null is the released code's default, which its author says should not be"""
+
+    criterion: Literal["vicreg", "simclr"] = "vicreg"
+    """"simclr" puts the contrastive loss in VICReg's place, globally and in each slot: SimCLR-L (Table 4)"""
+    invariance: float = 25.0
+    variance: float = 25.0
+    covariance: float = 1.0
+    """weights of VICReg's parts, the same globally and locally; 0 leaves a part out (Table 7)"""
+    temperature: float = 0.1
+    """of the contrastive loss (SimCLR's; the paper names none)"""
+    expander: tuple[int, ...] = (8192, 8192, 8192)
+    """widths of the head on the mean feature"""
+    projector: tuple[int, ...] = (512, 512, 512)
+    """widths of the head on every cell's feature"""
+
+    def __post_init__(self) -> None:
+        if self.large < 1 or self.small < 0 or self.large + self.small < 2:
+            raise ValueError(f"large is {self.large}, small {self.small}: a large view and another one are needed")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}: it must lie between 0 and 1")
+        if self.alpha < 1 and not (self.locations or self.features):
+            raise ValueError("locations and features are both off: alpha 1 trains without a local loss")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be positive")
+        stride = int(self.backbone.rpartition("patch")[2]) if "patch" in self.backbone else 32
+        for name, size in (("size", self.size), ("small_size", self.small_size)):
+            if size < stride or size % stride:
+                raise ValueError(f"{name} is {size}: {self.backbone} needs a multiple of {stride}")
+        for name, gamma in (("gamma", self.gamma), ("feature_gamma", self.feature_gamma)):
+            fewest = min((self.small_size if self.small else self.size) // stride, self.size // stride) ** 2
+            most = (self.size // stride) ** 2
+            if gamma is not None and not (1 <= gamma[0] <= most and 1 <= gamma[1] <= fewest):
+                raise ValueError(f"{name} is {gamma}: at most {most} and {fewest} cells can match, at least 1")
+
+    @property
+    def grids(self) -> list[int]:
+        """Cells per side of every view."""
+        stride = int(self.backbone.rpartition("patch")[2]) if "patch" in self.backbone else 32
+        return [self.size // stride] * self.large + [self.small_size // stride] * self.small
+
+
+def views(cfg: Config) -> Recipe:
+    """Large and small views, and which of their cells lie closest: "matches" i32 (B, M, 2)."""
+    grids = cfg.grids
+    return recipes.vicregl(
+        cfg.fidelity,
+        large=cfg.large,
+        small=cfg.small,
+        large_size=cfg.size,
+        small_size=cfg.small_size,
+        large_grid=grids[0],
+        small_grid=grids[-1],
+        large_scale=cfg.large_scale,
+        small_scale=cfg.small_scale,
+        gamma=cfg.gamma,
+        matches=cfg.locations and cfg.alpha < 1,
+    )
+
+
+# ---- What is compared with what --------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """The cells of view `query` looking for a match in view `candidate`; the best `kept` count, together `weight`."""
+
+    query: int
+    candidate: int
+    kept: int
+    start: int  # its first slot among the targets "matches"
+    weight: float
+
+
+def terms(grids: list[int], large: int, gamma: tuple[int, int] | None) -> list[Term]:
+    """The terms of one part of the local loss: a mean over ordered pairs, half for each direction, half for the part.
+
+    Two pairs may ask the same of the same views (0 to 1, when all cells are kept): such a term is computed once.
+    """
+    pairs = [(i, j) for i in range(large) for j in range(len(grids)) if i != j]
+    found: dict[tuple[int, int, int], Term] = {}
+    start = 0
+    for pair in pairs:
+        for direction, (query, candidate) in enumerate((pair, pair[::-1])):
+            kept = gamma[direction] if gamma else grids[query] ** 2
+            term = found.get((query, candidate, kept), Term(query, candidate, kept, start, 0.0))
+            found[query, candidate, kept] = term._replace(weight=term.weight + 0.5 / len(pairs))
+            start += kept
+    return list(found.values())
+
+
+class Matches(nn.Module):
+    """Which cells are compared in an image, and how much each comparison counts."""
+
+    weight: Tensor
+    whole: Tensor
+    moving: Tensor
+    side_weight: Tensor
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        grids = cfg.grids
+        cells = [grid**2 for grid in grids]
+        self.first = [sum(cells[:v]) for v in range(len(cells) + 1)]  # of each view's cells among all T
+        self.large = self.first[cfg.large]  # cells of large views: every pair has one of them
+        self.locations = terms(grids, cfg.large, cfg.gamma) if cfg.locations else []
+        self.features = terms(grids, cfg.large, cfg.feature_gamma) if cfg.features else []
+
+        every, moving, own = torch.empty(0), torch.empty(0, dtype=torch.long), torch.zeros(self.first[-1])
+        for term in self.locations + self.features:
+            each = torch.full((term.kept,), term.weight / term.kept)
+            if term.kept == cells[term.query]:  # slot k queries with cell k in every image: one for all such terms
+                own[self.first[term.query] : self.first[term.query + 1]] += each
+            else:
+                moving = torch.cat([moving, torch.arange(len(every), len(every) + term.kept)])
+            every = torch.cat([every, each])
+        whole = own.nonzero()[:, 0]
+        self.register_buffer("weight", every, persistent=False)  # (M,) of each slot
+        self.register_buffer("whole", whole, persistent=False)  # cells that query in every image
+        self.register_buffer("moving", moving, persistent=False)  # slots whose query cell differs between images
+        self.register_buffer("side_weight", torch.cat([own[whole], every[moving], every]) / 2, persistent=False)
+
+    def forward(self, squared: Tensor, located: Tensor | None) -> Tensor:
+        """Squared feature distances (B, cells of large views, T) and location matches (B, M', 2) -> slots (B, M, 2)."""
+        found = []
+        if located is not None:
+            found += [located[:, t.start : t.start + t.kept].long() for t in self.locations]
+        found += [self._nearest(squared, term) for term in self.features]
+        return torch.cat(found, dim=1)
+
+    def _nearest(self, squared: Tensor, term: Term) -> Tensor:
+        """The `kept` cells of the query view closest to a cell of the candidate view, with those: (B, kept, 2)."""
+        a, b = (slice(self.first[v], self.first[v + 1]) for v in (term.query, term.candidate))
+        block = squared[:, a, b] if a.stop <= self.large else squared[:, b, a].mT
+        distance, nearest = block.min(dim=2)
+        if term.kept < distance.shape[1]:
+            cell = distance.topk(term.kept, largest=False).indices.sort(dim=1).values
+            nearest = nearest.gather(1, cell)
+        else:
+            cell = torch.arange(term.kept, device=squared.device).expand_as(nearest)
+        return torch.stack([cell + a.start, nearest + b.start], dim=2)
+
+    def sides(self, slots: Tensor) -> Tensor:
+        """The cells whose statistics count, query and candidate sides, each once: (B, S) from the slots (B, M, 2)."""
+        whole = self.whole.expand(len(slots), -1)
+        return torch.cat([whole, slots[:, self.moving, 0], slots[..., 1]], dim=1)
+
+
+# ---- What is learnt --------------------------------------------------------------------------------------------------
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(B, P, D) and (B, R, D) -> (B, P, R), from one product: the P x R x D differences never exist.
+
+    Features of an image share most of what they are; without that share the product loses no digits that matter.
+    """
+    centre = b.mean(1, keepdim=True).detach()
+    a, b = a - centre, b - centre
+    return (a.square().sum(2)[:, :, None] + b.square().sum(2)[:, None, :]).baddbmm(a, b.mT, alpha=-2)
+
+
+class _Regularity(torch.autograd.Function):
+    """VICReg's variance and covariance terms of many slots, summed by weight: value and gradient in one pass.
+
+    The gradient is known in closed form, so that a slot's n x D features, gathered from the cells, live only while
+    their chunk is computed; what stays is one gradient of the size of the cells. 4 n D min(n, D) multiplications a
+    slot: with fewer images than channels, the squares of the covariances are summed as those of the n x n Gram matrix.
+    """
+
+    CHUNK = {"cpu": 2**20, "cuda": 2**25}  # numbers in flight: what a cache holds; what keeps a GPU busy
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, rows: Tensor, weight: Tensor, variance: float, covariance: float) -> Tensor:
+        """cells (R, D), rows i64 (S, n) of cells, weight (S,) -> (3,): sum, its variance part, its covariance part."""
+        n, d = rows.shape[1], cells.shape[1]
+        free = max(n - 1, 1)
+        gradient = torch.zeros_like(cells)
+        parts = cells.new_zeros(2)
+        chunk = max(1, _Regularity.CHUNK[cells.device.type] // (n * max(n, d)))
+        for some, w in zip(rows.split(chunk), weight.split(chunk), strict=True):
+            x = cells.index_select(0, some.flatten()).unflatten(0, (-1, n))
+            x = x - x.mean(1, keepdim=True)
+            if n <= d:
+                product = x @ x.mT
+                var = x.square().sum(1) / free
+            else:
+                product = x.mT @ x
+                var = product.diagonal(dim1=1, dim2=2) / free
+            std = (var + 1e-4).sqrt()
+            hinge = (1 - std).relu().mean(1)
+            squares = torch.linalg.vector_norm(product.flatten(1), dim=1) / free
+            off_diagonal = (squares.square() - var.square().sum(1)) / d
+            parts = parts + torch.stack([variance * (w @ hinge), covariance * (w @ off_diagonal)])
+
+            push = (4 * covariance / (d * free)) * w
+            pull = (-variance / (d * free)) * w[:, None] * (std < 1) / std - push[:, None] * var
+            push = (push / free)[:, None, None]
+            if n <= d:
+                change = torch.baddbmm(x * pull[:, None, :], product * push, x)
+            else:
+                change = x @ (product * push + torch.diag_embed(pull))
+            gradient.index_add_(0, some.flatten(), change.flatten(0, 1))
+        ctx.save_for_backward(gradient)
+        return torch.cat([parts.sum()[None], parts])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0][0] * gradient, None, None, None, None
+
+
+def contrast(cells: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss of each slot, (S,); cells (R, D), rows i64 (S, n, 2) of matched ones. Other images are negative."""
+    x = F.normalize(cells[rows.mT.flatten(1)], dim=2)
+    images = rows.shape[1]
+    logits = x @ x.mT / temperature
+    own = torch.eye(2 * images, dtype=torch.bool, device=x.device)
+    partner = logits.diagonal(images, 1, 2).sum(1) * 2  # the matrix is symmetric
+    return (logits.masked_fill(own, -torch.inf).logsumexp(2).sum(1) - partner) / (2 * images)
+
+
+def of_all_ranks(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All ranks' cells (n*T, D) in full precision, and this rank's share of the slots: rows of it (s, n, ...), weights.
+
+    From this rank's cells (B, T, D), the index (B, S, ...) of cells in each slot and weights (S,). The cells travel,
+    not the slots made of them, an order of magnitude more. The loss is a mean over ranks: hence the larger weights.
+    """
+    cells, index = full(gather(cells)), gather(index.int())
+    share = slice(rank(), None, world_size())
+    first = torch.arange(len(cells), device=index.device) * cells.shape[1]
+    rows = index[:, share].transpose(0, 1) + first.reshape(-1, *(1,) * (index.ndim - 2))
+    return cells.flatten(0, 1), rows, weight[share].to(cells.dtype) * world_size()
+
+
+def full(x: Tensor) -> Tensor:
+    """Half precision as float32: variances, covariances and distances need its digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean standard deviation over the batch of the L2-normalised features (B, D); mean correlation of two channels.
+
+    0 and 1 say collapse. The sum over all pairs of channels is the square of a sum, so that no D x D matrix is needed.
+    """
+    x = full(x.detach())
+    std = F.normalize(x, dim=1).std(0, correction=0).mean()
+    x = x - x.mean(0)
+    x = x / (x.square().mean(0).sqrt() + 1e-5)
+    pairs = x.shape[1] * max(x.shape[1] - 1, 1)
+    return std, (x.sum(1).square().mean() - x.square().sum(1).mean()) / pairs
+
+
+class Objective(nn.Module):
+    """Both losses and their parts, of embeddings and of cells. Each rank has its share: the mean over ranks is meant."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        if cfg.alpha < 1:
+            self.matches = Matches(cfg)
+
+    def global_loss(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """VICReg of embeddings (B, N, D): variance and covariance of all views, invariance of the ordered pairs."""
+        cfg, (count, n_views, width) = self.cfg, embeddings.shape
+        pairs = cfg.large * (n_views - 1)
+        if cfg.criterion == "simclr":
+            which = torch.tensor([(i, j) for i in range(cfg.large) for j in range(i + 1, n_views)])
+            weight = torch.where(which[:, 1] < cfg.large, 2.0, 1.0) / pairs
+            return self.contrastive(embeddings, which.to(embeddings.device).expand(count, -1, -1), weight)
+        e = full(embeddings)
+        difference = e[:, : cfg.large, None] - e[:, None]
+        invariance = cfg.invariance / (pairs * count * width) * difference.square().sum()
+        index = torch.arange(n_views, device=e.device).expand(count, -1)
+        return self.regularised(invariance, embeddings, index, e.new_full((n_views,), 1 / n_views))
+
+    def local_loss(self, cells: Tensor, located: Tensor | None) -> dict[str, Tensor]:
+        """The loss of matched cells, (B, T, D), by place (B, M', 2) and by features: see `terms` for the weights."""
+        z = full(cells)
+        squared = squared_distances(z[:, : self.matches.large], z)
+        slots = self.matches(squared.detach(), located)
+        if self.cfg.criterion == "simclr":
+            return self.contrastive(cells, slots, self.matches.weight)
+        # One cell of each slot is a large view's, and these come first: the table of distances has them all.
+        where = torch.minimum(slots[..., 0], slots[..., 1]) * z.shape[1] + torch.maximum(slots[..., 0], slots[..., 1])
+        weight = self.matches.weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
+        invariance = (squared.flatten(1).gather(1, where) * weight).sum()
+        return self.regularised(invariance, cells, self.matches.sides(slots), self.matches.side_weight)
+
+    def regularised(self, invariance: Tensor, cells: Tensor, index: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        total, variance, covariance = _Regularity.apply(
+            *of_all_ranks(cells, index, weight), self.cfg.variance, self.cfg.covariance
+        ).unbind()
+        return {
+            "loss": invariance + total,
+            "invariance": invariance,
+            "variance": variance,
+            "covariance": covariance,
+        }
+
+    def contrastive(self, cells: Tensor, slots: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        cells, rows, weight = of_all_ranks(cells, slots, weight.to(cells.device))
+        loss = weight @ contrast(cells, rows, self.cfg.temperature)
+        return {"loss": loss, "contrast": loss}
+
+
+class Head(nn.Sequential):
+    """Linear layers, each but the last followed by a norm and ReLU; the last has no bias (released code)."""
+
+    def __init__(self, width: int, widths: tuple[int, ...], norm: Any) -> None:
+        layers: list[nn.Module] = []
+        for hidden in widths[:-1]:
+            layers += [nn.Linear(width, hidden), norm(hidden), nn.ReLU()]
+            width = hidden
+        super().__init__(*layers, nn.Linear(width, widths[-1], bias=False))
+
+
+class Method(nn.Module):
+    """VICRegL. Batch norm, which ResNet-50 and its heads have, sees the cells of one view at a time (released code)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg, self.recipe = cfg, views(cfg)
+        self.encoder: Any = (
+            vit(cfg.backbone, size=cfg.size, drop_path=cfg.drop_path)
+            if cfg.backbone.startswith("vit")
+            else convnet(cfg.backbone, drop_path=cfg.drop_path)
+        )
+        self.one_by_one = any(isinstance(m, BatchNorm) for m in self.encoder.modules())
+        norm = BatchNorm if self.one_by_one else nn.LayerNorm
+        if cfg.alpha > 0:
+            self.expander = Head(self.encoder.width, cfg.expander, norm)
+        if cfg.alpha < 1:
+            self.projector = Head(self.encoder.width, cfg.projector, norm)
+        self.objective = Objective(cfg)
+
+    def backbone(self) -> nn.Module:
+        return self.encoder
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Biases and gains do not decay (released code)."""
+        learnt = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in learnt if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def after_step(self, progress: Tensor) -> None:
+        """Nothing follows the weights: there is no teacher."""
+
+    def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        maps = [view for kind in ("large", "small") if kind in batch.views for view in self.encode(batch, kind)]
+        pooled = [view.mean(1, keepdim=True) for view in maps]
+        embeddings = self.on_views(self.expander, pooled) if self.cfg.alpha > 0 else None
+        cells = self.on_views(self.projector, maps) if self.cfg.alpha < 1 else None
+        loss, metrics = torch.zeros((), device=progress.device), {}
+        with torch.autocast(progress.device.type, enabled=False):
+            metrics["feature_std"], metrics["feature_correlation"] = spread(pooled[0][:, 0])
+            if embeddings is not None:
+                metrics["embedding_std"], metrics["embedding_correlation"] = spread(embeddings[:, 0])
+                parts = self.objective.global_loss(embeddings)
+                loss = loss + self.cfg.alpha * parts.pop("loss")
+                metrics |= {f"global_{name}": part.detach() for name, part in parts.items()}
+            if cells is not None:
+                parts = self.objective.local_loss(cells, batch.targets.get("matches"))
+                loss = loss + (1 - self.cfg.alpha) * parts.pop("loss")
+                metrics |= {f"local_{name}": part.detach() for name, part in parts.items()}
+        return loss, metrics
+
+    def encode(self, batch: Batch, kind: str) -> list[Tensor]:
+        """The maps (B, cells, D) of each view of a kind."""
+        pixels = batch.views[kind].pixels
+        x = normalise(pixels, self.recipe.mean, self.recipe.std).unflatten(0, pixels.shape[:2])
+        if self.one_by_one:
+            return [self.encoder(view) for view in x.unbind(1)]
+        return list(self.encoder(x.flatten(0, 1)).unflatten(0, pixels.shape[:2]).unbind(1))
+
+    def on_views(self, head: Head, maps: list[Tensor]) -> Tensor:
+        """(B, cells, D) of each view -> (B, T, D'), all views one after another."""
+        if self.one_by_one:
+            maps = [head(view.flatten(0, 1)).unflatten(0, view.shape[:2]) for view in maps]
+            return torch.cat(maps, dim=1)
+        return head(torch.cat(maps, dim=1))
