@@ -259,6 +259,31 @@ def test_a_plain_line_where_there_is_no_terminal(source, tmp_path, monkeypatch, 
     assert lines[-1].startswith("sharding 32/32")
 
 
+def test_an_unfinished_run_need_not_unpack_a_gzipped_source_again(tmp_path, monkeypatch):
+    source = tmp_path / "tiny.tar.gz"
+    source.write_bytes(make.tar_of(make.photographs(4), mode="w:gz"))
+    assert make.run(source, tmp_path / "wanted", "--shards", 4) == 0
+    assert make.run(source, tmp_path / "out", "--shards", 4, "--part", "0/2") == 0
+    with monkeypatch.context() as watched:
+        watched.setattr("sharding.sources.read", None)
+        assert make.run(source, tmp_path / "out", "--shards", 4, "--part", "1/2") == 0
+    assert make.contents(tmp_path / "out") == make.contents(tmp_path / "wanted")
+
+
+def test_the_source_may_move_between_two_runs(source, wanted, tmp_path):
+    moved = shutil.copytree(source, tmp_path / "before" / "tiny")
+    assert make.run(moved, tmp_path / "out", "--shards", 6, "--part", "0/2") == 0
+    moved = shutil.move(moved, tmp_path / "tiny")
+    process = make.command(moved, tmp_path / "out", "--shards", 6, "--workers", 2)
+    assert process.communicate() and process.returncode == 0
+    assert make.contents(tmp_path / "out") == wanted
+
+
+def test_a_target_inside_the_source_is_refused(source, capsys):
+    assert make.run(source, source / "out") == 2
+    assert "lies inside" in capsys.readouterr().err
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,11 @@ def val_sources(folder):
                 },
             ),
         ),
+        "tar with a folder around and csv": lambda: (
+            file(folder / "around.tar", make.tar_of({f"val/{name}": content for name, content in VAL.items()})),
+            "--labels",
+            file(folder / "LOC_val_solution.csv", solution.encode()),
+        ),
         "kaggle": lambda: (
             make.tree(
                 folder / "kaggle",
@@ -137,7 +142,7 @@ def val_forms(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "form",
-    ["kaggle", "downloads in one folder", "tar and csv", "class folders"]
+    ["kaggle", "downloads in one folder", "tar and csv", "tar with a folder around and csv", "class folders"]
     + [f"flat folder and {what}" for what in ("devkit folder", "ground truth", "lines")],
 )
 def test_every_form_of_a_validation_set_gives_the_right_labels(form, val_forms, tmp_path):
@@ -157,6 +162,14 @@ def test_a_folder_without_labels(names, options, tmp_path):
     assert [parts["cls"] for parts in make.samples(tmp_path / "out").values()] == [b"-1", b"-1"]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["num_classes"] == 0
     assert make.run("--check", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("folder", ["one", "val"])
+def test_one_folder_in_a_tar_is_a_class_unless_it_names_a_split(folder, tmp_path):
+    source = file(tmp_path / "x.tar", make.tar_of({f"{folder}/a.jpg": make.encode(1)}))
+    assert make.run(source, tmp_path / "out") == 0
+    (parts,) = make.samples(tmp_path / "out").values()
+    assert parts["cls"] == (b"0" if folder == "one" else b"-1")
 
 
 def test_a_class_list_chooses_and_numbers_the_classes(photos, tmp_path):
@@ -213,7 +226,7 @@ def test_a_class_without_images_stops_1k_and_is_told_of_21k(classes, fatal, tmp_
     listing = sources.Listing(tmp_path, "made up", classes=[f"n{number:08d}" for number in range(classes)])
     for number in range(1, classes):
         listing.add(f"n{number:08d}/n{number:08d}_1.JPEG", 10, number)
-    arguments = {"name": None, "split": "train", "seed": 0, "class_list": None, "image_rules": {}}
+    arguments = {"name": None, "split": "train", "seed": 0, "class_list": None, "image_rules": {}, "request": {}}
     arguments |= {"shards": None, "subset": None, "key_style": "stem"}
     if fatal:
         with pytest.raises(SourceError, match="n00000000"):

@@ -16,6 +16,7 @@ Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable inpu
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -41,32 +42,32 @@ def main(argv: list[str] | None = None) -> int:
 def shard(args: argparse.Namespace) -> int:
     # --- what is there, and what goes where
     rules = images.Rules(short_side=args.short_side, quality=args.quality, max_pixels=args.max_pixels)
-    listing = sources.read(args.source, args.split, args.labels, args.label_offset, args.unlabelled)
-    planned = plan.build(
-        listing,
-        name=args.name,
-        split=args.split,
-        seed=args.seed,
-        class_list=args.classes,
-        image_rules=plan.options_of(rules),
-        shards=args.shards,
-        subset=args.subset,
-        key_style=args.key,
-    )
-    describe(listing, planned, args.part)
+    if args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
+        raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
+    what = {"labels": args.labels, "label_offset": args.label_offset, "unlabelled": args.unlabelled}
+    how = {"name": args.name, "split": args.split, "seed": args.seed, "class_list": args.classes, "shards": args.shards}
+    how |= {"subset": args.subset, "key_style": args.key, "image_rules": dataclasses.asdict(rules)}
+    request = plan.request_of(args.source, **what, **how)
+    planned = plan.known(args.out, args.split, request)
+    if planned is None:
+        print(f"listing {args.source}", flush=True)
+        listing = sources.read(args.source, args.split, **what)
+        planned = plan.build(listing, request=request, **how)
+        remarks(listing)
+        del listing
+    describe(planned, args.part)
     if args.dry_run:
         return 0
-    del listing
     mine = list(range(planned.shards))[args.part[0] :: args.part[1]]
 
     # --- make what is still missing
     work = target(planned, args.out)
     with writing.locked(work, args.part):
-        manifest = finishing.check_target(planned, args.out)
+        with writing.alone(work):
+            manifest = finishing.check_target(planned, args.out)
+            if manifest is None and not (work / "plan.json").exists():
+                planned.save(work)
         if manifest is None:
-            with writing.alone(work):
-                if not (work / "plan.json").exists():
-                    planned.save(work)
             missing = [one for one in mine if not finishing.done(planned, args.out, one)]
         else:  # finished before: only what was lost since
             whole = {entry["file"] for entry in manifest["shards"] if finishing.whole(args.out, entry)}
@@ -74,7 +75,9 @@ def shard(args: argparse.Namespace) -> int:
             missing = [one for one in mine if planned.shard_file(one) in lost]
             if missing:
                 planned.save(work)
-        if missing and not args.merge:
+        if args.merge:
+            missing = []
+        if missing:
             if len(missing) < len(mine):
                 print(f"going on: {len(mine) - len(missing)} of {len(mine)} shards are done")
             if planned.gzipped:
@@ -144,11 +147,7 @@ def target(planned: plan.Plan, out: Path) -> Path:
     return work
 
 
-def describe(listing: sources.Listing, planned: plan.Plan, part: tuple[int, int]) -> None:
-    source = planned.source
-    classes = f"{len(planned.classes):,} classes" if planned.classes else "no labels"
-    print(f"{listing.kind}: {source['images']:,} images, {source['bytes'] / 1e9:.2f} GB, {classes}")
-    print(f"release: {source['release'] or 'none that is known'}")
+def remarks(listing: sources.Listing) -> None:
     for note in listing.notes:
         print(f"note: {note}")
     for what, count in listing.ignored.items():
@@ -156,6 +155,13 @@ def describe(listing: sources.Listing, planned: plan.Plan, part: tuple[int, int]
     if listing.refused:
         name, reason = listing.refused[0]
         print(f"refused: {len(listing.refused):,} entries, e.g. {name!r} ({reason})")
+
+
+def describe(planned: plan.Plan, part: tuple[int, int]) -> None:
+    source = planned.source
+    classes = f"{len(planned.classes):,} classes" if planned.classes else "no labels"
+    print(f"{source['kind']}: {source['images']:,} images, {source['bytes'] / 1e9:.2f} GB, {classes}")
+    print(f"release: {source['release'] or 'none that is known'}")
     print(
         f"{planned.shards} shards {planned.shard_file(0)} ... "
         f"of about {source['bytes'] / planned.shards / 1e6:.1f} MB, seed {planned.seed}"

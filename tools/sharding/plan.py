@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -52,6 +52,7 @@ class Plan:
     seed: int
     source: dict  # fingerprint: says whether two sources hold the same images
     refused: list[tuple[str, str]]
+    request: dict  # what was asked for, and the stamp of the tar it was asked of
     rows: np.ndarray
     names: bytes | np.memmap
 
@@ -92,6 +93,25 @@ class Plan:
         return cls(**said, rows=np.load(folder / "rows.npy", mmap_mode="r"), names=names)
 
 
+def request_of(source: Path, **options: object) -> dict:
+    """What a plan depends on, where that can be told without listing the source: None in "stamp" says it cannot."""
+    files = [source, *(option for option in options.values() if isinstance(option, Path))]
+    stamps = [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None for file in files]
+    said = {name: str(option) if isinstance(option, Path) else option for name, option in options.items()}
+    return {"source": str(source.resolve()), **said, "stamp": None if None in stamps else stamps}
+
+
+def known(out: Path, split: str, request: dict) -> Plan | None:
+    """The plan of an unfinished run of just this request: a tar need not be walked, nor a .tar.gz unpacked, again."""
+    for path in out.glob(f".*-{split}.work/plan.json") if request["stamp"] else ():
+        try:
+            if json.loads(path.read_text())["request"] == request:
+                return Plan.load(path.parent)
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # damaged: made anew
+    return None
+
+
 def clean_key(name: str, style: str) -> str:
     """The sample's key: the file's stem, or its path where stems repeat.
 
@@ -116,6 +136,7 @@ def build(
     seed: int,
     class_list: Path | None,
     image_rules: dict,
+    request: dict,
     shards: int | None,
     subset: int | None,
     key_style: str,
@@ -169,8 +190,8 @@ def build(
     return Plan(
         name=name or (known[1] if known else _folder_name(listing.root, split)),
         split=split,
-        root=str(listing.root),
-        tars=listing.tars,
+        root=str(listing.root.resolve()),
+        tars=[str(Path(tar).resolve()) for tar in listing.tars],
         gzipped=listing.gzipped,
         classes=classes,
         bounds=[len(rows) * shard // shards for shard in range(shards + 1)],
@@ -184,6 +205,7 @@ def build(
             "release": known[0] if known else None,
         },
         refused=listing.refused,
+        request=request,
         rows=rows,
         names=bytes(listing.names),
     )
@@ -255,8 +277,3 @@ def _folder_name(root: Path, split: str) -> str:
         if part and part not in (split, "train", "val", "validation", "test"):
             return re.sub("[^A-Za-z0-9_]", "_", part)
     return "images"
-
-
-def options_of(rules: object) -> dict:
-    """The image rules as the manifest records them."""
-    return asdict(rules)  # type: ignore[call-overload]

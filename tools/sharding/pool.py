@@ -71,13 +71,14 @@ def run(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: 
             for shard in shards:
                 writing.write_shard(plan, out, shard, rules, told)
             return
-        _run_many(writing.work_folder(out, plan), out, shards, rules, min(workers, len(shards)), shown)
+        _run_many(plan, out, shards, rules, min(workers, len(shards)), shown)
 
 
-def _run_many(work: Path, out: Path, shards: list[int], rules: images.Rules, workers: int, shown: Progress) -> None:
+def _run_many(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: int, shown: Progress) -> None:
     context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
     counts, following, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
-    job = (str(work), str(out), shards, rules, counts, following, errors)
+    source = (plan.root, plan.tars)  # the saved plan may name the path of another machine, or of last week
+    job = (writing.work_folder(out, plan), source, out, shards, rules, counts, following, errors)
     processes = [context.Process(target=_work, args=job, daemon=True) for _ in range(workers)]
     try:
         for process in processes:
@@ -100,12 +101,20 @@ def _run_many(work: Path, out: Path, shards: list[int], rules: images.Rules, wor
 
 
 def _work(
-    work: str, out: str, shards: list[int], rules: images.Rules, counts: Any, following: Any, errors: Any
+    work: Path,
+    source: tuple[str, list[str]],
+    out: Path,
+    shards: list[int],
+    rules: images.Rules,
+    counts: Any,
+    following: Any,
+    errors: Any,
 ) -> None:
     """A worker process: takes the next shard until there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    plan = Plan.load(Path(work))
+    plan = Plan.load(work)
+    plan.root, plan.tars = source
 
     def told(*more: int) -> None:
         with counts.get_lock():
@@ -119,7 +128,7 @@ def _work(
                 following.value += 1
             if position >= len(shards):
                 return
-            writing.write_shard(plan, Path(out), shards[position], rules, told)
+            writing.write_shard(plan, out, shards[position], rules, told)
     except Exception as error:
         errors.put(
             error if isinstance(error, OSError | RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")

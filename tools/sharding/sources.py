@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from . import SourceError, labels, tars
+from . import SourceError, tars
+from .labels import beside, read_labels
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
+_AROUND = ("val", "validation", "test", "train", "images")  # the one folder around a flat set is no class
 _OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
 
 
@@ -55,12 +57,12 @@ class Listing:
         self.offset.append(offset)
 
 
-def read(source: Path, split: str, label_file: Path | None, label_offset: int | None, unlabelled: bool) -> Listing:
+def read(source: Path, split: str, labels: Path | None, label_offset: int | None, unlabelled: bool) -> Listing:
     """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
     if not source.exists():
         raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
     mapping = source / "LOC_synset_mapping.txt"
-    source, label_file = _descend(source, split, None if unlabelled else label_file, unlabelled)
+    source, label_file = _descend(source, split, None if unlabelled else labels, unlabelled)
     try:
         listing = _tar_file(source) if source.is_file() else _folder(source, unlabelled or label_file is not None)
     except OSError as error:
@@ -73,7 +75,7 @@ def read(source: Path, split: str, label_file: Path | None, label_offset: int | 
         _forget_classes(listing)
     elif label_file is not None:
         _forget_classes(listing)
-        listing.labelled = labels.read_labels(label_file, label_offset)
+        listing.labelled = read_labels(label_file, label_offset)
         listing.notes.append(f"labels from {label_file}")
     elif not listing.classes and any("ILSVRC2012_val_" in listing.name(row) for row in range(min(100, len(listing)))):
         raise SourceError(
@@ -93,11 +95,11 @@ def _descend(source: Path, split: str, label_file: Path | None, unlabelled: bool
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
         if label_file is None and not unlabelled and aliases[0] == "val":
-            found = labels.beside(top)
+            found = beside(top)
             flat = source.is_file() or not any(entry.is_dir() for entry in os.scandir(source))
             label_file = found if flat else None
     elif label_file is None and not unlabelled and aliases[0] == "val":
-        label_file = labels.beside(source.parent)
+        label_file = beside(source.parent)
     return source, label_file
 
 
@@ -222,8 +224,8 @@ def _tar_members(listing: Listing, source: tars.Seekable | tars.Gzipped, group_n
                 listing.add(member.name, member.size, group_of(group) if group else -1, place, member.offset)
 
     images(tars.walk(source), group_name)
-    if place == 0 and listing.kind == "tar of images" and len(listing.classes) == 1 and group_name is None:
-        _forget_classes(listing)  # `val/x.JPEG`: one folder around a flat set is no class
+    if listing.kind == "tar of images" and len(listing.classes) == 1 and listing.classes[0] in _AROUND:
+        _forget_classes(listing)
 
 
 def _refused(listing: Listing, member: tars.Member) -> bool:

@@ -60,6 +60,7 @@ def locked(work: Path, part: tuple[int, int]) -> Iterator[None]:
 @contextmanager
 def alone(work: Path) -> Iterator[None]:
     """Parts of one run take turns: at the plan, and at the metadata."""
+    work.mkdir(exist_ok=True)  # the last part may have tidied it away
     with (work / "turn").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
