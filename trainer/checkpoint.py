@@ -1,7 +1,7 @@
 """Checkpoints: one file a step, whole or absent.
 
-Written beside, flushed to the disk, renamed; `last` links to the newest. A file that cannot be read is passed over, with
-a warning, for the one before it. Nothing is unpickled: tensors and plain values only (`weights_only=True`).
+Written beside, flushed to the disk, renamed; `last` links to the newest. A file that cannot be read is passed over,
+with a warning, for the one before it. Nothing is unpickled: tensors and plain values only (`weights_only=True`).
 """
 
 import os
@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import nn
+
+from trainer import methods
 
 FORMAT = 1
 Payload = dict[str, Any]  # format, step, method, config (YAML), model, optimizer, loader, and scaler if there is one
@@ -69,6 +73,19 @@ def latest(folder: Path) -> Payload | None:
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     return None
+
+
+def restore(payload: Payload) -> nn.Module:
+    """The method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
+    room = methods.load(payload["method"])
+    settings = yaml.safe_load(payload["config"])[payload["method"]]
+    cfg = room.Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    method = room.Method(cfg)
+    try:
+        method.load_state_dict(payload["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights do not fit its settings: {' '.join(str(error).split())}") from None
+    return method
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -1,0 +1,101 @@
+"""What is exported, timm loads, and computes the same with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from trainer import checkpoint, export
+from trainer.backbones import ConvNeXt, convnet, vit
+from trainer.methods import loca
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("name", ["vit_nano_patch16", "vit_small_patch16", "vit_tiny_patch8"])
+def test_a_vit_computes_the_same_in_timm(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    ours = vit(name, size=64).eval()
+    export.export(ours, tmp_path, MEAN, STD)
+    images = torch.randn(2, 3, 64, 64)
+    for theirs in (from_file(tmp_path), timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.forward_features(images), ours(images), atol=1e-6, rtol=0)
+
+
+def test_a_resnet_computes_the_same_in_timm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = convnet("resnet50").eval()
+    export.export(ours, tmp_path, MEAN, STD)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        maps = from_file(tmp_path).forward_features(images)
+        torch.testing.assert_close(maps.flatten(2).mT, ours(images), atol=1e-6, rtol=0)
+
+
+def test_a_convnext_computes_the_same_in_timm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = convnet("convnext_tiny").eval()
+    assert isinstance(ours, ConvNeXt)
+    export.export(ours, tmp_path, MEAN, STD)
+    images = torch.randn(1, 3, 64, 64)
+    theirs = from_file(tmp_path)
+    with torch.no_grad():
+        maps = theirs.head.norm(theirs.forward_features(images))  # the norm on every cell, as it was trained
+        torch.testing.assert_close(maps.flatten(2).mT, ours(images), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"])
+def test_the_large_ones_have_timms_names_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        ours = vit(name)
+        architecture, arguments = export.architecture(ours)
+        theirs = timm.create_model(architecture, num_classes=0, **arguments)
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in ours.state_dict().items()}
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xlarge"])
+def test_every_convnext_is_recognised(size: str) -> None:
+    with torch.device("meta"):
+        assert export.architecture(convnet(f"convnext_{size}"))[0] == f"convnext_{size}"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, loca.Method]:
+    """A checkpoint whose teacher and student differ."""
+    torch.manual_seed(0)
+    cfg = loca.Config(backbone="vit_nano_patch16", prototypes=8, hidden=16)
+    method = loca.Method(cfg)
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(0.1)
+    payload = {"step": 5, "method": "loca", "config": yaml.safe_dump({"loca": vars(cfg)}), "model": method.state_dict()}
+    checkpoint.save(tmp_path / "run" / "checkpoints", payload, keep_last=1, keep_every=None)
+    return tmp_path, method
+
+
+def test_the_teacher_is_exported_unless_the_student_is_asked_for(saved: tuple[Path, loca.Method]) -> None:
+    folder, method = saved
+    assert method.teacher is not None
+    assert export.main([str(folder / "run"), str(folder / "t")]) == 0
+    assert export.main([str(folder / "run" / "checkpoints" / "last"), str(folder / "s"), "--student"]) == 0
+    for out, branch in (("t", method.teacher), ("s", method.student)):
+        weights = load_file(folder / out / "model.safetensors")
+        assert torch.equal(weights["norm.weight"], branch.backbone.norm.weight)
+
+
+def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "holds no readable checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def from_file(folder: Path) -> torch.nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    path = str(folder / "model.safetensors")
+    return timm.create_model(config["architecture"], checkpoint_path=path, **config["model_args"]).eval()

@@ -1,0 +1,113 @@
+"""Writes a trained backbone as timm reads it: ``python -m trainer.export CHECKPOINT OUT``.
+
+OUT gets model.safetensors and config.json, for either of
+
+    timm.create_model("local-dir:OUT", pretrained=True)
+    timm.create_model(config["architecture"], checkpoint_path="OUT/model.safetensors", **config["model_args"])
+
+CHECKPOINT is a file or a run's folder. Weights are the EMA teacher's where the method has one; ``--student`` takes the
+others.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trainer import checkpoint
+from trainer.backbones import ConvNeXt, ResNet, VisionTransformer
+
+# The nearest of timm's architectures; what differs from it goes into model_args.
+VITS = {(768, 12, 12): "base", (1024, 24, 16): "large", (1280, 32, 16): "huge", (384, 12, 6): "small"}
+
+
+def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
+    """timm's name for the backbone, and the arguments that make timm's model compute what ours does.
+
+    Raises ValueError for a backbone that timm has no model of.
+    """
+    if isinstance(backbone, VisionTransformer):
+        shape = (backbone.width, len(backbone.blocks), backbone.heads)
+        size = VITS.get(shape, "tiny")
+        name = "vit_huge_patch14_224" if size == "huge" else f"vit_{size}_patch16_224"
+        arguments = {
+            "img_size": backbone.grid * backbone.patch,
+            "patch_size": backbone.patch,
+            "class_token": bool(backbone.num_prefix_tokens),
+            "no_embed_class": True,
+            "global_pool": "avg",
+            "fc_norm": False,
+            "act_layer": "gelu_tanh",
+        }
+        if size == "tiny":
+            arguments |= dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
+        return name, arguments
+    if isinstance(backbone, ConvNeXt):
+        sizes = {(9, 768): "tiny", (27, 768): "small", (27, 1024): "base", (27, 1536): "large", (27, 2048): "xlarge"}
+        depth = len(backbone.stages[2].blocks)  # type: ignore[union-attr, arg-type]
+        if size := sizes.get((depth, backbone.width)):
+            return f"convnext_{size}", {}
+    if isinstance(backbone, ResNet) and sum(1 for m in backbone.modules() if isinstance(m, nn.Conv2d)) == 53:
+        return "resnet50", {}
+    raise ValueError(
+        f"timm has no architecture for {type(backbone).__name__} of width {getattr(backbone, 'width', '?')}"
+    )
+
+
+def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Writes the two files.
+
+    A ConvNeXt gets the layer scale that timm's has and VICRegL's has not, as ones. Its last norm lies on every cell
+    here and on the cells' mean in timm: the weights are the same, the pooled features are not.
+    """
+    name, arguments = architecture(backbone)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.contiguous() for key, value in backbone.state_dict().items()}
+    if isinstance(backbone, ConvNeXt):
+        bias = ".mlp.fc2.bias"
+        weights |= {key.replace(bias, ".gamma"): torch.ones_like(weights[key]) for key in weights if key.endswith(bias)}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    side = arguments.get("img_size", 224)
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": backbone.width,
+        "model_args": {**arguments, "num_classes": 0},
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "num_classes": 0,
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+        },
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest one")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--student", action="store_true", help="the student's weights, where there is a teacher")
+    args = parser.parse_args(argv)
+    try:
+        method = checkpoint.restore(checkpoint.load(args.checkpoint))
+        if args.student and getattr(method, "student", None) is None:
+            raise ValueError("--student: this method has no teacher beside its student")
+        backbone = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr, operator]
+        export(backbone, args.out, method.mean, method.std)  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        print(f"trainer.export: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {sum(p.numel() for p in backbone.parameters()):,} weights")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
