@@ -28,11 +28,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pipeline import Loader, ShardSet, recipes  # noqa: E402
+from pipeline import Loader, Recipe, ShardSet, recipes  # noqa: E402
 from trainer import methods, optim  # noqa: E402
 
 CHECKS: list[Callable[["Bench"], dict[str, Any]]] = []
-RECIPES = {"loca": recipes.loca, "vicregl": recipes.vicregl}
+RECIPES: dict[str, Callable[[], Recipe]] = {"loca": recipes.loca, "vicregl": recipes.vicregl}
 PIXEL_MEAN, PIXEL_SHARE = 1.5, 0.02  # levels of mean difference; share of pixels that may differ by more than 16 levels
 
 

@@ -18,7 +18,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40":
 
 def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
     """A batch of `count` images of noise, every view showing the whole image, with the recipe's own targets."""
-    windows = {cut.kind: np.tile(np.float32([0, 0, 256, 256]), (count, cut.count, 1)) for cut in recipe.cuts}
+    windows = {cut.kind: np.tile(np.array([0, 0, 256, 256], np.float32), (count, cut.count, 1)) for cut in recipe.cuts}
     targets = recipe.targets(windows) if recipe.targets else {}
     views = {
         cut.kind: View(

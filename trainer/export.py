@@ -50,8 +50,8 @@ def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
     if isinstance(backbone, ConvNeXt):
         sizes = {(9, 768): "tiny", (27, 768): "small", (27, 1024): "base", (27, 1536): "large", (27, 2048): "xlarge"}
         depth = len(backbone.stages[2].blocks)  # type: ignore[union-attr, arg-type]
-        if size := sizes.get((depth, backbone.width)):
-            return f"convnext_{size}", {}
+        if (depth, backbone.width) in sizes:
+            return f"convnext_{sizes[depth, backbone.width]}", {}
     if isinstance(backbone, ResNet) and sum(1 for m in backbone.modules() if isinstance(m, nn.Conv2d)) == 53:
         return "resnet50", {}
     raise ValueError(
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         method = checkpoint.restore(checkpoint.load(args.checkpoint))
         if args.student and getattr(method, "student", None) is None:
             raise ValueError("--student: this method has no teacher beside its student")
-        backbone = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr, operator]
+        backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr, operator]
         export(backbone, args.out, method.mean, method.std)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         print(f"trainer.export: {error}", file=sys.stderr)

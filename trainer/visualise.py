@@ -44,7 +44,8 @@ def _panels(batch: Batch, predicted: dict[str, Tensor], visible: list[int], row:
     outlines, places = reference.copy(), reference.point(lambda level: round(0.3 * level))
     for patch in visible:
         x, y = _centre(patch)
-        box = tuple(round(c) for c in (x - SIDE / 28, y - SIDE / 28, x + SIDE / 28, y + SIDE / 28))
+        half = SIDE / 28
+        box = (round(x - half), round(y - half), round(x + half), round(y + half))
         places.paste(reference.crop(box).point(lambda level: round(0.7 * level)), box)
     on_outlines, on_places = ImageDraw.Draw(outlines), ImageDraw.Draw(places)
     thumbnails = Image.new("RGB", (SIDE, SIDE), "white")
