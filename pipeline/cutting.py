@@ -54,7 +54,7 @@ def _bicubic(x):
 def resize_weights(length, size, filtering):
     """How `length` pixels become `size`: first source pixel and taps i64 (size,), weights i16 (size, most taps).
 
-    Antialiased filters are widened by the scale when shrinking, as Pillow does; half-pixel centres; 2**15 weighs 1.
+    Antialiased filters are widened by the scale when shrinking, as Pillow does; half-pixel centres; 2**14 weighs 1.
     """
     scale = length / size
     widening = 1.0 if filtering == BILINEAR else max(scale, 1.0)
@@ -77,9 +77,9 @@ def resize_weights(length, size, filtering):
             weight = _bicubic(x) if filtering == BICUBIC_ANTIALIAS else max(1.0 - abs(x), 0.0)
             real[k] = weight
             total += weight
-        unit = 32768 / total
+        unit = 16384 / total
         for k in range(count):
-            weights[i, k] = np.int16(min(np.rint(real[k] * unit), 32767.0))
+            weights[i, k] = np.int16(np.rint(real[k] * unit))
         first[i], taps[i] = low, count
     return first, taps, weights
 
@@ -93,7 +93,7 @@ def blur_weights(sigma):
     for k in range(-radius, radius + 1):
         total += np.exp(-0.5 * (k / sigma) ** 2)
     for k in range(-radius, radius + 1):
-        weights[k + radius] = min(np.rint(np.exp(-0.5 * (k / sigma) ** 2) / total * 32768), 32767)
+        weights[k + radius] = np.int16(np.rint(np.exp(-0.5 * (k / sigma) ** 2) / total * 16384))
     return weights
 
 
@@ -286,7 +286,7 @@ def cut_view(out, image, window, p):
     padded = (size + 15) // 16 * 16
     height, width = image.shape[0], image.shape[1]
     rows = out.reshape(size, 3 * size)
-    weights = blur_weights(p[SIGMA]) if p[SIGMA] > 0 else np.ones(1, dtype=np.int16)
+    weights = blur_weights(p[SIGMA]) if p[SIGMA] > 0 else np.empty(1, dtype=np.int16)
     taps = len(weights)
     radius = taps // 2
     framed = np.empty((size + 2 * radius, 3 * padded), dtype=np.uint8)

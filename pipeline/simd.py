@@ -28,10 +28,10 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
 
 @intrinsic
 def _weigh_block(typing_context, out, source, stride, weights, taps):
-    """LANES bytes at `out`: the sum over k < taps of weights[k] (int16, 2**15 = 1) times those at source + k * stride.
+    """LANES bytes at `out`: the sum over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
 
-    A byte is centred and put into the upper half of an int16; the upper halves of the 32-bit products then carry seven
-    fractional bits, which leaves room for a bicubic's overshoot.
+    A byte is centred and put into the upper half of an int16; the upper halves of the 32-bit products then carry six
+    fractional bits. A weight may reach 2, as a bicubic's does at an edge; sums have room for their overshoot.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -43,7 +43,7 @@ def _weigh_block(typing_context, out, source, stride, weights, taps):
         total = cgutils.alloca_once(builder, short_row)
         # Half a unit for the final rounding; each product below is rounded down, by half a fractional bit on average.
         half = builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT)
-        half = builder.add(half, _SHORT(64))
+        half = builder.add(half, _SHORT(32))
         builder.store(_splat(builder, half, LANES), total)
         with cgutils.for_range(builder, taps) as loop:
             row = builder.load(
@@ -57,7 +57,7 @@ def _weigh_block(typing_context, out, source, stride, weights, taps):
             product = builder.mul(builder.sext(row, wide_row), builder.sext(_splat(builder, weight, LANES), wide_row))
             product = builder.trunc(builder.ashr(product, _vector(_INT, [16] * LANES)), short_row)
             builder.store(builder.add(builder.load(total), product), total)
-        result = builder.ashr(builder.load(total), _vector(_SHORT, [7] * LANES))
+        result = builder.ashr(builder.load(total), _vector(_SHORT, [6] * LANES))
         for sign, bound in (("<", -128), (">", 127)):
             limit = _vector(_SHORT, [bound] * LANES)
             result = builder.select(builder.icmp_signed(sign, result, limit), limit, result)
@@ -98,10 +98,10 @@ def _transpose_block(typing_context, out, out_stride, source, stride):
 
 @kernel
 def weigh(out, source, weights, taps):
-    """out[:] = sum over k < taps of weights[k] / 2**15 * source[k], rounded and clipped; u8 rows, i16 weights.
+    """out[:] = sum over k < taps of weights[k] / 2**14 * source[k], rounded and clipped; u8 rows, i16 weights.
 
     `out` u8 (n,), `source` u8 (>= taps, >= n) with contiguous rows at any distance, `weights` i16 (>= taps,).
-    The result is within 0.51 levels of the real sum, while taps < 40.
+    Weights must sum to 2**14 (but for their rounding). The result is within 0.5 + taps / 128 levels of the real sum.
     """
     n = len(out)
     if n >= LANES:
@@ -112,10 +112,10 @@ def weigh(out, source, weights, taps):
             _weigh_block(to + n - LANES, base + n - LANES, stride, steps, taps)  # type: ignore[call-arg]
         return
     for j in range(n):
-        total = np.int64(64 + (taps >> 1))
+        total = np.int64(32 + (taps >> 1))
         for k in range(taps):
             total += ((np.int64(source[k, j]) - 128) * 256 * np.int64(weights[k])) >> 16
-        out[j] = np.uint8(128 + min(max(total >> 7, np.int64(-128)), np.int64(127)))
+        out[j] = np.uint8(128 + min(max(total >> 6, np.int64(-128)), np.int64(127)))
 
 
 @kernel
