@@ -7,7 +7,6 @@ keeps its windows.
 
 A view's parameters are one float32 row; the constants below name its columns. `cutting` and `colour` read the same row.
 """
-# ruff: noqa: PLR0917 - kernels take what they need by position
 
 from itertools import permutations
 from typing import TYPE_CHECKING, Any

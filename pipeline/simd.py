@@ -4,7 +4,6 @@ Written as portable LLVM vector code through numba (no processor's own instructi
 of plain numba are 2 times (weighted sum) and 10 times (transpose) slower, and views are cut by little else. Both work
 on addresses: the caller answers for the bounds.
 """
-# ruff: noqa: PLR0917 - kernels take what they need by position
 
 import numpy as np
 from llvmlite import ir

@@ -1,6 +1,6 @@
 """The CPU's pixels: both primitives, each operation against its slow oracle, Pillow and torchvision; hostile input.
 
-Tolerances, in levels of 255: a resize 1.05, a blur 1.35 (two roundings each), jitter and gray 0.55 (one), solarize none.
+Tolerances, in levels of 255: resize 1.05 and blur 1.35 (two roundings each), jitter and gray 0.55 (one), solarize 0.
 """
 
 from itertools import product

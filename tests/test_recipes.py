@@ -1,0 +1,149 @@
+"""Recipes: their published numbers, what the fidelities disagree on, and that they can be named and carried."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline import draws, recipes
+from pipeline.correspondence import pair_matches, patch_targets
+from pipeline.recipes import Recipe, describe
+from pipeline.windows import unflipped
+
+ALL = [recipes.loca, recipes.vicregl, recipes.vicregl_resnet50, recipes.plain]
+EACH = [make(fidelity) for make in ALL for fidelity in ("paper", "released")] + [recipes.evaluation()]
+
+
+def windows(recipe: Recipe, count: int = 40) -> dict[str, np.ndarray]:
+    sizes = np.full((count, 2), (375, 500), np.int32)
+    drawn, _ = draws.draw(draws.tables(recipe), 1, 0, np.arange(count), sizes)
+    ends = np.cumsum([cut.count for cut in recipe.cuts])
+    return dict(zip([cut.kind for cut in recipe.cuts], np.split(drawn, ends[:-1], axis=1), strict=True))
+
+
+@pytest.mark.parametrize("recipe", EACH, ids=lambda r: f"{r.name}-{r.fidelity}")
+def test_a_recipe_can_be_drawn_described_and_carried(recipe: Recipe) -> None:
+    described = json.loads(json.dumps(describe(recipe)))
+    assert described == describe(recipe)
+    assert described["fidelity"] == recipe.fidelity and len(described["cuts"]) == len(recipe.cuts)
+    carried = pickle.loads(pickle.dumps(recipe))
+    assert carried == recipe and describe(carried) == described
+    seen = windows(recipe)
+    assert {kind: w.shape[1] for kind, w in seen.items()} == {cut.kind: cut.count for cut in recipe.cuts}
+    if recipe.targets:
+        assert all(t.dtype == np.int32 and len(t) == 40 for t in carried.targets(seen).values())
+
+
+def test_every_field_of_a_recipe_shows_in_its_description() -> None:
+    recipe = recipes.loca()
+    cut, colour = recipe.cuts[0], recipe.cuts[0].colours[0]
+    for change in (
+        {"size": 192},
+        {"sampler": "tensorflow"},
+        {"scale": (0.1, 1.0)},
+        {"flip": 0.25},
+        {"antialias": False},
+        {"colours": (replace(colour, sigma=(0.1, 1.9)),)},
+    ):
+        assert describe(replace(recipe, cuts=(replace(cut, **change), *recipe.cuts[1:]))) != describe(recipe)
+    assert describe(recipes.loca(rule="overlap")) != describe(recipe)
+    assert describe(replace(recipe, targets=None)) != describe(recipe)
+    assert describe(recipes.vicregl(gamma=(10, 2))) != describe(recipes.vicregl())
+
+
+def test_loca_has_its_published_views() -> None:
+    for fidelity in ("paper", "released"):
+        recipe = recipes.loca(fidelity)
+        kinds = [(c.kind, c.count, c.size, c.grid, c.scale) for c in recipe.cuts]
+        assert kinds == [
+            ("reference", 1, 224, 14, (0.32, 1.0)),
+            ("query", 1, 224, 14, (0.32, 1.0)),
+            ("focal", 9, 96, 6, (0.05, 0.32)),
+        ]
+        paper = fidelity == "paper"
+        assert [c.flip for c in recipe.cuts] == [0.5 if paper else 0, 0.5, 0.5]
+        looks = [c.colours[0] for c in recipe.cuts]
+        assert [c.blur for c in looks] == ([1.0, 0.1, 0.5] if paper else [0, 0, 0])
+        assert [c.solarize for c in looks] == [0, 0.2, 0]
+        assert {(c.jitter, c.gray, c.brightness, c.contrast, c.saturation, c.hue) for c in looks} == {
+            (0.8, 0.2, 0.4, 0.4, 0.2, 0.1)
+        }
+        expected = ("torchvision", True) if paper else ("tensorflow", False)
+        assert {(c.sampler, c.antialias) for c in recipe.cuts} == {expected}
+        assert {c.rule for c in looks} == {expected[0]}
+
+
+def test_loca_sizes_and_queries_can_be_set() -> None:
+    recipe = recipes.loca(queries=4, patch=14, focal_size=98, scale=(0.5, 1.0), focal_scale=(0.1, 0.2))
+    assert [(c.count, c.size, c.grid) for c in recipe.cuts] == [(1, 224, 16), (1, 224, 16), (4, 98, 7)]
+    assert [c.scale for c in recipe.cuts] == [(0.5, 1.0), (0.5, 1.0), (0.1, 0.2)]
+    targets = recipe.targets(windows(recipe))
+    assert {k: t.shape for k, t in targets.items()} == {"query": (40, 1, 256), "focal": (40, 4, 49)}
+    alone = recipes.loca(queries=0)
+    assert [c.kind for c in alone.cuts] == ["reference", "query"] and list(alone.targets(windows(alone))) == ["query"]
+
+
+@pytest.mark.parametrize("rule", ["released", "overlap"])
+def test_loca_targets_are_patch_targets_of_its_windows(rule) -> None:
+    recipe = recipes.loca(rule=rule)
+    seen = windows(recipe)
+    for kind, grid, size in (("query", 14, 224), ("focal", 6, 96)):
+        expected = patch_targets(
+            seen["reference"][:, 0], seen[kind], reference_grid=14, query_grid=grid, query_size=size, rule=rule
+        )
+        assert np.array_equal(recipe.targets(seen)[kind], expected)
+
+
+def test_vicregl_has_its_published_views_and_alternating_colours() -> None:
+    recipe = recipes.vicregl()
+    kinds = [(c.kind, c.count, c.size, c.grid, c.scale, c.interpolation, c.flip) for c in recipe.cuts]
+    assert kinds == [
+        ("large", 2, 224, 7, (0.4, 1.0), "bicubic", 0.5),
+        ("small", 6, 96, 3, (0.08, 0.4), "bicubic", 0.5),
+    ]
+    for cut in recipe.cuts:
+        assert [(c.jitter, c.gray, c.blur, c.solarize) for c in cut.colours] == [
+            (0.8, 0.2, 1.0, 0.0),
+            (0.8, 0.2, 0.1, 0.2),
+        ]
+    two = recipes.vicregl_resnet50()
+    assert [(c.kind, c.count, c.scale) for c in two.cuts] == [("large", 2, (0.08, 1.0))]
+    assert two.name == "vicregl_resnet50" and two.targets(windows(two))["matches"].shape == (40, 48, 2)
+    assert recipe.std == (0.229, 0.224, 0.225) and recipes.vicregl("released").std == (0.228, 0.224, 0.225)
+    assert recipes.vicregl(matches=False).targets is None
+
+
+def test_vicregl_released_ignores_flips_in_its_grids() -> None:
+    paper, released = recipes.vicregl(), recipes.vicregl("released")
+    seen = windows(paper)
+    plain = {kind: unflipped(w) for kind, w in seen.items()}
+    assert np.array_equal(paper.targets(seen)["matches"], pair_matches(seen["large"], seen["small"]))
+    assert np.array_equal(released.targets(seen)["matches"], pair_matches(plain["large"], plain["small"]))
+    assert not np.array_equal(paper.targets(seen)["matches"], released.targets(seen)["matches"])
+    asked = recipes.vicregl("released", flip_aware=True)
+    assert np.array_equal(asked.targets(seen)["matches"], paper.targets(seen)["matches"])
+
+
+def test_evaluation_keeps_the_usual_share() -> None:
+    (cut,) = recipes.evaluation(size=224, resize=256, interpolation="bicubic").cuts
+    assert (cut.scale, cut.flip, cut.sampler, cut.interpolation) == ((0.875, 0.875), 0.0, "centre", "bicubic")
+    seen = windows(recipes.evaluation(size=96, resize=96, patch=8))
+    assert seen["image"][0, 0].tolist() == [0, 62, 375, 437]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: recipes.loca("exact"), "fidelity"),
+        (lambda: recipes.vicregl("exact"), "fidelity"),
+        (lambda: recipes.plain("exact"), "fidelity"),
+        (lambda: recipes.loca(patch=14), "96"),
+        (lambda: recipes.plain(size=100), "100"),
+        (lambda: recipes.evaluation(size=256, resize=224), "resize"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
