@@ -15,6 +15,7 @@ from timm.models import convnext as timm_convnext
 from timm.models import resnet as timm_resnet
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.parallel import gather, world_size
 
@@ -26,6 +27,17 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """
     x = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks in `module`: the units in which a large model is sharded, recomputed and compiled."""
+    return [m for m in module.modules() if isinstance(m, Block | timm_convnext.ConvNeXtBlock | timm_resnet.Bottleneck)]
+
+
+def recompute_(module: nn.Module) -> None:
+    """Makes every block drop its activations and compute them again in the backward pass."""
+    for block in blocks(module):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 # ---- Vision Transformers ---------------------------------------------------------------------------------------------
@@ -217,9 +229,8 @@ class ConvNeXt(timm_convnext.ConvNeXt):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
-        maps: Tensor = self.forward_features(pixels)
         norm: Any = self.head.norm
-        return norm(maps).flatten(2).mT
+        return norm(self.forward_features(pixels.to(norm.weight.dtype))).flatten(2).mT
 
 
 class ResNet(timm_resnet.ResNet):
@@ -237,7 +248,7 @@ class ResNet(timm_resnet.ResNet):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
-        return self.forward_features(pixels).flatten(2).mT
+        return self.forward_features(pixels.to(self.conv1.weight.dtype)).flatten(2).mT
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from trainer import methods
 
@@ -86,6 +87,28 @@ def restore(payload: Payload) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights do not fit its settings: {' '.join(str(error).split())}") from None
     return method
+
+
+def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
+    """Weights and optimizer state, by name and whole, on the host; every rank must ask, rank 0 is answered.
+
+    By name, so that a run can go on with another number of ranks, sharded or not.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, optim = get_state_dict(method, optimizer, options=options)
+    return {"model": model, "optimizer": optim}
+
+
+def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
+    """The way back. Raises RuntimeError where names or shapes do not fit."""
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_state_dict(
+        method,
+        optimizer,
+        model_state_dict=payload["model"],
+        optim_state_dict=payload["optimizer"],
+        options=options,
+    )
 
 
 def _paths(folder: Path) -> list[Path]:

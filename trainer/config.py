@@ -57,6 +57,10 @@ class Speed:
     """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
     """the method's step as one compiled graph; auto: on a GPU"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """how ranks share the work; fsdp (FSDP2) also shards weights and optimizer state over them: for L, H and XL"""
+    recompute: bool = False
+    """every block's activations are computed again in the backward pass: less memory, a third more work"""
     accumulate: int = 1
     """the global batch in so many slices and one optimizer step; a loss sees one slice at a time"""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config import Optim
 
@@ -26,7 +27,7 @@ def clip_(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: torch.amp.GradScaler) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 # Newer torch renamed it and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,6 +49,13 @@ class _Gather(torch.autograd.Function):
         g = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
         return g.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def shard_(module: nn.Module, units: list[nn.Module]) -> None:
+    """FSDP2: shards the weights of each unit, and of the rest of `module`, over the ranks, in place."""
+    for unit in units:
+        fully_shard(unit)
+    fully_shard(module)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ limit after writing a checkpoint.
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trainer/, whose names are not top-level ones
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     from torch.profiler import record_function as span
 
     from pipeline import Loader, ShardSet
-    from trainer import checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
+    from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
     from trainer.interrupt import Interrupt
 
     # ---------------------------------------------------------------- who am I
@@ -65,11 +66,16 @@ def main(argv: list[str]) -> int:
         method = room.Method(method_config).to(device)
     except ValueError as error:
         raise config.UsageError(f"--{cfg.method}: {error}") from None
+    if cfg.speed.recompute:
+        backbones.recompute_(method)
+    if sharded := cfg.speed.parallel == "fsdp" and world > 1:
+        parallel.shard_(method, backbones.blocks(method))
+    if compiled:  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
+        for unit in backbones.blocks(method) if sharded else [method]:
+            unit.compile(dynamic=False)
+    step_fn = DistributedDataParallel(method) if world > 1 and not sharded else method
     optimizer = optim.build(cfg.optim, method)
     learnt = [p for p in method.parameters() if p.requires_grad]
-    if compiled:
-        method.compile(dynamic=False)  # in place and before DDP: one graph, clean names
-    step_fn = DistributedDataParallel(method) if world > 1 else method
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if cfg.dry_run:
@@ -114,11 +120,10 @@ def main(argv: list[str]) -> int:
         if saved["method"] != cfg.method:
             raise config.UsageError(f"--out {out}: holds a run of {saved['method']!r}; name another folder")
         try:
-            method.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.set_state(method, optimizer, saved)
             scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
-        except (RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
         start = saved["step"]
@@ -139,13 +144,12 @@ def main(argv: list[str]) -> int:
         )
 
     def save(step: int) -> None:
+        payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
         if chief:
-            payload = {
+            payload |= {
                 "step": step,
                 "method": cfg.method,
                 "config": settings.text,
-                "model": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "loader": loader.state_dict(),
             }
@@ -171,7 +175,7 @@ def main(argv: list[str]) -> int:
                 t = time.perf_counter()
                 batch = next(batches).to(device)
                 waited += time.perf_counter() - t
-            with step_fn.no_sync() if world > 1 and i + 1 < cfg.speed.accumulate else nullcontext():
+            with step_fn.no_sync() if step_fn is not method and i + 1 < cfg.speed.accumulate else nullcontext():
                 with span("forward"), torch.autocast(device.type, half, enabled=half is not None):
                     loss, parts = step_fn(batch, progress)
                 with span("backward"):
@@ -181,7 +185,7 @@ def main(argv: list[str]) -> int:
             indices.append(batch.index)
         with span("optimizer"):
             scaler.unscale_(optimizer)
-            norm = optim.clip_(learnt, cfg.optim.clip)
+            norm = optim.clip_(learnt, cfg.optim.clip)  # over all ranks' shards, too
             finite = torch.isfinite(norm) & (parallel.mean_over_ranks(sound) == 1)  # the same answer on every rank
             optim.step(optimizer, finite, scaler)
             optimizer.zero_grad(set_to_none=True)
@@ -227,9 +231,9 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------- goodbye
     if chief and not stopped and hasattr(method, "place"):
-        method.eval()
+        learned: Any = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
         batch = next(batches).to(device)
-        visualise.placements(out / "placements.png", batch, *method.place(batch))
+        visualise.placements(out / "placements.png", batch, *learned.place(batch))
         print(f"where the model places the query patches: {out / 'placements.png'}")
     loader.close()
     if log:
