@@ -70,20 +70,22 @@ def pair(
     gamma: tuple[int | None, int | None],
     feature_gamma: tuple[int | None, int | None],
     criterion=vic,
+    parts: str = "features and locations",
 ) -> Tensor:
-    """Half the mean of feature matching and of location matching, each half for one direction."""
+    """Half of each direction's feature matching and half of its location matching."""
     total = 0
     for (a, b), g, f in zip(((i, j), (j, i)), gamma, feature_gamma, strict=True):
-        features = [m.detach() for m in (maps[a], maps[b])]
-        total = total + 0.5 * criterion(*matched(maps[a], maps[b], *features, f))
-        total = total + 0.5 * criterion(*matched(maps[a], maps[b], places[a], places[b], g))
+        if "features" in parts:
+            total = total + 0.5 * criterion(*matched(maps[a], maps[b], maps[a].detach(), maps[b].detach(), f))
+        if "locations" in parts:
+            total = total + 0.5 * criterion(*matched(maps[a], maps[b], places[a], places[b], g))
     return total
 
 
-def local_loss(maps, places, large, gamma, feature_gamma, criterion=vic) -> Tensor:
+def local_loss(maps, places, large, gamma, feature_gamma, **options) -> Tensor:
     """The mean over the ordered pairs (i, j), i a large view."""
     pairs = [(i, j) for i in range(large) for j in range(len(maps)) if j != i]
-    return sum(pair(i, j, maps, places, gamma, feature_gamma, criterion) for i, j in pairs) / len(pairs)
+    return sum(pair(i, j, maps, places, gamma, feature_gamma, **options) for i, j in pairs) / len(pairs)
 
 
 def global_loss(embeddings: list[Tensor], large: int, criterion=vic) -> Tensor:

@@ -154,9 +154,10 @@ class Matches(nn.Module):
         self.locations = terms(grids, cfg.large, cfg.gamma) if cfg.locations else []
         self.features = terms(grids, cfg.large, cfg.feature_gamma) if cfg.features else []
 
-        every, moving, own = torch.empty(0), torch.empty(0, dtype=torch.long), torch.zeros(self.first[-1])
+        every, own = torch.empty(0, dtype=torch.float64), torch.zeros(self.first[-1], dtype=torch.float64)
+        moving = torch.empty(0, dtype=torch.long)
         for term in self.locations + self.features:
-            each = torch.full((term.kept,), term.weight / term.kept)
+            each = torch.full((term.kept,), term.weight / term.kept, dtype=torch.float64)
             if term.kept == cells[term.query]:  # slot k queries with cell k in every image: one for all such terms
                 own[self.first[term.query] : self.first[term.query + 1]] += each
             else:
@@ -215,8 +216,6 @@ class _Regularity(torch.autograd.Function):
     slot: with fewer images than channels, the squares of the covariances are summed as those of the n x n Gram matrix.
     """
 
-    CHUNK = {"cpu": 2**20, "cuda": 2**25}  # numbers in flight: what a cache holds; what keeps a GPU busy
-
     @staticmethod
     def forward(ctx: Any, cells: Tensor, rows: Tensor, weight: Tensor, variance: float, covariance: float) -> Tensor:
         """cells (R, D), rows i64 (S, n) of cells, weight (S,) -> (3,): sum, its variance part, its covariance part."""
@@ -224,7 +223,8 @@ class _Regularity(torch.autograd.Function):
         free = max(n - 1, 1)
         gradient = torch.zeros_like(cells)
         parts = cells.new_zeros(2)
-        chunk = max(1, _Regularity.CHUNK[cells.device.type] // (n * max(n, d)))
+        in_flight = 2**20 if cells.device.type == "cpu" else 2**25  # what a cache holds; what keeps a GPU busy
+        chunk = max(1, in_flight // (n * max(n, d)))
         for some, w in zip(rows.split(chunk), weight.split(chunk), strict=True):
             x = cells.index_select(0, some.flatten()).unflatten(0, (-1, n))
             x = x - x.mean(1, keepdim=True)
@@ -267,17 +267,16 @@ def contrast(cells: Tensor, rows: Tensor, temperature: float) -> Tensor:
     return (logits.masked_fill(own, -torch.inf).logsumexp(2).sum(1) - partner) / (2 * images)
 
 
-def of_all_ranks(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def my_slots(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All ranks' cells (n*T, D) in full precision, and this rank's share of the slots: rows of it (s, n, ...), weights.
 
-    From this rank's cells (B, T, D), the index (B, S, ...) of cells in each slot and weights (S,). The cells travel,
-    not the slots made of them, an order of magnitude more. The loss is a mean over ranks: hence the larger weights.
+    From all ranks' cells (n, T, D), the index (n, S, ...) of cells in each slot and weights (S,). The loss is a mean
+    over ranks: hence the larger weights.
     """
-    cells, index = full(gather(cells)), gather(index.int())
     share = slice(rank(), None, world_size())
     first = torch.arange(len(cells), device=index.device) * cells.shape[1]
     rows = index[:, share].transpose(0, 1) + first.reshape(-1, *(1,) * (index.ndim - 2))
-    return cells.flatten(0, 1), rows, weight[share].to(cells.dtype) * world_size()
+    return full(cells).flatten(0, 1), rows, weight[share] * world_size()
 
 
 def full(x: Tensor) -> Tensor:
@@ -299,7 +298,10 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Objective(nn.Module):
-    """Both losses and their parts, of embeddings and of cells. Each rank has its share: the mean over ranks is meant."""
+    """Both losses and their parts, of embeddings and of cells. A rank computes its share: the mean over ranks counts.
+
+    What the ranks exchange are embeddings, cells and indices: not the slots made of them, ten times as many numbers.
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -311,42 +313,41 @@ class Objective(nn.Module):
         """VICReg of embeddings (B, N, D): variance and covariance of all views, invariance of the ordered pairs."""
         cfg, (count, n_views, width) = self.cfg, embeddings.shape
         pairs = cfg.large * (n_views - 1)
+        e, everyone = full(embeddings), gather(embeddings)
         if cfg.criterion == "simclr":
-            which = torch.tensor([(i, j) for i in range(cfg.large) for j in range(i + 1, n_views)])
-            weight = torch.where(which[:, 1] < cfg.large, 2.0, 1.0) / pairs
-            return self.contrastive(embeddings, which.to(embeddings.device).expand(count, -1, -1), weight)
-        e = full(embeddings)
+            which = [(i, j) for i in range(cfg.large) for j in range(i + 1, n_views)]
+            weight = e.new_tensor([(2 if j < cfg.large else 1) / pairs for _, j in which])
+            return self.contrastive(
+                everyone, torch.tensor(which, device=e.device).expand(len(everyone), -1, -1), weight
+            )
         difference = e[:, : cfg.large, None] - e[:, None]
         invariance = cfg.invariance / (pairs * count * width) * difference.square().sum()
-        index = torch.arange(n_views, device=e.device).expand(count, -1)
-        return self.regularised(invariance, embeddings, index, e.new_full((n_views,), 1 / n_views))
+        index = torch.arange(n_views, device=e.device).expand(len(everyone), -1)
+        return self.regularised(invariance, everyone, index, e.new_full((n_views,), 1 / n_views))
 
     def local_loss(self, cells: Tensor, located: Tensor | None) -> dict[str, Tensor]:
         """The loss of matched cells, (B, T, D), by place (B, M', 2) and by features: see `terms` for the weights."""
-        z = full(cells)
-        squared = squared_distances(z[:, : self.matches.large], z)
-        slots = self.matches(squared.detach(), located)
+        z, everyone, matches = full(cells), gather(cells), self.matches
+        squared = squared_distances(z[:, : matches.large], z)
+        slots = matches(squared.detach(), located)
         if self.cfg.criterion == "simclr":
-            return self.contrastive(cells, slots, self.matches.weight)
+            return self.contrastive(everyone, gather(slots.int()), matches.weight.to(z.dtype))
         # One cell of each slot is a large view's, and these come first: the table of distances has them all.
         where = torch.minimum(slots[..., 0], slots[..., 1]) * z.shape[1] + torch.maximum(slots[..., 0], slots[..., 1])
-        weight = self.matches.weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
+        weight = matches.weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
         invariance = (squared.flatten(1).gather(1, where) * weight).sum()
-        return self.regularised(invariance, cells, self.matches.sides(slots), self.matches.side_weight)
+        sides = gather(matches.sides(slots).int())
+        return self.regularised(invariance, everyone, sides, matches.side_weight.to(z.dtype))
 
     def regularised(self, invariance: Tensor, cells: Tensor, index: Tensor, weight: Tensor) -> dict[str, Tensor]:
         total, variance, covariance = _Regularity.apply(
-            *of_all_ranks(cells, index, weight), self.cfg.variance, self.cfg.covariance
+            *my_slots(cells, index, weight), self.cfg.variance, self.cfg.covariance
         ).unbind()
-        return {
-            "loss": invariance + total,
-            "invariance": invariance,
-            "variance": variance,
-            "covariance": covariance,
-        }
+        loss = invariance + total
+        return {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
 
     def contrastive(self, cells: Tensor, slots: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        cells, rows, weight = of_all_ranks(cells, slots, weight.to(cells.device))
+        cells, rows, weight = my_slots(cells, slots, weight)
         loss = weight @ contrast(cells, rows, self.cfg.temperature)
         return {"loss": loss, "contrast": loss}
 
