@@ -68,7 +68,7 @@ def test_odd_chroma_sampling_passes_and_is_counted():
 
 
 def png16():
-    wide = make.pixels(2)[..., 0].astype(np.uint16) * 257
+    wide = make.pixels(2)[..., 0].astype(np.uint16) * 256 + make.pixels(3)[..., 0]  # the lower byte is another picture
     return saved(Image.fromarray(wide), "PNG"), np.asarray(make.pixels(2)[..., 0]).astype(int)
 
 

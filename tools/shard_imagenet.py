@@ -224,9 +224,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--max-pixels",
         type=positive,
-        default=36_000_000,
+        default=30_000_000,
         metavar="N",
-        help="larger images are quarantined (default: 36,000,000)",
+        help="larger images are quarantined (default: 30,000,000)",
     )
     how.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
     how.add_argument("--shards", type=positive, metavar="N", help="(default: of 140 MB)")

@@ -30,7 +30,7 @@ class Rules:
 
     short_side: int | None = None  # downsize to it, never up
     quality: int = 95  # of what is re-encoded
-    max_pixels: int = 36_000_000
+    max_pixels: int = 30_000_000  # ImageNet-1k's largest has 28.5 million; a repair holds two copies of 4 bytes a pixel
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def examine(data: bytes, rules: Rules) -> Sound:
             image.load()
             return Sound(data, height, width, (), tuple(notes))
         image.load()
-        image = _flat(ImageOps.exif_transpose(image) if orientation != 1 else image)
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _flat(image)
         if shrink and rules.short_side is not None:
             scale = rules.short_side / min(image.size)
             size = [max(1, round(side * scale)) for side in image.size]
@@ -140,7 +142,8 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray((np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image)
+        return white
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")

@@ -54,7 +54,7 @@ class Plan:
     refused: list[tuple[str, str]]
     request: dict  # what was asked for, and the stamp of the tar it was asked of
     rows: np.ndarray
-    names: bytes | np.memmap
+    names: bytearray | np.memmap
 
     @property
     def shards(self) -> int:
@@ -155,7 +155,7 @@ def build(
     for row in kept:
         key = clean_key(listing.name(int(row)), key_style).encode()
         digests += hashlib.blake2b(key, digest_size=16, key=key_bytes).digest()
-    digest = np.frombuffer(bytes(digests), "<u8").reshape(-1, 2)
+    digest = np.frombuffer(digests, "<u8").reshape(-1, 2)
     order = np.lexsort((digest[:, 1], digest[:, 0]))
     ranked = digest[order]
     same = np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
@@ -207,7 +207,7 @@ def build(
         refused=listing.refused,
         request=request,
         rows=rows,
-        names=bytes(listing.names),
+        names=listing.names,
     )
 
 
