@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""How fast the loader is, stage by stage, and what limits it.
+
+    python tools/bench_loader.py --shards SPEC --recipe loca --device cpu --batch-size 64 --num-threads 2 --seconds 10
+
+Prints what it measures, a table, and as the last line one JSON object. Warm-up is outside the clock; contestants run
+turn about. `alone` is a stage in one thread on what the stage before hands it; `piled up` is the pipeline up to and
+with that stage, with all threads and prefetching. Exit code: 0 done, 2 wrong usage or unusable input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarking import machine, meter, report, rivals, stages, sweeps
+
+from pipeline import Recipe, ShardSet, recipes
+
+RECIPES = ("loca", "vicregl", "vicregl_resnet50", "plain")
+STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "hand-over", "whole loader")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shards", required=True, help="folder, brace pattern or tar")
+    add("--recipe", default="loca", choices=(*RECIPES, "decode"), help="decode: reading and decoding only")
+    add("--fidelity", default="paper", choices=("paper", "released"))
+    add("--device", default="cpu", help="cpu, cuda or cuda:1")
+    add("--batch-size", type=int, default=64)
+    add("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="DALI's; rivals get as many workers")
+    add("--seconds", type=float, default=10.0, help="of measuring the whole loader; the other stages take their share")
+    add("--repeats", type=int, default=3, help="rounds; the spread over them is what is printed as min and max")
+    add("--order", default="global", choices=("global", "block"))
+    add("--hw-decoder-load", type=float, help="share of a GPU's JPEG engines")
+    add("--step-ms", type=float, help="of the simulated consumer (default: 1.25 x the loader's own time per batch)")
+    add("--against", default="", help=f"comma-separated rivals: {', '.join(rivals.NAMES)}")
+    add("--tune", action="store_true", help="search threads x batch size x hardware share")
+    add("--scaling", action="store_true", help="curves over threads, batch size, views and size of the set")
+    add("--headspace", action="store_true", help="train on replayed batches and on the loader")
+    add("--method", default="loca", help="of --headspace")
+    add("--backbone", help="of --headspace, where the method's own is too large for the machine")
+    add("--json", type=Path, help="write the result here as well")
+    add("--compare", type=Path, help="an earlier --json to hold this run against")
+    add("--chart", type=Path, help="write a PNG of the ladder")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        result = run(args)
+    except (ValueError, OSError) as error:
+        print(f"bench_loader: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result))
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if min(args.batch_size, args.num_threads, args.repeats) < 1 or args.seconds <= 0:
+        raise ValueError("--batch-size, --num-threads, --repeats and --seconds must be positive")
+    earlier = json.loads(args.compare.read_text()) if args.compare else None
+    recipe: Recipe | None = None if args.recipe == "decode" else getattr(recipes, args.recipe)(args.fidelity)
+    task = stages.Task(
+        ShardSet(args.shards),
+        recipe,
+        args.batch_size,
+        args.num_threads,
+        args.device,
+        args.order,
+        args.hw_decoder_load,
+    )
+    found = machine.describe()
+    say(machine.line(found))
+    say(describe_set(task))
+    result: dict[str, Any] = {
+        "recipe": args.recipe,
+        "fidelity": args.fidelity,
+        "device": args.device,
+        "batch_size": args.batch_size,
+        "num_threads": args.num_threads,
+        "order": args.order,
+        "hw_decoder_load": args.hw_decoder_load,
+        "seconds": args.seconds,
+        "repeats": args.repeats,
+        "images_per_s": {},
+        "stages": {},
+        "machine": found,
+        "shards": shard_figures(task),
+    }
+    ladder(task, args, result)
+    if recipe is not None:
+        step = args.step_ms or 1.25 * 1e3 * args.batch_size / result["images_per_s"]["median"]
+        result["memory_mb"] = stages.memory(task, args.shards)
+        result["consumer"] = stages.consume(task, step, max(args.seconds / 3, 1.0))
+    if args.tune:
+        result["tune"] = sweeps.tune(with_views(task), max(args.seconds / 5, 1.0), say)
+    if args.scaling:
+        result["scaling"] = sweeps.scaling(with_views(task), args.seconds / 5, args.repeats, say)
+    if args.headspace:
+        result["headspace"] = sweeps.headspace(task, args.method, args.backbone, args.seconds / 3, args.repeats, say)
+    conclude(args, result, earlier)
+    return result
+
+
+def with_views(task: stages.Task) -> stages.Task:
+    if task.recipe is None:
+        raise ValueError("--tune and --scaling need a recipe with views, not 'decode'")
+    return task
+
+
+def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """All stages, alone and piled up, and the rivals, turn about."""
+    challengers = [rivals.meter(name.strip(), task) for name in args.against.split(",") if name.strip()]
+    turn = args.seconds / args.repeats
+    single = stages.alone(task, stages.Pool(task))
+    meter.turn_about(single, turn, args.repeats, lambda text: say(f"alone, {text}"))
+    piled = stages.cumulative(task)
+    read_before = machine.storage_bytes()
+    meter.turn_about([*piled, *challengers], turn, args.repeats, lambda text: say(f"piled up, {text}"))
+    whole = piled[-1]
+    images = sum(rate * turn * m.share for m in piled for rate in m.rates)
+    fetched = 100 * (machine.storage_bytes() - read_before) / (images * result["shards"]["mean_bytes"])
+    for m in [*piled, *challengers]:
+        m.close()
+    times = {m.name: [1000 / rate for rate in m.rates] for m in single}
+    for both, first, second in (("cut + colour", "cut", "colour"), ("decode + cut", "decode", "cut")):
+        if both in times:  # the second is what both take longer than the first, round by round
+            times[second] = [max(0.0, b - a) for a, b in zip(times[first], times.pop(both), strict=True)]
+    summed = {m.name: m for m in piled}
+    for name in STAGES:
+        stage: dict[str, Any] = {"alone_ms": meter.spread(times[name], 4)} if name in times else {}
+        if name in summed:
+            m = summed[name]
+            stage |= {
+                "images_per_s": m.rate,
+                "cpu_s_per_1000": meter.spread(m.cpu, 3),
+                "cores_busy": meter.spread(m.busy, 2),
+            }
+        if stage:
+            result["stages"][name] = stage
+    if challengers:
+        result["against"] = {
+            m.name: {
+                "images_per_s": m.rate,
+                "cpu_s_per_1000": meter.spread(m.cpu, 3),
+                "ratio": round(whole.rate["median"] / m.rate["median"], 2),
+            }
+            for m in challengers
+        }
+    rate = whole.rate
+    views = sum(cut.count for cut in task.recipe.cuts) if task.recipe else 1
+    result |= {
+        "images_per_s": rate,
+        "views_per_s": round(rate["median"] * views),
+        "mb_per_s": round(rate["median"] * result["shards"]["mean_bytes"] / 1e6, 1),
+        "mp_per_s": round(rate["median"] * result["shards"]["mean_pixels"] / 1e6, 1),
+        "cpu_s_per_1000": meter.spread(whole.cpu, 3),
+        "latency_ms": whole.latency_ms,
+        "from_storage_percent": round(fetched, 1),
+        "cache": "warm" if fetched < 5 else "cold",
+    }
+
+
+def shard_figures(task: stages.Task) -> dict[str, float]:
+    table = task.shards.table
+    pixels = table["height"].astype(float) * table["width"]
+    return {
+        "images": len(table),
+        "mean_bytes": round(float(table["size"].mean())),
+        "mean_pixels": round(float(pixels.mean())),
+        "mean_height": round(float(table["height"].mean()), 1),
+        "mean_width": round(float(table["width"].mean()), 1),
+    }
+
+
+def describe_set(task: stages.Task) -> str:
+    f = shard_figures(task)
+    return (
+        f"{f['images']} images of {f['mean_bytes'] / 1e3:.0f} kB and {f['mean_width']:.0f} x {f['mean_height']:.0f} "
+        f"pixels on average"
+    )
+
+
+def conclude(args: argparse.Namespace, result: dict[str, Any], earlier: dict[str, Any] | None) -> None:
+    result["verdict"] = report.verdict(result)
+    say("")
+    say(report.table(result))
+    latency, rate = result["latency_ms"], result["images_per_s"]
+    say(
+        f"\n{rate['median']} images/s ({rate['min']} - {rate['max']}), {result['views_per_s']} views/s, "
+        f"{result['mb_per_s']} MB/s, {result['mp_per_s']} MP/s; {result['cpu_s_per_1000']['median']} CPU-s per 1,000 "
+        f"images; batch latency p50 {latency['p50']} p99 {latency['p99']} max {latency['max']} ms; "
+        f"{result['cache']} cache"
+    )
+    if "memory_mb" in result:
+        m = result["memory_mb"]
+        say(f"memory of a process with this loader: {m['peak']:.0f} MB at its peak, {m['private']:.0f} MB private")
+    if "consumer" in result:
+        c = result["consumer"]
+        say(f"a consumer of {c['step_ms']} ms per batch waits {c['wait_ms']} ms ({c['wait_percent']} %) for data")
+    for name, rival in result.get("against", {}).items():
+        say(f"{rival['ratio']} x the {name} DataLoader")
+    for row in result.get("tune", {}).get("table", []):
+        say(f"tune: {row}")
+    if "tune" in result:
+        say(f"best: {result['tune']['best']}")
+    if "headspace" in result:
+        say(f"headspace: {result['headspace']}")
+    say(result["verdict"])
+    if earlier is not None:
+        for text in report.compare(result, earlier):
+            say(f"compared: {text}")
+    if args.chart:
+        report.chart(result, args.chart)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `bench_loader.py` measures with: the machine, stages, sweeps, rival loaders, and the report."""

@@ -1,0 +1,106 @@
+"""The machine beneath a measurement: what it is, what of it this process may use, and what the process used up."""
+
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores allowed, memory, GPU and versions, as JSON can hold them."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu_quota": _quota(),
+        "load_before": round(os.getloadavg()[0], 1),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "numba", "nvidia-dali-cuda130", "numpy", "pillow")},
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
+    return found
+
+
+def line(machine: dict[str, Any]) -> str:
+    quota = f", {machine['cpu_quota']} by quota" if machine["cpu_quota"] else ""
+    gpu = f"; {machine['gpu']} (driver {machine['driver']}, CUDA {machine['cuda']})" if "gpu" in machine else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return (
+        f"{machine['date']}: {machine['cpu']}, {machine['cores']} cores{quota}, load {machine['load_before']} before, "
+        f"{machine['memory_gb']} GB{gpu}; Python {machine['python']}, {versions}"
+    )
+
+
+def _cpu_name() -> str:
+    for text in _text("/proc/cpuinfo").splitlines():
+        if text.startswith("model name"):
+            return text.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _quota() -> float | None:
+    """Cores' worth of time that the control group allows, or None for no limit."""
+    limit, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
+    if limit.strip().isdigit():
+        return round(int(limit) / int(period), 2)
+    old, base = (_text(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    return round(int(old) / int(base), 2) if old.isdigit() and base.isdigit() else None
+
+
+def _driver() -> str:
+    words = _text("/proc/driver/nvidia/version").split("Kernel Module")[-1].split()
+    return next((word for word in words if word[0].isdigit()), "unknown")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, its threads and its living children (a DataLoader's workers)."""
+    total = time.process_time()
+    for task in Path("/proc/self/task").iterdir():
+        for child in _text(f"{task}/children").split():
+            fields = _text(f"/proc/{child}/stat").rpartition(")")[2].split()
+            if fields:
+                total += (int(fields[11]) + int(fields[12])) / _TICKS
+    return total
+
+
+def storage_bytes() -> int:
+    """Bytes that this process had fetched from storage so far: what did not come from the page cache."""
+    for text in _text("/proc/self/io").splitlines():
+        if text.startswith("read_bytes:"):
+            return int(text.split()[1])
+    return 0
+
+
+def memory_mb() -> dict[str, float]:
+    """Of this process: VmHWM, the peak with mapped files (the shards' pages), and RssAnon, what is private now."""
+    found = {}
+    for text in _text("/proc/self/status").splitlines():
+        name, _, value = text.partition(":")
+        if name in ("VmHWM", "RssAnon"):
+            found[name] = round(int(value.split()[0]) / 1e3, 1)
+    return found

@@ -1,0 +1,112 @@
+"""Measuring in turns: every contestant runs once per round, so that a machine's moods fall on all of them."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import machine
+
+SETTLE = 4  # steps outside the clock at the start of each turn: what was prefetched during another's turn
+
+
+@dataclass
+class Meter:
+    """A contestant: `steps` does one batch per item and says how many images that was."""
+
+    name: str
+    steps: Iterator[int]
+    close: Callable[[], None] = lambda: None
+    settle: int = SETTLE
+    share: float = 1.0  # of the seconds given to a turn
+    rates: list[float] = field(default_factory=list)  # images per second, one per turn
+    cpu: list[float] = field(default_factory=list)  # CPU-seconds per 1,000 images, one per turn
+    busy: list[float] = field(default_factory=list)  # cores kept busy, one per turn
+    latencies: list[float] = field(default_factory=list)  # seconds per batch, of all turns
+
+    def turn(self, seconds: float) -> None:
+        rest()
+        for _ in range(self.settle):
+            next(self.steps)
+        synchronize()
+        images, cpu, start = 0, machine.cpu_seconds(), time.perf_counter()
+        before = start
+        while before - start < seconds * self.share or not images:
+            images += next(self.steps)
+            now = time.perf_counter()
+            self.latencies.append(now - before)
+            before = now
+        synchronize()
+        wall, cpu = time.perf_counter() - start, machine.cpu_seconds() - cpu
+        self.rates.append(images / wall)
+        self.cpu.append(1000 * cpu / images)
+        self.busy.append(cpu / wall)
+
+    @property
+    def rate(self) -> dict[str, float]:
+        return spread(self.rates)
+
+    @property
+    def ms_per_image(self) -> dict[str, float]:
+        return spread([1000 / rate for rate in self.rates], 4)
+
+    @property
+    def latency_ms(self) -> dict[str, float]:
+        p50, p99, most = np.percentile(np.array(self.latencies) * 1e3, [50, 99, 100])
+        return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 2)}
+
+
+def rest() -> None:
+    """Waits until what others prefetch after their turn is done, so that it is not charged to the next one."""
+    deadline = time.perf_counter() + 10
+    while time.perf_counter() < deadline:
+        before = machine.cpu_seconds()
+        time.sleep(0.05)
+        if machine.cpu_seconds() - before < 0.01:
+            return
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(values: list[float], digits: int = 1) -> dict[str, float]:
+    return {
+        "median": round(float(np.median(values)), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def turn_about(meters: list[Meter], seconds: float, repeats: int, say: Callable[[str], None]) -> None:
+    """`repeats` rounds in which each meter has `seconds` x its share."""
+    for number in range(repeats):
+        for meter in meters:
+            meter.turn(seconds)
+        say(
+            f"round {number + 1} of {repeats}: "
+            + ", ".join(f"{m.name} {m.rates[-1]:.0f}" for m in meters)
+            + " images/s"
+        )
+
+
+def repeat(step: Callable[[int], int]) -> Iterator[int]:
+    """Steps 0, 1, 2, ... of a function that does one batch and says how many images that was."""
+    number = 0
+    while True:
+        yield step(number)
+        number += 1
+
+
+def of_loader(name: str, loader: Any, **settings: Any) -> Meter:
+    """A loader's batches, epoch after epoch."""
+    return Meter(name, (len(batch.label) for batch in forever(loader)), loader.close, **settings)
+
+
+def forever(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

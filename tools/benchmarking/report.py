@@ -1,0 +1,120 @@
+"""A measurement as people read it: a table, a sentence, a comparison, a chart."""
+
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def table(result: Result) -> str:
+    """The ladder as a Markdown table: stages alone on one core, and piled up."""
+    lines = [
+        "| stage | alone, ms/image (one core) | images/s, piled up | min - max | CPU-s / 1,000 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, stage in result["stages"].items():
+        single = f"{stage['alone_ms']['median']:.3f}" if "alone_ms" in stage else ""
+        piled = stage.get("images_per_s")
+        rate = f"{piled['median']:.0f} | {piled['min']:.0f} - {piled['max']:.0f}" if piled else " | "
+        cpu = f"{stage['cpu_s_per_1000']['median']:.2f}" if "cpu_s_per_1000" in stage else ""
+        lines.append(f"| {name} | {single} | {rate} | {cpu} |")
+    for name, rival in result.get("against", {}).items():
+        rate = rival["images_per_s"]
+        lines.append(
+            f"| {name} DataLoader | | {rate['median']:.0f} | {rate['min']:.0f} - {rate['max']:.0f} | "
+            f"{rival['cpu_s_per_1000']['median']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(result: Result) -> str:
+    """What limits the loader, and what to turn."""
+    stages, threads = result["stages"], result["num_threads"]
+    whole = list(stages.values())[-1]
+    costs = {name: s["alone_ms"]["median"] for name, s in stages.items() if "alone_ms" in s}
+    dearest = max(costs, key=lambda name: costs[name])
+    share = 100 * costs[dearest] / sum(costs.values())
+    if result["device"] != "cpu":
+        read = stages["read"]["images_per_s"]["median"]
+        limit = result["images_per_s"]["median"]
+        if read < 1.3 * limit:
+            return f"Reading limits ({read:.0f} images/s): faster storage, or --order block."
+        return (
+            f"{dearest} costs most ({share:.0f} % of the stages' time): try --tune, for the share of the hardware "
+            "decoder and the number of threads."
+        )
+    busy, cores = whole["cores_busy"]["median"], result["machine"]["cores"]
+    wanted = min(threads, cores)
+    if busy >= 0.85 * wanted:
+        advice = (
+            "more threads (--num-threads)"
+            if threads < cores
+            else "more cores or a GPU, smaller stored images (shard with --short-side), or fewer views"
+        )
+        return (
+            f"The processor limits: {busy:.1f} of {cores} cores are busy, {share:.0f} % of it with {dearest}; {advice}."
+        )
+    if result["machine"]["load_before"] > 0.5 * cores:
+        return (
+            f"Other programs limit: load {result['machine']['load_before']} on {cores} cores before the start, and "
+            f"only {busy:.1f} cores were had; measure again on a quiet machine."
+        )
+    if result["from_storage_percent"] > 10:
+        percent = result["from_storage_percent"]
+        return f"Storage limits: {percent:.0f} % of the bytes came from it; --order block reads in runs."
+    return f"Waiting limits: only {busy:.1f} of {wanted} cores are busy; a larger batch or --tune."
+
+
+def compare(result: Result, earlier: Result) -> list[str]:
+    """One line per figure: the change, and whether it is beyond both runs' noise (their ranges do not touch)."""
+    if (result["recipe"], result["device"]) != (earlier["recipe"], earlier["device"]):
+        raise ValueError(
+            f"--compare holds {earlier['recipe']} on {earlier['device']}, not {result['recipe']} on {result['device']}"
+        )
+    lines = []
+    for label, new, old in _pairs(result, earlier):
+        change = 100 * (new["median"] / old["median"] - 1)
+        apart = new["min"] > old["max"] or new["max"] < old["min"]
+        lines.append(
+            f"{label}: {old['median']} -> {new['median']} ({change:+.1f} %, {'beyond' if apart else 'within'} noise)"
+        )
+    return lines
+
+
+def _pairs(result: Result, earlier: Result) -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    pairs = []
+    for name, stage in result["stages"].items():
+        before = earlier["stages"].get(name, {})
+        for key, unit in (("alone_ms", "ms/image alone"), ("images_per_s", "images/s")):
+            if key in stage and key in before:
+                pairs.append((f"{name}, {unit}", stage[key], before[key]))
+    return pairs
+
+
+def chart(result: Result, path: Path) -> None:
+    """A PNG of the ladder. Raises ValueError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--chart needs matplotlib: pip install 'dense-ssl[bench]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rungs = {n: s["images_per_s"] for n, s in result["stages"].items() if "images_per_s" in s}
+    rivals = {f"{n}\nDataLoader": r["images_per_s"] for n, r in result.get("against", {}).items()}
+    singles = {n: s["alone_ms"]["median"] for n, s in result["stages"].items() if "alone_ms" in s}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
+    bars = {**rungs, **rivals}
+    middle = [r["median"] for r in bars.values()]
+    error = [[r["median"] - r["min"] for r in bars.values()], [r["max"] - r["median"] for r in bars.values()]]
+    shades = ["tab:blue"] * len(rungs) + ["tab:gray"] * len(rivals)
+    marks = left.bar(list(bars), middle, yerr=error, color=shades, capsize=3)
+    left.bar_label(marks, fmt="%.0f", padding=3)
+    left.set_ylabel("images/s")
+    left.set_title(f"{result['recipe']} on {result['device']}, {result['num_threads']} threads")
+    left.tick_params(axis="x", labelsize=8)
+    right.barh(list(singles), list(singles.values()), color="tab:orange")
+    right.invert_yaxis()
+    right.set_xlabel("ms per image, alone on one core")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,127 @@
+"""Searches and curves: the best setting, how speed scales, and how close training on real data comes to its ceiling."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import Loader, draws, recipes
+from pipeline.loader import by_kind
+from pipeline.order import positions
+from trainer import methods
+
+from .meter import Meter, forever, of_loader, spread, synchronize, turn_about
+from .stages import Task
+
+Say = Callable[[str], None]
+
+
+def tune(task: Task, seconds: float, say: Say) -> dict[str, Any]:
+    """Threads x batch size x (on a GPU) share of the hardware decoder, in two rounds; the best by images per second."""
+    most = task.num_threads
+    threads = sorted({max(1, most // 2), most, most + max(1, most // 2)})
+    sizes = sorted({max(1, task.batch_size // 2), task.batch_size, task.batch_size * 2} - {0})
+    sizes = [size for size in sizes if size <= len(task.shards)]
+    loads: list[float | None] = [0.0, 0.25, 0.5, 0.65, 0.8, 1.0] if task.gpu else [None]
+    rows = list[dict[str, Any]]()
+    for count, size, load in product(threads, sizes, loads):
+        loader = task.loader(num_threads=count, batch_size=size, hw_decoder_load=load)
+        meter = of_loader("tune", loader)
+        for _ in range(2):
+            meter.turn(seconds)
+        meter.close()
+        rows.append({"num_threads": count, "batch_size": size, "hw_decoder_load": load, "images_per_s": meter.rate})
+        say(f"{count} threads, batch {size}" + (f", hardware {load}" if task.gpu else "") + f": {meter.rate}")
+    return {"table": rows, "best": max(rows, key=lambda row: row["images_per_s"]["median"])}
+
+
+def scaling(task: Task, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
+    """Images per second over threads, batch sizes and views, and the host's work over the size of the set."""
+    found: dict[str, Any] = {}
+
+    def curve(name: str, loaders: dict[Any, Loader]) -> None:
+        meters = [of_loader(str(key), loader) for key, loader in loaders.items()]
+        turn_about(meters, seconds, repeats, lambda text: say(f"{name}: {text}"))
+        for meter in meters:
+            meter.close()
+        found[name] = {meter.name: meter.rate for meter in meters}
+
+    top = task.num_threads
+    curve("threads", {n: task.loader(num_threads=n) for n in sorted({1, 2, *range(4, top + 1, 4), top}) if n <= top})
+    sizes = [b for b in (8, 32, 64, 128, 256) if b <= len(task.shards)]
+    curve("batch", {b: task.loader(batch_size=b) for b in sizes})
+    made = {n: recipes.loca(queries=n) for n in (0, 3, 6, 9, 18)}
+    curve("views", {2 + n: task.loader(recipe) for n, recipe in made.items()})
+    pixels = {str(2 + n): round(1e-6 * sum(c.count * c.size**2 for c in recipe.cuts), 3) for n, recipe in made.items()}
+    found["megapixels_cut"] = pixels
+    found["table_rows"] = {f"{n:.0e}": _host_ms(task, n, repeats) for n in (10**3, 10**4, 10**5, 10**6, 10**7)}
+    say(f"host milliseconds per 1,000 images over table rows: {found['table_rows']}")
+    return found
+
+
+def _host_ms(task: Task, n: int, repeats: int) -> dict[str, float]:
+    """Milliseconds per 1,000 images for order, table rows, draws and targets, in a set of `n` images."""
+    recipe, b = task.recipe, 250
+    assert recipe is not None
+    table = np.resize(task.shards.table, n)
+    tables = draws.tables(recipe)
+    times = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        for step in range(8):
+            at = (turn * 8 + step) * b % (n - b + 1)
+            index = positions(0, 0, at, at + b, n)
+            rows = table[index]
+            sizes = np.stack([rows["height"], rows["width"]], axis=-1)
+            windows, _ = draws.draw(tables, 0, 0, index, sizes)
+            if recipe.targets:
+                recipe.targets(by_kind(recipe, windows))
+        times.append((time.perf_counter() - start) * 1e3 / (8 * b / 1e3))
+    return spread(times[1:], 3)
+
+
+def headspace(task: Task, method: str, backbone: str | None, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
+    """Training steps on batches that are replayed from memory (the ceiling) and on the loader, turn about."""
+    room = methods.load(method)
+    config = room.Config() if backbone is None else replace(room.Config(), backbone=backbone)
+    device = torch.device(task.device)
+    model = room.Method(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-5)
+    if task.gpu:
+        model.compile(dynamic=False)
+    progress = torch.zeros((), device=device)
+
+    def train(batch: Any) -> int:
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.gpu):
+            loss, _ = model(batch.to(device), progress)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_step(progress)
+        return len(batch.label)
+
+    recipe = room.views(config)
+    loader = task.loader(recipe)
+    stored = [batch.to(device) for batch in islice(forever(loader), 4)]
+
+    def replayed() -> Any:
+        while True:
+            for batch in stored:
+                yield train(batch)
+
+    meters = [Meter("replayed", replayed(), settle=2), Meter("loader", (train(b) for b in forever(loader)), settle=4)]
+    turn_about(meters, seconds, repeats, lambda text: say(f"headspace: {text}"))
+    synchronize()
+    loader.close()
+    ceiling, real = (float(np.median(meter.rates)) for meter in meters)
+    return {
+        "method": method,
+        "backbone": getattr(config, "backbone", None),
+        "replayed_images_per_s": meters[0].rate,
+        "loader_images_per_s": meters[1].rate,
+        "real_over_ceiling": round(real / ceiling, 3),
+    }
