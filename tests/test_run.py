@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from trainer import checkpoint, interrupt, methods
+from trainer.config import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -25,7 +26,17 @@ steps: 6
 batch_size: 8
 optim: {warmup_epochs: 1}
 log: {every: 1, checkpoint_every: 100, tensorboard: false}
-loca: {backbone: vit_nano_patch16, queries: 2, prototypes: 32}
+loca: {backbone: vit_nano_patch16, queries: 2, prototypes: 32, hidden: 64}
+"""
+
+
+VICREGL = """
+method: vicregl
+steps: 6
+batch_size: 8
+optim: {lr: 1.0e-3, warmup_epochs: 1}
+log: {every: 1, checkpoint_every: 100, tensorboard: false}
+vicregl: {backbone: vit_nano_patch16, drop_path: 0.0, small: 1, expander: [64, 64, 64], projector: [32, 32, 32]}
 """
 
 
@@ -52,7 +63,8 @@ def run(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
     handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    yield lambda *argv: main(["--config", str(config), "--shards", str(shards), *argv])
+    default = ["--config", str(config)]
+    yield lambda *argv: main(["--shards", str(shards), *([] if "--config" in argv else default), *argv])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -150,18 +162,67 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, shards: Path, number: sign
     assert final(out)["step"] == lines(out)[-1]["step"]
 
 
-def test_two_ranks(tmp_path: Path, shards: Path) -> None:
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
-    program = command("--config", str(config), "--shards", str(shards), "--out", str(tmp_path / "out"))[1:]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def on_two_ranks(*argv: str) -> str:
+    """What the program prints on two gloo ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0"]  # any free port: tests may run side by side
     done = subprocess.run(
-        [*launch, *program], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [*launch, *command(*argv)[1:]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
-    assert "2 ranks x 1 x 4" in done.stdout
+    return done.stdout
+
+
+def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
+    """Interrupted on two ranks, a run goes on with one: same samples, same losses as one rank from the start."""
+    config = tmp_path / "two.yaml"
+    config.write_text(VICREGL)
+    assert run("--config", str(config), "--out", str(tmp_path / "one")) == 0
+    two = str(tmp_path / "two")
+    printed = on_two_ranks(
+        "--config", str(config), "--shards", str(shards), "--out", two, "--log.checkpoint_every", "3"
+    )
+    assert "2 ranks x 1 x 4" in printed
+    (tmp_path / "two" / "checkpoints" / "step_000000006.pt").unlink()  # as if it had died after step 3
+    assert run("--config", str(config), "--out", two) == 0
+    alone, changed = ([line["loss"] for line in lines(tmp_path / out)] for out in ("one", "two"))
+    assert len(changed) == 6
+    assert changed == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp_learns_what_ddp_learns(tmp_path: Path, shards: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    for kind in ("ddp", "fsdp"):
+        out = str(tmp_path / kind)
+        on_two_ranks("--config", str(config), "--shards", str(shards), "--out", out, "--speed.parallel", kind)
+    ddp, fsdp = ([line["loss"] for line in lines(tmp_path / kind)] for kind in ("ddp", "fsdp"))
+    assert fsdp == pytest.approx(ddp, rel=1e-5)
+    ddp, fsdp = (final(tmp_path / kind)["model"] for kind in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys()
+    for name, weight in ddp.items():
+        torch.testing.assert_close(weight, fsdp[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["loca", "vicregl"])
+def test_golden_losses(run: Callable[..., int], tmp_path: Path, method: str, request: pytest.FixtureRequest) -> None:
+    """Ten losses of a seeded run. A refactor leaves them; a change of results says so with ``--write-golden``."""
+    config = tmp_path / "golden.yaml"
+    config.write_text({"loca": TINY, "vicregl": VICREGL}[method].replace("steps: 6", "steps: 10"))
+    assert run("--config", str(config), "--out", str(tmp_path / "out")) == 0
+    losses = [line["loss"] for line in lines(tmp_path / "out")]
+    golden = ROOT / "tests" / "golden" / f"{method}.txt"
+    if request.config.getoption("--write-golden"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text("".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, 1)))
+    expected = [float(line.split()[1]) for line in golden.read_text().splitlines()]
+    assert losses == pytest.approx(expected, rel=2e-4)  # processors round differently
 
 
 THIRD = '''
@@ -243,23 +304,21 @@ def test_a_run_that_only_skips_ends(run: Callable[..., int], tmp_path: Path) -> 
         run(*argv)
 
 
-@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out"])
-def test_bad_input_is_one_sentence(tmp_path: Path, shards: Path, mistake: str) -> None:
+@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out", "setting"])
+def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, mistake: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("not a tar\n" * 200)
     (tmp_path / "file").write_text("")
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY)
+    out = tmp_path / "out"
     argv = {
         "missing": ["--shards", str(tmp_path / "nowhere")],
         "empty": ["--shards", str(tmp_path / "empty")],
         "no tar": ["--shards", str(tmp_path / "text.tar")],
-        "batch": ["--shards", str(shards), "--batch_size", "64"],
-        "out": ["--shards", str(shards), "--out", str(tmp_path / "file" / "x")],
+        "batch": ["--batch_size", "64"],
+        "out": ["--out", str(tmp_path / "file" / "x")],
+        "setting": ["--loca.eta", "2"],
     }[mistake]
-    out = [] if mistake == "out" else ["--out", str(tmp_path / "out")]
-    done = subprocess.run(command("--config", str(config), *argv, *out), capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("run.py: ")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out" / "log.jsonl").exists()
+    with pytest.raises(UsageError) as error:
+        run("--out", str(out), *argv)
+    assert "\n" not in str(error.value)
+    assert not (out / "log.jsonl").exists()

@@ -1,7 +1,6 @@
 """What a step costs: operations, counted without computing them, the share of a GPU's peak they are, and a trial."""
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,33 +30,33 @@ def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
     return Batch(views, {k: torch.from_numpy(t) for k, t in targets.items()}, label, torch.arange(count)).to(device)
 
 
-def flops_per_image(room: Any, config: Any, count: int = 4) -> float:
+def flops_per_image(method: nn.Module, recipe: Recipe, count: int = 4) -> float:
     """Operations of one forward and backward pass per image: products and convolutions, a multiply-add as two.
 
-    Counted on tensors that have a shape and no contents, in a few seconds and without memory.
+    Counted on tensors that have a shape and no contents, in a second or two and without memory or a trace in `method`,
+    which must not be compiled or sharded yet.
     """
-    with torch.device("meta"):
-        method: nn.Module = room.Method(config)
-    counter = FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        method.to_empty(device="cpu")
-        with counter:
-            loss, _ = method(synthetic(room.views(config), count, "cpu"), torch.zeros(()))
-            loss.backward()
+    counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
+    weights = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    shapes: dict[str, torch.Tensor] = {name: fake.from_tensor(value) for name, value in weights.items()}
+    device = next(iter(weights.values())).device
+    with fake, counter:
+        arguments = (synthetic(recipe, count, device), torch.zeros((), device=device))
+        torch.func.functional_call(method, shapes, arguments)[0].backward()
     return counter.get_total_flops() / count
 
 
 def dry_run(
-    room: Any,
-    config: Any,
     method: nn.Module,
+    recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     count: int,
     device: torch.device,
     half: torch.dtype | None,
+    flops: float,
 ) -> str:
     """Runs three steps of `count` images of noise and tells what the last one cost: time, memory, operations."""
-    batch, progress = synthetic(room.views(config), count, device), torch.zeros((), device=device)
+    batch, progress = synthetic(recipe, count, device), torch.zeros((), device=device)
     for _ in range(3):
         start = time.perf_counter()
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -69,7 +68,6 @@ def dry_run(
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    flops = flops_per_image(room, config)
     return (
         f"{count} images: {1e3 * seconds:.0f} ms, {count / seconds:.0f} images/s, {memory_gb(device):.2f} GB peak, "
         f"{flops / 1e9:.3g} GFLOP an image, {flops * count / seconds / 1e12:.3g} TFLOP/s"

@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
         method = room.Method(method_config).to(device)
     except ValueError as error:
         raise config.UsageError(f"--{cfg.method}: {error}") from None
+    per_image = cost.flops_per_image(method, recipe)
     if cfg.speed.recompute:
         backbones.recompute_(method)
     if sharded := cfg.speed.parallel == "fsdp" and world > 1:
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if cfg.dry_run:
-        print(cost.dry_run(room, method_config, method, optimizer, cfg.batch_size // slices, device, half))
+        print(cost.dry_run(method, recipe, optimizer, cfg.batch_size // slices, device, half, per_image))
         return 0
 
     # ---------------------------------------------------------------- from what
@@ -129,7 +130,6 @@ def main(argv: list[str]) -> int:
         start = saved["step"]
     interrupt = Interrupt(cfg.stop_after)
     log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
-    per_image = cost.flops_per_image(room, method_config)
     fastest = cost.peak_flops(device)
     if chief:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
