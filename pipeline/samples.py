@@ -2,18 +2,18 @@
 
 Whether a sample is bad depends on its stored bytes alone, so that every device, rank and resumed run replaces the same
 samples by the same others. Each image is checked on its way to the decoder (complete, an image, of the size that the
-table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless is rejected
-then. A sample known to be bad is not read again, so that a fault costs its batch once and nothing later.
+table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless, damage in the
+middle of its data, is rejected then; there devices may judge differently, but a set verified when it was made has none.
+A sample known to be bad is not read again, so that a fault costs its batch once and nothing later.
 """
 
 import io
 import logging
 import threading
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from . import headers
 from .order import replacement
@@ -51,6 +51,7 @@ class Samples:
     def _load(self, epoch: int, wanted: int) -> tuple[int, NDArray[np.uint8]]:
         taken, attempt = wanted, 0
         while (image := self._sound(taken)) is None:
+            self._stop_if_too_many()  # also where another thread met the last ones: a set may hold no sound sample
             attempt += 1
             taken = replacement(self._seed, epoch, wanted, attempt, len(self.shards))
         return taken, image
@@ -98,13 +99,18 @@ class Samples:
                 return
             self.bad[i] = reason
             _log.warning("bad sample replaced: %s", self._named(i))
-            if len(self.bad) > self._allowed:
-                listed = "; ".join(self._named(bad) for bad in list(self.bad)[:_LISTED])
-                more = f"; and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
-                raise ShardError(
-                    f"{len(self.bad)} of {len(self.shards)} samples are bad, but max_bad allows {self._allowed}: "
-                    f"mend the shards or raise max_bad. They are {listed}{more}"
-                )
+        self._stop_if_too_many()
+
+    def _stop_if_too_many(self) -> None:
+        if len(self.bad) <= self._allowed:
+            return
+        with self._lock:
+            listed = "; ".join(self._named(bad) for bad in list(self.bad)[:_LISTED])
+            more = f"; and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
+            raise ShardError(
+                f"{len(self.bad)} of {len(self.shards)} samples are bad, but max_bad allows {self._allowed}: "
+                f"mend the shards or raise max_bad. They are {listed}{more}"
+            )
 
     def _named(self, i: int) -> str:
         try:
@@ -117,9 +123,10 @@ class Samples:
 def _decode(image: NDArray[np.uint8]) -> str | None:
     """What Pillow has to say against an image, or None."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(image.tobytes()), formats=_FORMATS) as opened:
-            warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(image.tobytes()), formats=_FORMATS) as opened:
             opened.load()
-    except Exception as error:
+    except UnidentifiedImageError:
+        return "cannot be decoded: its header is damaged"
+    except Exception as error:  # whatever a decoder raises on damaged bytes, the sample is bad
         return f"cannot be decoded: {error}"
     return None
