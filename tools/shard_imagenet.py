@@ -81,8 +81,9 @@ def shard(args: argparse.Namespace) -> int:
             if len(missing) < len(mine):
                 print(f"going on: {len(mine) - len(missing)} of {len(mine)} shards are done")
             if planned.gzipped:
-                with pool.progress(1, "sorting the gzipped source") as shown:
-                    writing.spool(planned, args.out, missing, lambda size: shown.show(0, size, 0, 0))
+                images_in = sum(planned.bounds[one + 1] - planned.bounds[one] for one in missing)
+                with pool.progress(images_in, "sorting") as shown:
+                    writing.spool(planned, args.out, missing, shown.add)
             pool.run(planned, args.out, missing, rules, args.workers)
         return finish(planned, args, manifest, missing)
 

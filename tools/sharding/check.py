@@ -45,13 +45,11 @@ def _split(path: Path, workers: int) -> list[str]:
         pool.progress(manifest["num_samples"], f"checking {manifest['split']}") as shown,
         ProcessPoolExecutor(max(1, min(workers, len(jobs))), get_context("spawn")) as processes,
     ):
-        read = 0
         for (_, entry, _), (found, digests, table) in zip(jobs, processes.map(_shard, jobs), strict=True):
             differences += found
             keys.append(digests)
             tables.append(table)
-            read += entry["bytes"]
-            shown.show(sum(len(one) for one in tables), read, 0, 0)
+            shown.add(len(table), entry["bytes"], 0, 0)
     differences += _duplicates(keys, [entry["file"] for entry in manifest["shards"]])
     total = sum(len(table) for table in tables)
     if total != manifest["num_samples"]:

@@ -18,33 +18,47 @@ from . import images, writing
 from .plan import Plan
 
 _PLAIN_EVERY = 30.0  # seconds between two lines where there is no terminal
+_BAR_EVERY = 0.2
 
 
 class Progress:
     """images/s, MB/s, time left, repaired and quarantined."""
 
     def __init__(self, total: int, verb: str):
-        self._bar = tqdm(total=total, unit="img", desc=verb, disable=not sys.stderr.isatty(), smoothing=0.05)
+        self._bar = tqdm(total=total, unit="img", desc=verb, disable=not sys.stderr.isatty())
+        self._every = _PLAIN_EVERY if self._bar.disable else _BAR_EVERY
         self._total, self._verb = total, verb
+        self._counts = [0, 0, 0, 0]
         self._began = self._spoke = time.monotonic()
 
-    def show(self, done: int, read: int, repaired: int, quarantined: int) -> None:
-        now = time.monotonic()
-        rate = read / max(now - self._began, 1e-9) / 1e6
+    def add(self, *more: int) -> None:
+        """More (images, bytes, repaired, quarantined)."""
+        self.show([count + one for count, one in zip(self._counts, more, strict=True)])
+
+    def show(self, counts: list[int]) -> None:
+        """All of them so far."""
+        self._counts = counts
+        if time.monotonic() - self._spoke >= self._every:
+            self._speak()
+
+    def _speak(self) -> None:
+        self._spoke = time.monotonic()
+        done, read, repaired, quarantined = self._counts
+        took = max(self._spoke - self._began, 1e-9)
         if not self._bar.disable:
             self._bar.n = done
-            self._bar.set_postfix_str(f"{rate:.0f} MB/s, {repaired} repaired, {quarantined} quarantined")
-        elif now - self._spoke >= _PLAIN_EVERY:
-            self._spoke = now
-            speed = done / (now - self._began)
-            left = (self._total - done) / max(speed, 1e-9)
-            print(
-                f"{self._verb} {done:,}/{self._total:,} images, {speed:.0f} images/s, {rate:.0f} MB/s, "
-                f"{left / 60:.0f} min left, {repaired} repaired, {quarantined} quarantined",
-                flush=True,
-            )
+            self._bar.set_postfix_str(f"{read / took / 1e6:.0f} MB/s, {repaired} repaired, {quarantined} quarantined")
+            return
+        left = (self._total - done) / max(done / took, 1e-9)
+        print(
+            f"{self._verb} {done:,}/{self._total:,} images, {done / took:.0f} images/s, {read / took / 1e6:.0f} MB/s, "
+            f"{left / 60:.0f} min left, {repaired} repaired, {quarantined} quarantined",
+            flush=True,
+        )
 
     def close(self) -> None:
+        if not self._bar.disable:
+            self._speak()
         self._bar.close()
 
 
@@ -62,14 +76,8 @@ def run(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: 
     total = sum(plan.bounds[shard + 1] - plan.bounds[shard] for shard in shards)
     with progress(total, "sharding") as shown:
         if workers == 1 or len(shards) == 1:
-            counts = [0, 0, 0, 0]
-
-            def told(*more: int) -> None:
-                counts[:] = [count + one for count, one in zip(counts, more, strict=True)]
-                shown.show(*counts)
-
             for shard in shards:
-                writing.write_shard(plan, out, shard, rules, told)
+                writing.write_shard(plan, out, shard, rules, shown.add)
             return
         _run_many(plan, out, shards, rules, min(workers, len(shards)), shown)
 
@@ -86,7 +94,7 @@ def _run_many(plan: Plan, out: Path, shards: list[int], rules: images.Rules, wor
         alive = list(processes)
         while alive:
             wait_for([process.sentinel for process in alive], timeout=0.25)
-            shown.show(*counts[:])
+            shown.show(counts[:])
             if any(process.exitcode not in (None, 0) for process in alive):
                 if not errors.empty():
                     raise errors.get()

@@ -22,6 +22,10 @@ from .plan import Item, Plan
 _RETRIES = (0.2, 1.0)  # seconds; a network disk that hiccups gets three tries
 
 
+# Is told of images, their bytes, how many were repaired and how many quarantined.
+Told = Callable[[int, int, int, int], None]
+
+
 class Busy(RuntimeError):
     """Another process works on the same target."""
 
@@ -116,9 +120,9 @@ def write_shard(
     out: Path,
     shard: int,
     rules: images.Rules,
-    told: Callable[[int, int, int, int], None] = lambda *_: None,
+    told: Told = lambda *_: None,
 ) -> dict:
-    """Makes shard number `shard` and its record; tells (images, bytes, repaired, quarantined) of every image."""
+    """Makes shard number `shard` and its record"""
     work, name = work_folder(out, plan), plan.shard_file(shard)
     half = work / f"{name}.{os.getpid()}"
     reader: Reader | SpoolReader = SpoolReader(work, shard) if plan.gzipped else Reader(plan)
@@ -245,7 +249,7 @@ class SpoolReader:
         self._file.close()
 
 
-def spool(plan: Plan, out: Path, shards: list[int], told: Callable[[int], None] = lambda _: None) -> None:
+def spool(plan: Plan, out: Path, shards: list[int], told: Told = lambda *_: None) -> None:
     """Sorts a .tar.gz, which cannot be read at an offset, into one file per shard: one pass, constant memory.
 
     Each image goes to its final place in its shard's spool; a shard's spool is deleted when the shard is made, so the
@@ -269,7 +273,7 @@ def spool(plan: Plan, out: Path, shards: list[int], told: Callable[[int], None] 
                 os.pwrite(file, source.read_at(at, size), int(start[position]))
             finally:
                 os.close(file)
-            told(size)
+            told(1, size, 0, 0)
     finally:
         source.close()
     for shard in wanted:
