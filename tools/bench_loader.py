@@ -67,6 +67,8 @@ def say(text: str) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.batch_size, args.num_threads, args.repeats) < 1 or args.seconds <= 0:
         raise ValueError("--batch-size, --num-threads, --repeats and --seconds must be positive")
+    if args.recipe == "decode" and (args.tune or args.scaling or args.against):
+        raise ValueError("--tune, --scaling and --against need a recipe with views, not 'decode'")
     earlier = json.loads(args.compare.read_text()) if args.compare else None
     recipe: Recipe | None = None if args.recipe == "decode" else getattr(recipes, args.recipe)(args.fidelity)
     task = stages.Task(
@@ -102,19 +104,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["memory_mb"] = stages.memory(task, args.shards)
         result["consumer"] = stages.consume(task, step, max(args.seconds / 3, 1.0))
     if args.tune:
-        result["tune"] = sweeps.tune(with_views(task), max(args.seconds / 5, 1.0), say)
+        result["tune"] = sweeps.tune(task, max(args.seconds / 5, 1.0), say)
     if args.scaling:
-        result["scaling"] = sweeps.scaling(with_views(task), args.seconds / 5, args.repeats, say)
+        result["scaling"] = sweeps.scaling(task, args.seconds / 5, args.repeats, say)
     if args.headspace:
         result["headspace"] = sweeps.headspace(task, args.method, args.backbone, args.seconds / 3, args.repeats, say)
     conclude(args, result, earlier)
     return result
-
-
-def with_views(task: stages.Task) -> stages.Task:
-    if task.recipe is None:
-        raise ValueError("--tune and --scaling need a recipe with views, not 'decode'")
-    return task
 
 
 def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) -> None:
