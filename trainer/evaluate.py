@@ -1,0 +1,139 @@
+"""How good a backbone's frozen features are: nearest neighbours, and ridge regression to the classes.
+
+    python -m trainer.evaluate runs/loca --train DIR --val DIR             a run's folder, or one of its checkpoints
+    python -m trainer.evaluate runs/loca --train DIR --val DIR --untrained 0   the same network with random weights
+
+An image's feature is the mean of its patch features, of the central square. Both probes are fitted on the training set
+and have nothing to tune: the penalty is chosen by leave-one-out on the training set. The last line is a JSON object.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from pipeline import Batch, Loader, ShardSet, recipes
+from trainer import checkpoint, methods
+from trainer.backbones import normalise
+
+PENALTIES = tuple(10.0**e for e in range(-3, 7))
+
+
+@torch.no_grad()
+def features(
+    backbone: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    mean: tuple[float, ...] = recipes.IMAGENET_MEAN,
+    std: tuple[float, ...] = recipes.IMAGENET_STD,
+) -> tuple[Tensor, Tensor]:
+    """The mean patch feature and the class of every image: f32 (n, D) and i64 (n,), on the CPU.
+
+    The batches have views of kind ``image``. `backbone` is put into evaluation mode; a CLS token does not count.
+    """
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    prefix = getattr(backbone, "num_prefix_tokens", 0)
+    x, y = [], []
+    for batch in batches:
+        tokens = backbone(normalise(batch.views["image"].pixels.to(device), mean, std))
+        x.append(tokens[:, prefix:].float().mean(1).cpu())
+        y.append(batch.label.cpu())
+    return torch.cat(x), torch.cat(y)
+
+
+def knn_accuracy(
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """The share of `val` whose class the `k` nearest of `train` vote for, by cosine s with weight exp(s / temperature).
+
+    `train` and `val` are features (n, D) and classes (n,). k and temperature are DINO's.
+    """
+    (x, y), (queries, truth) = train, val
+    similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T
+    nearest, index = similarity.topk(min(k, len(x)), dim=1)
+    votes = torch.zeros(len(queries), int(y.max()) + 1).scatter_add_(1, y[index], (nearest / temperature).exp())
+    return (votes.argmax(1) == truth).float().mean().item()
+
+
+def ridge_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
+    """The share of `val` that ridge regression from standardised features to one-hot classes puts right.
+
+    Of PENALTIES, the one with the least squared error is taken when each training image is left out in turn, in closed
+    form.
+    """
+    (x, y), (queries, truth) = train, val
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    x, queries = ((part - mean).double() / std for part in (x, queries))
+    onehot = F.one_hot(y).double()
+    target = onehot - onehot.mean(0)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    projected = u.T @ target
+    best, weight = float("inf"), torch.empty(0)
+    for penalty in PENALTIES:
+        shrink = s.square() / (s.square() + penalty)
+        leverage = u.square() @ shrink + 1 / len(x)  # the mean is fitted too
+        residual = (target - u @ (shrink[:, None] * projected)) / (1 - leverage)[:, None]
+        if (error := residual.square().sum().item()) < best:
+            best, weight = error, vt.T @ ((shrink / s.clamp(min=1e-12))[:, None] * projected)
+    return ((queries @ weight + onehot.mean(0)).argmax(1) == truth).float().mean().item()
+
+
+def load_method(path: Path, untrained: int | None = None) -> nn.Module:
+    """The method that the checkpoint in `path` holds; with `untrained`, the same one at the start of that seed.
+
+    Raises ValueError naming the file that cannot be read.
+    """
+    saved = checkpoint.load(path)
+    room = methods.load(saved["method"])
+    values = yaml.safe_load(saved["config"])[saved["method"]]
+    torch.manual_seed(untrained or 0)
+    method: nn.Module = room.Method(
+        room.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    )
+    if untrained is None:
+        method.load_state_dict(saved["model"])
+    return method
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint")
+    parser.add_argument("--train", required=True, help="labelled shards to fit on")
+    parser.add_argument("--val", required=True, help="labelled shards to score")
+    parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights instead, for comparison")
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+
+    backbone = load_method(options.checkpoint, options.untrained).backbone().to(options.device)  # type: ignore[operator]
+    recipe = recipes.evaluation(size=options.size, resize=options.size * 256 // 224, patch=backbone.patch)
+    sets = []
+    for spec in (options.train, options.val):
+        loader = Loader(
+            ShardSet(spec), recipe, options.batch_size, device=options.device, shuffle=False, drop_last=False
+        )
+        sets.append(features(backbone, loader, mean=recipe.mean, std=recipe.std))
+        loader.close()
+        if (sets[-1][1] < 0).any():
+            raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
+    train, val = sets
+    result = {"knn": knn_accuracy(train, val), "ridge": ridge_accuracy(train, val)}
+    result |= {"train_images": len(train[1]), "val_images": len(val[1]), "classes": int(train[1].max()) + 1}
+    print(f"{len(val[1]):,} images: k-NN {result['knn']:.1%}, ridge {result['ridge']:.1%}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:  # a shard set's errors are among them
+        print(f"evaluate: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
