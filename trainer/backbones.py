@@ -248,7 +248,8 @@ class ResNet(timm_resnet.ResNet):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
-        return self.forward_features(pixels.to(self.conv1.weight.dtype)).flatten(2).mT
+        stem: Any = self.conv1
+        return self.forward_features(pixels.to(stem.weight.dtype)).flatten(2).mT
 
 
 class BatchNorm(nn.BatchNorm2d):
