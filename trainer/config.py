@@ -29,8 +29,8 @@ class Data:
     """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
     order: Literal["global", "block"] = "global"
     """"block" shuffles shards, then samples within a window of shards: for storage that hates random reads"""
-    max_bad: float = 0.01
-    """share of undecodable samples at which the run stops and lists them"""
+    max_bad: float | None = None
+    """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
 
 
 @dataclass(frozen=True)
