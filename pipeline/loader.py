@@ -278,8 +278,6 @@ class Loader:
             if len(self._runs) >= _RUNS or not self._ahead or (self._runs and not self._ahead[0].done()):
                 return
             prepared = self._ahead.popleft().result()
-            if not self.bad.keys().isdisjoint(prepared.index.tolist()):  # found out since it was prepared
-                prepared = self._prepare(prepared.plan)
             self._runs.append(_Run(prepared))
             self._submit(prepared)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapimages import encode, map_image, sample, smooth_image, write_set, write_tar
+from mapimages import encode, map_image, sample, smooth_image, still_recipe, write_set, write_tar
 from PIL import Image
 
-from pipeline import headers, shards
+from pipeline import Loader, headers, shards
+from pipeline.order import block_positions
 from pipeline.shards import SAMPLE, ShardError, ShardSet
 
 
@@ -405,10 +406,16 @@ def test_fourteen_million_images_cost_their_table_on_disk_only(tmp_path: Path) -
     del table
     manifest = {"format": 1, "name": "big", "split": "train", "num_samples": n, "shards": entries}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    block_positions(0, 0, 0, 1, np.array([0, 1]))  # compiled before memory is counted
+    Loader(write_set(tmp_path / "small", 8, 1), still_recipe(), 8)._prepare.positions(0, 0, 8)
     before = anonymous()
     found = ShardSet(tmp_path)
     assert len(found) == n
     assert np.array_equal(found.first, ends)
+    source = Loader(found, still_recipe(), 256, rank=5, world_size=8)
+    assert len(source) == n // 2048
+    for order in (source._prepare.positions(7, n - 256, n), block_positions(0, 7, n - 256, n, found.first)):
+        assert len(set(order.tolist())) == 256
     assert anonymous() - before < 20 << 20
 
 
