@@ -89,7 +89,7 @@ def turn_about(meters: list[Meter], seconds: float, repeats: int, say: Callable[
             meter.turn(seconds)
         say(
             f"round {number + 1} of {repeats}: "
-            + ", ".join(f"{m.name} {m.rates[-1]:.0f}" for m in meters)
+            + ", ".join(f"{m.name} {m.rates[-1]:.4g}" for m in meters)
             + " images/s"
         )
 

@@ -1,0 +1,150 @@
+"""bench_loader: the command and its last line, the verdict, the comparison, the chart; the rivals cut what we cut."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import mapimages
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture(autouse=True)
+def tools_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    members = [
+        member
+        for k in range(24)
+        for member in mapimages.sample(f"{k:04d}", mapimages.encode(mapimages.smooth_image(k, 90, 110), "JPEG"), 0)
+    ]
+    return str(mapimages.write_tar(folder / "set-train-0000.tar", members).parent)
+
+
+@pytest.fixture(scope="module")
+def results(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    sys.path.insert(0, str(TOOLS))
+    import bench_loader
+
+    out = tmp_path_factory.mktemp("bench")
+    printed, given = {}, ["--shards", shards, "--batch-size", "4", "--num-threads", "1", "--seconds", "0.2"]
+    for recipe, more in (("decode", []), ("plain", ["--against", "torchvision", "--repeats", "2"])):
+        path = out / f"{recipe}.json"
+        code = bench_loader.main([*given, "--repeats", "1", "--recipe", recipe, "--json", str(path), *more])
+        assert code == 0
+        printed[recipe] = json.loads(path.read_text())
+    return printed
+
+
+def test_the_result_holds_what_is_promised(results: dict) -> None:
+    for recipe, stages in (
+        ("decode", {"read", "decode"}),
+        ("plain", {"read", "decode", "draw", "cut", "colour", "hand-over", "whole loader"}),
+    ):
+        result = results[recipe]
+        assert {"recipe", "device", "batch_size", "num_threads", "images_per_s", "stages"} <= result.keys()
+        rate = result["images_per_s"]
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+        assert set(result["stages"]) == stages
+        assert result["latency_ms"]["p50"] <= result["latency_ms"]["p99"] <= result["latency_ms"]["max"]
+        assert result["shards"]["images"] == 24 and result["shards"]["mean_pixels"] == 9900
+        assert result["machine"]["cores"] >= 1 and result["machine"]["versions"]["torch"]
+        assert result["cpu_s_per_1000"]["median"] > 0 and result["verdict"].endswith(".")
+    plain = results["plain"]
+    assert plain["against"]["torchvision"]["images_per_s"]["median"] > 0
+    assert plain["against"]["torchvision"]["ratio"] == pytest.approx(
+        plain["images_per_s"]["median"] / plain["against"]["torchvision"]["images_per_s"]["median"], abs=0.01
+    )
+    assert 0 <= plain["consumer"]["wait_percent"] <= 100 and 50 < plain["memory_mb"]["private"] < 4000
+
+
+def test_the_last_line_is_the_result(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_loader
+
+    given = ["--shards", shards, "--batch-size", "4", "--num-threads", "1", "--seconds", "0.1", "--repeats", "1"]
+    assert bench_loader.main([*given, "--recipe", "decode"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["recipe"] == "decode" and len(lines) > 5
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--against", "ffcv"], "ffcv"),
+        (["--recipe", "decode", "--tune"], "decode"),
+        (["--batch-size", "0"], "positive"),
+        (["--shards", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(shards: str, more, word, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_loader
+
+    assert bench_loader.main(["--shards", shards, "--seconds", "0.1", *more]) == 2
+    captured = capsys.readouterr()
+    assert word in captured.err and len(captured.err.splitlines()) == 1 and "{" not in captured.out
+
+
+def test_a_comparison_knows_noise(results: dict) -> None:
+    from benchmarking import report
+
+    new, old = results["plain"], copy.deepcopy(results["plain"])
+    assert all("+0.0 %, within noise" in line for line in report.compare(new, old))
+    whole = new["stages"]["whole loader"]["images_per_s"]
+    old["stages"]["whole loader"]["images_per_s"] = {k: v / 3 for k, v in whole.items()}
+    changed = [line for line in report.compare(new, old) if line.startswith("whole loader")]
+    assert len(changed) == 1 and "+200.0 %" in changed[0]
+    assert ("beyond" in changed[0]) == (whole["min"] > whole["max"] / 3)
+    with pytest.raises(ValueError, match="decode"):
+        report.compare(new, results["decode"])
+
+
+def test_the_verdict_names_what_limits(results: dict) -> None:
+    from benchmarking import report
+
+    result = copy.deepcopy(results["plain"])
+    result["machine"] |= {"cores": 4, "load_before": 0.0}
+    result |= {"num_threads": 4, "from_storage_percent": 0.0}
+    busy = result["stages"]["whole loader"]["cores_busy"]
+    busy["median"] = 3.9
+    result["stages"]["cut"]["alone_ms"]["median"] = 1e3
+    assert "processor" in report.verdict(result) and "cut" in report.verdict(result)
+    result["num_threads"] = 2
+    busy["median"] = 2.0
+    assert "--num-threads" in report.verdict(result)
+    busy["median"] = 0.5
+    assert "Waiting" in report.verdict(result)
+    result["from_storage_percent"] = 60.0
+    assert "Storage" in report.verdict(result)
+    result["machine"]["load_before"] = 9.0
+    assert "Other programs" in report.verdict(result)
+
+
+def test_the_chart_is_a_picture(results: dict, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarking import report
+
+    report.chart(results["plain"], tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("name", ["torchvision", "opencv"])
+def test_rivals_cut_the_same_shapes(name: str, shards: str) -> None:
+    if name == "opencv":
+        pytest.importorskip("cv2")
+        pytest.importorskip("albumentations")
+    from benchmarking import rivals
+
+    from pipeline import ShardSet, recipes
+
+    for recipe in (recipes.loca(queries=1), recipes.vicregl(small=1)):
+        build = rivals._torchvision if name == "torchvision" else rivals._opencv
+        views = build(recipe)(ShardSet(shards).read(3))
+        sizes = [c.size for c in recipe.cuts for _ in range(c.count)]
+        assert [sorted(view.shape) for view in views] == [[3, s, s] for s in sizes]
+        assert all(view.numpy().dtype == "uint8" for view in views)
