@@ -15,7 +15,7 @@ import resource
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -398,8 +398,3 @@ def _image_size(fd: int, member: tar.Member) -> tuple[int, int]:
 def _keys(path: Path, stamp: int) -> dict[int, str]:
     with path.open("rb") as file:
         return {m.offset: _split_name(m.name)[0] for m in tar.walk(file.fileno(), tar.Damage())}
-
-
-def names(shards: ShardSet, indices: Iterable[int]) -> list[str]:
-    """``key (shard)`` of some images, for messages."""
-    return [f"{shards.key(i)} ({shards.shard_of(i).name})" for i in indices]

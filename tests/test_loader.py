@@ -378,6 +378,7 @@ for epoch in range(10**6):
 """
 
 
+@pytest.mark.slow  # seconds of imports; the next one shows nearly the same
 def test_the_process_ends_in_the_middle_of_an_epoch(shards: ShardSet) -> None:
     code = PROGRAM.format(tests=str(ROOT / "tests"), shards=str(shards.paths[0].parent), end=True, pause=0)
     done = subprocess.run(
