@@ -31,17 +31,10 @@ def shards() -> str:
             raise UsageError(
                 f"{home}: cannot be written ({error.strerror}); set XDG_CACHE_HOME or name --shards"
             ) from None
-        command = [
-            sys.executable,
-            str(SHARDER),
-            str(home / "pictures"),
-            str(done),
-            "--split",
-            "train",
-            "--workers",
-            "2",
-        ]
-        subprocess.run(command, check=True)
+        folders = [str(home / "pictures"), str(done)]
+        # --part: all of it, whatever rank this is
+        options = ["--split", "train", "--workers", "2", "--part", "0/1"]
+        subprocess.run([sys.executable, str(SHARDER), *folders, *options], check=True)
     return str(done)
 
 
