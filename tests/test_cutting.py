@@ -256,6 +256,13 @@ def test_no_window_and_no_image_leads_out_of_bounds(shape: tuple[int, int]) -> N
         assert (guarded[1] == (200, 100, 50)).all(), (window, size)
 
 
+def test_a_window_beyond_the_image_shows_its_nearest_pixel() -> None:
+    image = photograph(20, 30)
+    assert (cut(image, (500, 600, 900, 1000), 16) == image[-1, -1]).all()
+    assert (cut(image, (-9, -9, -3, -3), 16) == image[0, 0]).all()
+    assert (cut(image, (-9, 50, -3, 40), 16) == image[0, -1]).all()
+
+
 def test_fractional_windows_take_the_pixels_they_touch() -> None:
     image = photograph(40, 40)
     assert np.array_equal(cut(image, (3.4, 2.6, 18.2, 17.9), 16), cut(image, (3, 2, 19, 18), 16))
