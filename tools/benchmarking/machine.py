@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ def describe() -> dict[str, Any]:
     """Processor, cores allowed, memory, GPU and versions, as JSON can hold them."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "cpu_quota": _quota(),
@@ -38,8 +40,19 @@ def line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
         f"{machine['date']}: {machine['cpu']}, {machine['cores']} cores{quota}, load {machine['load_before']} before, "
-        f"{machine['memory_gb']} GB{gpu}; Python {machine['python']}, {versions}"
+        f"{machine['memory_gb']} GB{gpu}; commit {machine['commit']}, Python {machine['python']}, {versions}"
     )
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a + where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=9"]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _cpu_name() -> str:
