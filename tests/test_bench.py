@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import mapimages
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.append(str(TOOLS))
 
 
-@pytest.fixture(autouse=True)
-def tools_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def main(words: list[str]) -> int:
+    return runpy.run_path(str(TOOLS / "bench_loader.py"))["main"](words)
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def results(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    sys.path.insert(0, str(TOOLS))
-    import bench_loader
-
     out = tmp_path_factory.mktemp("bench")
     printed, given = {}, ["--shards", shards, "--batch-size", "4", "--num-threads", "1", "--seconds", "0.2"]
     for recipe, more in (("decode", []), ("plain", ["--against", "torchvision", "--repeats", "2"])):
         path = out / f"{recipe}.json"
-        code = bench_loader.main([*given, "--repeats", "1", "--recipe", recipe, "--json", str(path), *more])
+        code = main([*given, "--repeats", "1", "--recipe", recipe, "--json", str(path), *more])
         assert code == 0
         printed[recipe] = json.loads(path.read_text())
     return printed
@@ -65,10 +63,8 @@ def test_the_result_holds_what_is_promised(results: dict) -> None:
 
 
 def test_the_last_line_is_the_result(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import bench_loader
-
     given = ["--shards", shards, "--batch-size", "4", "--num-threads", "1", "--seconds", "0.1", "--repeats", "1"]
-    assert bench_loader.main([*given, "--recipe", "decode"]) == 0
+    assert main([*given, "--recipe", "decode"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["recipe"] == "decode" and len(lines) > 5
 
@@ -83,9 +79,7 @@ def test_the_last_line_is_the_result(shards: str, capsys: pytest.CaptureFixture[
     ],
 )
 def test_wrong_usage_is_one_sentence_and_code_2(shards: str, more, word, capsys: pytest.CaptureFixture[str]) -> None:
-    import bench_loader
-
-    assert bench_loader.main(["--shards", shards, "--seconds", "0.1", *more]) == 2
+    assert main(["--shards", shards, "--seconds", "0.1", *more]) == 2
     captured = capsys.readouterr()
     assert word in captured.err and len(captured.err.splitlines()) == 1 and "{" not in captured.out
 
