@@ -86,7 +86,7 @@ def _pairs(result: Result, earlier: Result) -> list[tuple[str, dict[str, float],
     for name, stage in result["stages"].items():
         before = earlier["stages"].get(name, {})
         for key, unit in (("alone_ms", "ms/image alone"), ("images_per_s", "images/s")):
-            if key in stage and key in before:
+            if key in stage and key in before and before[key]["median"]:
                 pairs.append((f"{name}, {unit}", stage[key], before[key]))
     return pairs
 

@@ -175,7 +175,10 @@ def _on_cpu(pool: Pool, recipe: Recipe, decoder: Decoder, stage: Callable[..., M
 
         return run
 
-    return [stage("cut", views(plain), 0.25), stage("cut + colour", views(pool.params[0]), 0.25)]
+    meters = [stage("cut", views(plain), 0.25)]
+    if uncoloured(recipe).cuts != recipe.cuts:
+        meters.append(stage("cut + colour", views(pool.params[0]), 0.25))
+    return meters
 
 
 def _on_gpu(task: Task, pool: Pool, recipe: Recipe, stage: Callable[..., Meter]) -> list[Meter]:
