@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline import Batch, View
 from trainer.backbones import VIT_SIZES
 from trainer.boxes import box_loss, relative_boxes
-from trainer.methods.loca import Config, Method, centre, sinkhorn, views
+from trainer.methods.loca import Clusters, Config, CrossAttention, Method, centre, sinkhorn, views
 
 VIT_SIZES["speck"] = (16, 2, 2)
 TINY = Config(
@@ -202,6 +202,52 @@ def naive_loss(method: Method, batch: Batch, keep: Tensor, visible: Tensor) -> t
         parts["prototypes_in_use"] = torch.tensor(float(len({int(np.argmax(row)) for row in assignments})))
         total = total + parts["cluster_loss"] + cfg.me_max * negative_entropy
     return total, parts
+
+
+def test_cross_attention_from_its_definition() -> None:
+    torch.manual_seed(0)
+    block = CrossAttention(12, 3, attend=True).double()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    queries, reference = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
+
+    def norm(layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+        return (x - x.mean()) / (x.var(correction=0) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    for b in range(2):
+        keys, values = [], []
+        for token in reference[b]:
+            both = block.attn["kv"](norm(block.norm_reference, token))
+            keys.append(both[:12])
+            values.append(both[12:])
+        for i in range(5):
+            x = queries[b, i]
+            q = block.attn["q"](norm(block.norm_query, x))
+            seen = []
+            for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+                scores = torch.stack([(q[head] * k[head]).sum() / 2 for k in keys])  # 2 is the root of a head's width
+                weights = scores.exp() / scores.exp().sum()
+                seen.append(sum(w * v[head] for w, v in zip(weights, values, strict=True)))
+            x = x + block.attn["proj"](torch.cat(seen))
+            hidden = block.mlp.fc1(norm(block.norm_mlp, x))
+            hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+            torch.testing.assert_close(block(queries, reference)[b, i], x + block.mlp.fc2(hidden))
+
+
+def test_projector_has_three_layers_and_tanh_gelu() -> None:
+    torch.manual_seed(0)
+    head = Clusters(6, 5, 4).double()
+    first, a, second, b, third = head.projector
+    feature = x = torch.randn(6, dtype=torch.float64)
+    for layer, activation in ((first, a), (second, b)):
+        x = layer(x)
+        expected = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        torch.testing.assert_close(activation(x), expected)
+        x = expected
+    cosine = head.prototypes.weight @ third(x) / head.prototypes.weight.norm(dim=1) / third(x).norm()
+    torch.testing.assert_close(head(feature), cosine)
+    assert (first.out_features, second.out_features, third.out_features) == (5, 5, 256)
 
 
 VARIANTS = {

@@ -222,9 +222,8 @@ class Method(nn.Module):
         recipe = views(cfg)
         self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
         self.student = Branch(cfg)
-        if cfg.position == "single" or (
-            cfg.clusters == "off" and cfg.eta == 1
-        ):  # nothing has a position: none is learnt
+        if cfg.position == "single" or (cfg.clusters == "off" and cfg.eta == 1):
+            # Nothing in this variant has a position: none is learnt, and what is exported needs none.
             nn.init.zeros_(self.student.backbone.pos_embed).requires_grad_(False)
         self.teacher = deepcopy(self.student).requires_grad_(False) if cfg.clusters != "off" else None
 
