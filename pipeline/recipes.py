@@ -101,6 +101,9 @@ def loca(
     focal_size: int = 96,
     scale: tuple[float, float] = (0.32, 1.0),
     focal_scale: tuple[float, float] = (0.05, 0.32),
+    jitter: float = 0.8,
+    gray: float = 0.2,
+    solarize: float = 0.2,
     rule: Literal["released", "overlap"] = "released",
 ) -> Recipe:
     """LOCA (Caron, Houlsby, Schmid, 2022): a reference, a query as large, and small "focal" queries to place in it.
@@ -110,6 +113,7 @@ def loca(
 
     Args:
         scale, focal_scale: shares of the image's area; the numbers of the released code, as the paper states none.
+        jitter, gray, solarize: probabilities; only the random query is solarized.
         rule: of `patch_targets`. The paper (sec. 3.1) describes the greatest overlap; the released code samples one
             point near the patch's centre, which is another patch for 6 to 7 % of those inside.
 
@@ -129,15 +133,8 @@ def loca(
     paper = _is_paper(fidelity)
 
     def colours(blur: float, solarize: float = 0.0) -> tuple[Colour, ...]:
-        return (
-            Colour(
-                jitter=0.8,
-                rule="torchvision" if paper else "tensorflow",
-                gray=0.2,
-                blur=blur if paper else 0.0,
-                solarize=solarize,
-            ),
-        )
+        rule: Literal["torchvision", "tensorflow"] = "torchvision" if paper else "tensorflow"
+        return (Colour(jitter, rule=rule, gray=gray, blur=blur if paper else 0.0, solarize=solarize),)
 
     def cut(kind: str, count: int, side: int, area: tuple[float, float], flip: float, look: tuple[Colour, ...]) -> Cut:
         return Cut(
@@ -155,7 +152,7 @@ def loca(
 
     cuts = [
         cut("reference", 1, size, scale, 0.5 if paper else 0.0, colours(blur=1.0)),
-        cut("query", 1, size, scale, 0.5, colours(blur=0.1, solarize=0.2)),
+        cut("query", 1, size, scale, 0.5, colours(blur=0.1, solarize=solarize)),
     ]
     if queries:
         cuts.append(cut("focal", queries, focal_size, focal_scale, 0.5, colours(blur=0.5)))

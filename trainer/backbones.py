@@ -42,8 +42,9 @@ def recompute_(module: nn.Module) -> None:
 
 # ---- Vision Transformers ---------------------------------------------------------------------------------------------
 
-# width, blocks, heads; the MLP is four times as wide. "nano" is no published size: it trains on a CPU.
+# width, blocks, heads; the MLP is four times as wide. "pico" and "nano" are no published sizes: they train on a CPU.
 VIT_SIZES = {
+    "pico": (96, 2, 4),
     "nano": (128, 4, 4),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -64,7 +65,7 @@ class VitShape(NamedTuple):
 
 
 def vit_shape(name: str) -> VitShape:
-    """What ``vit_{nano,tiny,small,base,large,huge}_patch{8,14,16,...}`` stands for. Raises ValueError."""
+    """What ``vit_{pico,nano,tiny,small,base,large,huge}_patch{8,14,16,...}`` stands for. Raises ValueError."""
     match = re.fullmatch(r"vit_([a-z]+)_patch([1-9]\d*)", name)
     if match is None or match[1] not in VIT_SIZES:
         raise ValueError(f"unknown backbone {name!r}: choose vit_SIZE_patchP with SIZE one of {', '.join(VIT_SIZES)}")

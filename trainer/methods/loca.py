@@ -53,6 +53,13 @@ class Config:
     """which recipe cuts the views: see pipeline.recipes.loca"""
     rule: Literal["released", "overlap"] = "released"
     """which reference patch belongs to a query patch: under its sampled centre, or the one of greatest overlap"""
+    scale: tuple[float, float] = (0.32, 1.0)
+    """share of the image's area that the reference and the random query show"""
+    focal_scale: tuple[float, float] = (0.05, 0.32)
+    jitter: float = 0.8
+    """probability of colour jitter; likewise gray and, for the random query, solarize"""
+    gray: float = 0.2
+    solarize: float = 0.2
     queries: int = 10
     """query views: a random one and queries - 1 focal ones (Table 6d: 10, 5, 2, 1)"""
     query_keep: float = 70 / 196
@@ -114,6 +121,11 @@ def views(cfg: Config) -> Recipe:
         patch=vit_shape(cfg.backbone).patch,
         size=cfg.size,
         focal_size=cfg.focal_size,
+        scale=cfg.scale,
+        focal_scale=cfg.focal_scale,
+        jitter=cfg.jitter,
+        gray=cfg.gray,
+        solarize=cfg.solarize,
         rule=cfg.rule,
     )
     if cfg.position == "single":
