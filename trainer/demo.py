@@ -1,7 +1,7 @@
 """Shards for a run that names none: photographs that scikit-image brings along, cut into many smaller pictures.
 
-Ten photographs become 800 pictures, each nearly the whole of one, by crops from a seeded generator. That is enough to see
-everything work and a model learn; it is not enough to learn anything about the world.
+Ten photographs become 800 pictures, each nearly the whole of one, by crops from a seeded generator. That is enough to
+see everything work and a model learn; it is not enough to learn anything about the world.
 """
 
 import os
