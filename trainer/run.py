@@ -8,6 +8,7 @@ The same command again goes on from its last checkpoint. Exit codes: 0 done, 2 u
 limit after writing a checkpoint.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,8 +25,11 @@ def main(argv: list[str]) -> int:
     settings = config.parse(argv)
     cfg, out = settings.run, settings.out
 
+    # Threads that wait for each other by spinning stop a shared CPU: measured on two cores with a busy neighbour, 6
+    # images/s against 61 asleep; alone, 117 against 105. To be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
     import itertools
-    import os
     from contextlib import nullcontext
 
     import torch
