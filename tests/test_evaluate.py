@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_program(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = loca.Config("vit_nano_patch16", size=64, focal_size=32, queries=2, hidden=8, prototypes=4)
     torch.manual_seed(5)
     method: nn.Module = loca.Method(cfg)
@@ -135,17 +138,25 @@ def test_program(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert trained["ridge"] == pytest.approx(ridge_accuracy(both, both)) and trained["ridge"] > 0.9
     assert trained["knn"] == pytest.approx(knn_accuracy(both, both))
 
-    fresh = evaluate.load_method(tmp_path, untrained=5)
-    assert torch.equal(fresh.student.backbone.pos_embed, method.student.backbone.pos_embed)
-    other = evaluate.load_method(tmp_path, untrained=6)
-    assert not torch.equal(other.student.backbone.pos_embed, method.student.backbone.pos_embed)
+    seen = []
+
+    def recording(backbone: nn.Module, *args: Any, **kwargs: Any) -> Set:
+        seen.append(backbone.pos_embed)
+        return features(backbone, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "features", recording)
+    for seed in (5, 6):
+        evaluate.main([*arguments, "--untrained", str(seed)])
+    start = method.teacher.backbone.pos_embed  # drawn from seed 5
+    assert torch.equal(seen[0], start) and not torch.equal(seen[2], start)
 
 
 def test_images_without_a_class(tmp_path: Path, shards: Path) -> None:
     write_tar(tmp_path / "bare-000000.tar", sample("a", encode(smooth_image(0, 64, 64), "JPEG")))
+    model = loca.Method(loca.Config("vit_pico_patch16", hidden=8)).state_dict()
     checkpoint.save(
         tmp_path / "checkpoints",
-        {"step": 1, "method": "loca", "config": "loca: {backbone: vit_nano_patch16, hidden: 8}", "model": {}},
+        {"step": 1, "method": "loca", "config": "loca: {backbone: vit_pico_patch16, hidden: 8}", "model": model},
         keep_last=1,
         keep_every=None,
     )

@@ -655,13 +655,10 @@ def test_places_are_those_of_the_loss(name: str) -> None:
     assert right > 0
 
 
-def test_places_of_the_other_variants() -> None:
-    for changes in ({"position": "box"}, {"position": "off"}):
+def test_other_variants_place_no_patches() -> None:
+    for changes in ({"position": "box"}, {"position": "off"}, {"position": "single", "clusters": "off"}):
         cfg = tiny(**changes)
         assert build(cfg).place(random_batch(cfg))[0] == {}
-    cfg = tiny(position="single", clusters="off")
-    places, visible = build(cfg).eval().place(random_batch(cfg))
-    assert places["reference"].shape == (3, 1, 16) and visible.shape == (1, 3)
 
 
 # ---- Ranks and compilation -------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from pipeline import Batch, Loader, ShardSet, recipes
-from trainer import checkpoint, methods
+from trainer import checkpoint
 from trainer.backbones import normalise
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
@@ -85,23 +85,6 @@ def ridge_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> 
     return ((queries @ weight + onehot.mean(0)).argmax(1) == truth).float().mean().item()
 
 
-def load_method(path: Path, untrained: int | None = None) -> nn.Module:
-    """The method that the checkpoint in `path` holds; with `untrained`, the same one at the start of that seed.
-
-    Raises ValueError naming the file that cannot be read.
-    """
-    saved = checkpoint.load(path)
-    room = methods.load(saved["method"])
-    values = yaml.safe_load(saved["config"])[saved["method"]]
-    torch.manual_seed(untrained or 0)
-    method: nn.Module = room.Method(
-        room.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-    )
-    if untrained is None:
-        method.load_state_dict(saved["model"])
-    return method
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint")
@@ -113,7 +96,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
 
-    backbone = load_method(options.checkpoint, options.untrained).backbone().to(options.device)  # type: ignore[operator]
+    method: Any = checkpoint.restore(checkpoint.load(options.checkpoint))
+    if options.untrained is not None:
+        torch.manual_seed(options.untrained)
+        method = type(method)(method.cfg)
+    backbone = method.backbone().to(options.device)
     recipe = recipes.evaluation(size=options.size, resize=options.size * 256 // 224, patch=backbone.patch)
     sets = []
     for spec in (options.train, options.val):

@@ -42,7 +42,7 @@ class Config:
     """The defaults are the released configuration, of which the paper reports 46.2 mIoU on ADE20k after 100 epochs."""
 
     backbone: str = "vit_base_patch16"
-    """vit_SIZE_patchP: nano (for a CPU), tiny, small, base, large, huge; 16, 14 or 8 pixels"""
+    """vit_SIZE_patchP: pico or nano (for a CPU), tiny, small, base, large, huge; 16, 14 or 8 pixels"""
     drop_path: float = 0.1
     """of the last block, falling linearly to 0 at the first; acts in the teacher too (released code)"""
     size: int = 224
@@ -374,17 +374,13 @@ class Method(nn.Module):
 
     def single_view(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Every patch of a view tells its own place; only visible patches are attended to."""
-        logits = self.locate_single(images)
-        target = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        loss = F.cross_entropy(logits.mT, target)
-        return loss, {"position_loss": loss.detach(), "position_accuracy": (logits.argmax(-1) == target).float().mean()}
-
-    def locate_single(self, images: Tensor) -> Tensor:
         vit = self.student.backbone
         _, visible = self.draw(len(images), images.device)
         context = torch.zeros(len(visible), vit.grid**2, dtype=torch.bool, device=images.device)
-        tokens = vit(images, context=context.scatter(1, visible, True))
-        return fp32(self.student.head(tokens))
+        logits = fp32(self.student.head(vit(images, context=context.scatter(1, visible, True))))
+        target = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        loss = F.cross_entropy(logits.mT, target)
+        return loss, {"position_loss": loss.detach(), "position_accuracy": (logits.argmax(-1) == target).float().mean()}
 
     def average(self, x: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
         """The mean of `x` (B, T) where `valid`: over all tokens, or over the queries that have any, of each one's."""
@@ -426,12 +422,10 @@ class Method(nn.Module):
         """Where the method places every patch, and which reference patches it saw: for pictures; call `eval()` first.
 
         i64 (B, V, n) by kind, laid out as the targets, and i64 (1 or B, n). No token of a query is dropped. Empty
-        where no patch is located (position "box" or "off"); a single view places the patches of the reference.
+        where no query's patches are located (position "box", "single" or "off").
         """
         images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
         _, visible = self.draw(len(images["reference"]), images["reference"].device)
-        if self.cfg.position == "single":
-            return {"reference": self.locate_single(images["reference"]).argmax(-1)[:, None]}, visible
         if self.cfg.position not in ("patch", "centre"):
             return {}, visible
         _, seen = self.encode_reference(images["reference"], visible)
