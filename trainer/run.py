@@ -237,8 +237,10 @@ def main(argv: list[str]) -> int:
     if chief and not stopped and hasattr(method, "place"):
         learned: Any = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
         batch = next(batches).to(device)
-        visualise.placements(out / "placements.png", batch, *learned.place(batch))
-        print(f"where the model places the query patches: {out / 'placements.png'}")
+        places, visible = learned.place(batch)
+        if places:  # not every variant locates patches
+            visualise.placements(out / "placements.png", batch, places, visible)
+            print(f"where the model places the query patches: {out / 'placements.png'}")
     loader.close()
     if log:
         log.close()
