@@ -171,6 +171,9 @@ def vicregl(
     small_grid: int = 3,
     large_scale: tuple[float, float] = (0.4, 1.0),
     small_scale: tuple[float, float] = (0.08, 0.4),
+    jitter: float = 0.8,
+    gray: float = 0.2,
+    solarize: float = 0.2,
     gamma: tuple[int, int] | None = (20, 4),
     flip_aware: bool | None = None,
     matches: bool = True,
@@ -183,6 +186,7 @@ def vicregl(
 
     Args:
         large_scale, small_scale: shares of the image's area (defaults of the released command line).
+        jitter, gray, solarize: probabilities; only odd views are solarized.
         gamma: matches kept from a pair's first view to its second and back (paper, sec. 4.1: 20 and 4); None keeps all.
         flip_aware: whether a mirrored view's cells run backwards; None: as the fidelity says.
         matches: False leaves the targets out.
@@ -196,8 +200,8 @@ def vicregl(
     """
     paper = _is_paper(fidelity)
     colours = (
-        Colour(jitter=0.8, gray=0.2, blur=1.0),
-        Colour(jitter=0.8, gray=0.2, blur=0.1, solarize=0.2),
+        Colour(jitter=jitter, gray=gray, blur=1.0),
+        Colour(jitter=jitter, gray=gray, blur=0.1, solarize=solarize),
     )
     cuts = (
         Cut("large", large, large_size, large_grid, large_scale, interpolation="bicubic", colours=colours),

@@ -365,6 +365,7 @@ def test_a_dropped_loader_leaves_no_thread(shards: ShardSet) -> None:
 
 PROGRAM = """
 import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 sys.path.insert(0, {tests!r})
 from mapimages import still_recipe
 from pipeline import Loader

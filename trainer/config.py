@@ -148,9 +148,9 @@ def parse(argv: list[str]) -> Settings:
             raise UsageError(f"unknown option {key!r}: {_nearest(key, known)}")
     try:
         parsed = parser.parse_args([_dashes(word) for word in argv])
+        objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
-    objects = parser.instantiate(parsed)
     run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
     if run.batch_size < 1 or run.epochs <= 0 or (run.steps is not None and run.steps < 1):
         raise UsageError("batch_size, epochs and steps must be positive")

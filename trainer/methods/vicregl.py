@@ -38,6 +38,10 @@ class Config:
     large_scale: tuple[float, float] = (0.4, 1.0)
     """share of the image's area; (0.08, 1.0) for ResNet-50, which has no small views"""
     small_scale: tuple[float, float] = (0.08, 0.4)
+    jitter: float = 0.8
+    """probability of colour jitter; likewise gray and, for odd views, solarize"""
+    gray: float = 0.2
+    solarize: float = 0.2
 
     alpha: float = 0.75
     """weight of the global loss, 1 - alpha of the local one; 1 is VICReg, 0 is local only (Fig. 2: 0.9 and 0.75)"""
@@ -102,6 +106,9 @@ def views(cfg: Config) -> Recipe:
         small_grid=grids[-1],
         large_scale=cfg.large_scale,
         small_scale=cfg.small_scale,
+        jitter=cfg.jitter,
+        gray=cfg.gray,
+        solarize=cfg.solarize,
         gamma=cfg.gamma,
         matches=cfg.locations and cfg.alpha < 1,
     )
