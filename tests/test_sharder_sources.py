@@ -223,7 +223,7 @@ def test_an_almost_complete_imagenet_names_what_it_lacks():
 
 @pytest.mark.parametrize(("classes", "fatal"), [(3, True), (1001, False)])
 def test_a_class_without_images_stops_1k_and_is_told_of_21k(classes, fatal, tmp_path):
-    listing = sources.Listing(tmp_path, "made up", classes=[f"n{number:08d}" for number in range(classes)])
+    listing = sources.Listing(tmp_path, "made up", print, classes=[f"n{number:08d}" for number in range(classes)])
     for number in range(1, classes):
         listing.add(f"n{number:08d}/n{number:08d}_1.JPEG", 10, number)
     arguments = {"name": None, "split": "train", "seed": 0, "class_list": None, "image_rules": {}, "request": {}}
@@ -259,7 +259,7 @@ def test_odd_names_become_clean_keys_and_are_kept_in_the_json(tmp_path):
 def test_long_and_foreign_names_in_tars_are_read(form, tmp_path):
     names = ["a/" + "y" * 150 + ".jpg", "a/üñí cøde.jpg", "a/" + "deep/" * 40 + "z.jpg"]
     source = file(tmp_path / "in.tar", make.tar_of({name: make.encode(i) for i, name in enumerate(names)}, form))
-    listing = sources.read(source, "train", None, None, unlabelled=True)
+    listing = sources.read(source, "train", None, None, unlabelled=True, told=print)
     assert [listing.name(row) for row in range(3)] == names
     assert make.run(source, tmp_path / "out", "--unlabelled") == 0
     assert len(make.samples(tmp_path / "out")) == 3
@@ -340,7 +340,7 @@ def test_a_tar_cut_anywhere_is_refused_before_work(photos, tmp_path):
 
 
 def list_all(path):
-    sources.read(path, "train", None, None, unlabelled=False)
+    sources.read(path, "train", None, None, unlabelled=False, told=print)
 
 
 def test_flipped_bits_never_lead_outside_or_hang(photos, tmp_path):
@@ -355,7 +355,7 @@ def test_flipped_bits_never_lead_outside_or_hang(photos, tmp_path):
         broken[at] ^= 1 << int(random.integers(8))
         path = file(tmp_path / "in.tar", bytes(broken))
         try:
-            listing = sources.read(path, "train", None, None, unlabelled=True)
+            listing = sources.read(path, "train", None, None, unlabelled=True, told=print)
         except SourceError:
             refused += 1
             continue

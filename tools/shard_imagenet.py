@@ -51,7 +51,8 @@ def shard(args: argparse.Namespace) -> int:
     planned = plan.known(args.out, args.split, request)
     if planned is None:
         print(f"listing {args.source}", flush=True)
-        listing = sources.read(args.source, args.split, **what)
+        with pool.progress(None, "listing") as shown:
+            listing = sources.read(args.source, args.split, **what, told=shown.add)
         planned = plan.build(listing, request=request, **how)
         remarks(listing)
         del listing

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ _BAR_EVERY = 0.2
 
 
 class Progress:
-    """images/s, MB/s, time left, repaired and quarantined."""
+    """images/s, MB/s, and, where the total is known, time left, repaired and quarantined."""
 
-    def __init__(self, total: int, verb: str):
+    def __init__(self, total: int | None, verb: str):
         self._bar = tqdm(total=total, unit="img", desc=verb, disable=not sys.stderr.isatty())
         self._every = _PLAIN_EVERY if self._bar.disable else _BAR_EVERY
         self._total, self._verb = total, verb
@@ -32,8 +33,8 @@ class Progress:
         self._began = self._spoke = time.monotonic()
 
     def add(self, *more: int) -> None:
-        """More (images, bytes, repaired, quarantined)."""
-        self.show([count + one for count, one in zip(self._counts, more, strict=True)])
+        """More (images, bytes, repaired, quarantined); the last two may be missing."""
+        self.show([count + one for count, one in zip_longest(self._counts, more, fillvalue=0)])
 
     def show(self, counts: list[int]) -> None:
         """All of them so far."""
@@ -45,16 +46,18 @@ class Progress:
         self._spoke = time.monotonic()
         done, read, repaired, quarantined = self._counts
         took = max(self._spoke - self._began, 1e-9)
-        if not self._bar.disable:
+        parts = [f"{read / took / 1e6:.0f} MB/s"]
+        if self._total is not None:
+            parts += [f"{repaired} repaired", f"{quarantined} quarantined"]
+        if not self._bar.disable:  # which knows the speed and the time left by itself
             self._bar.n = done
-            self._bar.set_postfix_str(f"{read / took / 1e6:.0f} MB/s, {repaired} repaired, {quarantined} quarantined")
+            self._bar.set_postfix_str(", ".join(parts))
             return
-        left = (self._total - done) / max(done / took, 1e-9)
-        print(
-            f"{self._verb} {done:,}/{self._total:,} images, {done / took:.0f} images/s, {read / took / 1e6:.0f} MB/s, "
-            f"{left / 60:.0f} min left, {repaired} repaired, {quarantined} quarantined",
-            flush=True,
-        )
+        whole = ""
+        if self._total is not None:
+            whole = f"/{self._total:,}"
+            parts.insert(1, f"{(self._total - done) * took / max(done, 1) / 60:.0f} min left")
+        print(f"{self._verb} {done:,}{whole} images, {done / took:.0f} images/s, {', '.join(parts)}", flush=True)
 
     def close(self) -> None:
         if not self._bar.disable:
@@ -63,7 +66,7 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, verb: str) -> Iterator[Progress]:
+def progress(total: int | None, verb: str) -> Iterator[Progress]:
     shown = Progress(total, verb)
     try:
         yield shown

@@ -7,7 +7,7 @@ all become the same columns, so that what follows does not know where an image c
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +17,10 @@ from .labels import beside, read_labels
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _AROUND = ("val", "validation", "test", "train", "images")  # the one folder around a flat set is no class
+_ROUND = 1000
 _OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
+
+Told = Callable[[int, int], object]  # hears of more (images, bytes)
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Listing:
 
     root: Path
     kind: str  # for people
+    told: Told  # about each _ROUND images: a listing may take hours
     tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
     classes: list[str] = field(default_factory=list)  # names, in the order found
     notes: list[str] = field(default_factory=list)
@@ -40,6 +44,7 @@ class Listing:
     labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
     class_file: Path | None = None  # a list of classes that came with the source
     gzipped: bool = False
+    _listed: int = 0  # bytes since the last word
 
     def __len__(self) -> int:
         return len(self.size)
@@ -55,16 +60,24 @@ class Listing:
         self.group.append(group)
         self.place.append(place)
         self.offset.append(offset)
+        self._listed += size
+        if len(self.size) % _ROUND == 0:
+            self.told(_ROUND, self._listed)
+            self._listed = 0
 
 
-def read(source: Path, split: str, labels: Path | None, label_offset: int | None, unlabelled: bool) -> Listing:
+def read(
+    source: Path, split: str, labels: Path | None, label_offset: int | None, unlabelled: bool, told: Told
+) -> Listing:
     """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
     if not source.exists():
         raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
     mapping = source / "LOC_synset_mapping.txt"
     source, label_file = _descend(source, split, None if unlabelled else labels, unlabelled)
     try:
-        listing = _tar_file(source) if source.is_file() else _folder(source, unlabelled or label_file is not None)
+        listing = (
+            _tar_file(source, told) if source.is_file() else _folder(source, unlabelled or label_file is not None, told)
+        )
     except OSError as error:
         raise SourceError(f"cannot read {error.filename or source}: {error.strerror}") from None
     if not len(listing):
@@ -128,8 +141,8 @@ def _wanted(listing: Listing, name: str) -> bool:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, any_depth: bool) -> Listing:
-    listing = Listing(root, "")
+def _folder(root: Path, any_depth: bool, told: Told) -> Listing:
+    listing = Listing(root, "", told)
     entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file()]
@@ -180,8 +193,8 @@ def _files(listing: Listing, root: Path, below: str, group: int, deep: bool) -> 
 # --- tars ------------------------------------------------------------------------------------------------------------
 
 
-def _tar_file(path: Path) -> Listing:
-    listing = Listing(path, "tar of images", tars=[str(path)])
+def _tar_file(path: Path, told: Told) -> Listing:
+    listing = Listing(path, "tar of images", told, tars=[str(path)])
     source = tars.open_bytes(path)
     listing.gzipped = isinstance(source, tars.Gzipped)
     official = _OFFICIAL.get(path.name)
