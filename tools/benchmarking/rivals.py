@@ -134,6 +134,7 @@ def _opencv(recipe: Recipe) -> Callable[[bytes], Any]:
 
     def transform(stored: bytes) -> list[torch.Tensor]:
         decoded = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        assert decoded is not None
         image = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
         return [torch.from_numpy(view(image)) for view in views]
 
