@@ -46,7 +46,9 @@ def _permutations(device: torch.device) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_paint, dynamic=False, fullgraph=True)
+    # Each kind of view, batch size and recipe is a graph of its own; at its default torch refuses the ninth.
+    many = torch._dynamo.config.patch(recompile_limit=256)
+    return many(torch.compile(_paint, dynamic=False, fullgraph=True))
 
 
 def _paint(

@@ -1,6 +1,8 @@
 """The GPU's colours, run on the CPU: equal to the kernel's to one level, in one graph."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from test_cutting import photograph
 
 from pipeline import colour, cutting, draws, recipes
-from pipeline.recipes import Cut, Recipe
+from pipeline.recipes import Colour, Cut, Recipe
 
 IMAGES, SIDE = 8, 32
 RECIPES = [recipes.loca("paper"), recipes.loca("released"), recipes.vicregl()]
@@ -69,6 +71,26 @@ def test_it_is_one_graph(rec: Recipe) -> None:
 
     graph = torch.compile(paint, fullgraph=True, dynamic=False, backend="eager")
     assert torch.equal(graph(pixels, params), paint(pixels, params))
+
+
+@pytest.fixture
+def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile traces and guards, but generates no code: seconds less."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    colour._compiled.cache_clear()
+    yield
+    colour._compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("without_code")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_any_number_of_forms_can_be_compiled() -> None:
+    colours = (Colour(solarize=0.5),)
+    for count in range(1, 11):  # torch's own limit is 8
+        pixels = torch.full((count, 1, 4, 4, 3), 200, dtype=torch.uint8)
+        params = torch.zeros(count, 1, draws.PARAMS)
+        params[..., draws.SOLARIZE] = 1
+        assert (colour.apply(pixels, params, colours, compiled=True) == 55).all()
 
 
 @pytest.mark.slow
