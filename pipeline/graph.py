@@ -7,8 +7,8 @@ views, several times faster there. Images are decoded whole: nvImageCodec 0.9 cr
 and the views of an image cover most of it anyway.
 
 Runs are fed and taken by hand, so that each result belongs to the batch that was fed for it. The dynamic executor keeps
-its buffers alive for as long as a result is held, and survives an image that it cannot decode: that run raises, the
-next one goes on.
+its buffers alive for as long as a result is held, on a GPU also until the device has done what was queued by then (a
+thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
 """
 
 import zlib

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -287,13 +288,14 @@ class Loader:
 
     def _next(self) -> Batch:
         try:
-            self._fill()
-            run = self._runs.popleft()
-            prepared, views = run.prepared, self._take(run)
-            if views is None:
-                prepared, views = self._repair(run.prepared)
-            batch = self._batch(prepared, views)
-            self._fill()
+            with self._current_device():
+                self._fill()
+                run = self._runs.popleft()
+                prepared, views = run.prepared, self._take(run)
+                if views is None:
+                    prepared, views = self._repair(run.prepared)
+                batch = self._batch(prepared, views)
+                self._fill()
         except BaseException:  # also Ctrl-C: what is under way no longer matches our books
             self.close()
             raise
@@ -309,6 +311,10 @@ class Loader:
             except DecodeError:
                 run.views = None
         return run.views
+
+    def _current_device(self) -> AbstractContextManager[Any]:
+        """A stream without a number of its own, as the default one, and pinned memory belong to the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None

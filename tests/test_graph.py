@@ -169,7 +169,7 @@ def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) 
         return call(schema, device, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(graph, "_call", spy)
-    Graph(getattr(recipes, name)(), 4, device_id=0, hw_decoder_load=0.5)
+    g = Graph(getattr(recipes, name)(), 4, device_id=0, hw_decoder_load=0.5)
     assert asked == {
         ("ExternalSource", "cpu"),
         ("decoders__Image", "mixed"),
@@ -177,6 +177,24 @@ def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("Resize", "gpu"),
         ("Stack", "gpu"),
     }
+    # ... and nothing else is in the graph as DALI has it, but the subscripts of windows, on the host.
+    g._pipe._build_graph()
+    specs = [str(op.spec) for op in g._pipe._ops]
+    found = {(_after("OpSpec for ", spec).rstrip(":"), _after("device: ", spec)) for spec in specs}
+    assert found == asked | {("_TensorSubscript", "cpu")}
+    registered = {
+        "cpu": graph.backend.RegisteredCPUOps(),
+        "gpu": graph.backend.RegisteredGPUOps(),
+        "mixed": graph.backend.RegisteredMixedOps(),
+    }
+    assert all(schema in registered[device] for schema, device in found)
+    assert {output.device for output in g._pipe._graph_outputs} == {"gpu"}  # nothing passes through the host
+    (decoder,) = [spec for spec in specs if "OpSpec for decoders__Image" in spec]
+    assert float(_after("hw_decoder_load: ", decoder)) == 0.5
+
+
+def _after(words: str, text: str) -> str:
+    return text.partition(words)[2].split()[0]
 
 
 def test_a_missing_kernel_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,16 @@ def test_batches_stay_as_they_were(shards: ShardSet) -> None:
     assert before == [facts([batch]) for batch in held]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one(photos: ShardSet) -> None:
+    pairs = zip(*(loader(photos, recipe=recipes.loca(), device=d) for d in ("cuda:0", "cuda:1")), strict=True)
+    for one, other in pairs:
+        for kind, view in other.views.items():
+            assert view.pixels.device.index == 1
+            assert torch.equal(view.pixels.cpu(), one.views[kind].pixels.cpu())
+
+
 def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("pipeline.loader.Graph", lambda *_, num_threads, **__: asked.append(num_threads))
