@@ -21,6 +21,7 @@ setup(
         "pyyaml",
         "jsonargparse[signatures]>=4.49",  # typed dataclasses <- YAML <- dotted overrides
         "safetensors",
+        "msgpack",  # reads released flax checkpoints
         "scikit-image",  # brings the photographs that the default run trains on
         "tensorboard",
         "tqdm",

@@ -26,27 +26,36 @@ def save(folder: Path, payload: Payload, *, keep_last: int, keep_every: int | No
     A full disk costs this checkpoint, not the run and not the checkpoints before it.
     """
     target = folder / f"step_{payload['step']:09d}.pt"
-    beside = target.with_suffix(".part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            torch.save({"format": FORMAT, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
+        write(target, payload)
         link = folder / "last.part"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(folder / "last")
         _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        beside.unlink(missing_ok=True)
+    except OSError as error:
         warnings.warn(f"no checkpoint at step {payload['step']}: {error}; the ones before it are kept", stacklevel=2)
         return False
     for path in _paths(folder)[keep_last:]:
         if not (keep_every and _step(path) % keep_every == 0):
             path.unlink(missing_ok=True)
     return True
+
+
+def write(path: Path, payload: Payload) -> None:
+    """Writes one file, whole or not at all. Raises OSError."""
+    beside = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save({"format": FORMAT, **payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        beside.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
 
 
 def load(path: Path) -> Payload:
