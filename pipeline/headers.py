@@ -13,6 +13,7 @@ from .kernel import kernel
 UNKNOWN, JPEG, PNG, WEBP = 0, 1, 2, 3
 MORE = -1  # the buffer ends before the size is reached: read more
 MAX_PIXELS = 1 << 27  # 134 megapixels, 400 MB decoded: beyond it a header is a decompression bomb or damage
+MAX_BYTES = 3 * MAX_PIXELS  # a stored image that is larger is none, and is not read
 _TAIL = 64  # an end-of-image marker may be followed by padding of this many bytes
 
 

@@ -9,6 +9,7 @@ the loader's state is three numbers, and prefetching is only doing early what wo
 """
 
 import json
+import operator
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ class Loader:
         hw_decoder_load: float | None = None,
         form: Form | None = None,
     ):
+        batch_size, seed, rank, world_size = (operator.index(number) for number in (batch_size, seed, rank, world_size))
         self.shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
         self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
         self.device = _device(device)
@@ -151,6 +153,8 @@ class Loader:
             raise ValueError(f"seed must be in [0, 2**63), not {seed}")
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
+        if form not in (None, "fused", "operators"):
+            raise ValueError(f"form must be 'fused' or 'operators', not {form!r}")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
         if drop_last and len(self.shards) < self._global:
@@ -180,6 +184,7 @@ class Loader:
         }
         self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         self._built: Graph | None = None
         self._ahead: deque[Future[_Prepared]] = deque()
         self._runs: deque[_Run] = deque()
@@ -229,9 +234,8 @@ class Loader:
                 raise ValueError(f"the loader's state has no {name!r}: it was not taken from a Loader")
             _same(name, state[name], mine[name])
         epoch, position = (state.get(name) for name in ("epoch", "position"))
-        if not (
-            isinstance(epoch, int) and isinstance(position, int) and 0 <= position < len(self.shards) and epoch >= 0
-        ):
+        whole = isinstance(epoch, int) and isinstance(position, int)
+        if not (whole and 0 <= epoch < 2**32 and 0 <= position < len(self.shards)):
             raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {len(self.shards)}")
         self._move_to(epoch, position)
 
@@ -269,7 +273,7 @@ class Loader:
     def _fill(self) -> None:
         """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="loader")
+            self._pool, self._process = ThreadPoolExecutor(_READERS, thread_name_prefix="loader"), os.getpid()
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
             while len(self._ahead) < _AHEAD and (self._shuffle or self._front[0] == self._epoch):
@@ -287,6 +291,8 @@ class Loader:
             self._graph.submit(prepared.images, prepared.windows, prepared.params)
 
     def _next(self) -> Batch:
+        if self._pool is not None and self._process != os.getpid():  # its threads stayed behind: it would wait for ever
+            raise RuntimeError("this loader was started before the process forked: make one in each process")
         try:
             with self._current_device():
                 self._fill()

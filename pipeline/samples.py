@@ -68,6 +68,8 @@ class Samples:
     def _inspect(self, i: int) -> NDArray[np.uint8] | str:
         """The bytes of a sample, or what is wrong with it."""
         row = self.shards.table[i]
+        if row["size"] > headers.MAX_BYTES:
+            return f"too large: more than {headers.MAX_BYTES} bytes"
         try:
             image = np.frombuffer(self._read(i), np.uint8)
         except OSError as error:

@@ -36,6 +36,7 @@ Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _SCAN = 1  # counts up when a scan of the same bytes would give another table
 _HEAD = 2048  # bytes read for an image's size; a long EXIF or ICC segment asks for more
 _LARGEST_JSON = 1 << 20
+_MOST_SHARDS = 1_000_000  # in a range of a pattern
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __reduce__(self) -> tuple[type["ShardSet"], tuple[list[Path]]]:
+        return ShardSet, (self.paths,)
 
     def shard_of(self, i: int) -> Path:
         """The tar that holds image `i`."""
@@ -146,6 +150,8 @@ def _expand(pattern: str) -> list[str]:
         return [pattern]
     if numbers := _RANGE.fullmatch(found[1]):
         low, high = (int(text) for text in numbers.groups())
+        if high - low >= _MOST_SHARDS:
+            raise ShardError(f"{pattern!r} names {high - low + 1} shards: {_MOST_SHARDS} are the most")
         choices = [str(k).zfill(len(numbers[1])) for k in range(low, high + 1)]
     elif "," in found[1]:
         choices = found[1].split(",")
@@ -201,6 +207,9 @@ def _in_directory(folder: Path) -> tuple[list[Path], dict | None]:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
+    odd = next((path for path in paths if not path.is_file()), None)
+    if odd:  # opening a pipe would wait for ever
+        raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
     info = next((folder / name for name in ("_info.json", "info.json") if (folder / name).is_file()), None)
     splits = (_json(info) or {}).get("splits", {}) if info else {}
     if isinstance(splits, dict) and len(splits) > 1:
@@ -223,9 +232,19 @@ def _manifests(folder: Path) -> dict[str, dict]:
     found = {}
     for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
         manifest = _json(path)
-        if manifest and manifest.get("format") == 1 and isinstance(manifest.get("shards"), list):
-            found[str(manifest.get("split"))] = manifest
+        if manifest and manifest.get("format") == 1 and _is_ours(manifest):
+            found[str(manifest["split"])] = manifest
     return found
+
+
+def _is_ours(manifest: dict) -> bool:
+    shards = manifest.get("shards")
+    return (
+        {"name", "split", "num_samples"} <= manifest.keys()
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and {"file", "bytes", "samples"} <= shard.keys() for shard in shards)
+        and all(isinstance(shard["file"], str) and Path(shard["file"]).name == shard["file"] for shard in shards)
+    )
 
 
 def _table(paths: Sequence[Path], manifest: dict | None) -> NDArray[np.void]:

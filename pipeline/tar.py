@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 BLOCK = 512
 _REGULAR = b"0\0" + b"7"
 _MAX_NAME = 1 << 16  # a longer GNU or PAX name record is damage
+_MAX_DIGITS = 19  # of a number in a PAX record; Python refuses to read very long ones
 
 
 @dataclass
@@ -41,17 +42,17 @@ def _sound(header: bytes) -> bool:
     if len(header) < BLOCK:
         return False
     try:
-        stored = _number(header[148:156])
+        stored, length = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         return False
-    return stored == sum(header) - sum(header[148:156]) + 8 * 32
+    return length >= 0 and stored == sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def _pax(record: bytes) -> dict[str, str]:
     fields = {}
     while record:
         length = record.partition(b" ")[0]
-        if not length.isdigit() or int(length) <= len(length) + 1:
+        if not length.isdigit() or len(length) > _MAX_DIGITS or int(length) <= len(length) + 1:
             break
         keyword, _, value = record[len(length) + 1 : int(length) - 1].partition(b"=")
         fields[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
@@ -92,7 +93,8 @@ def walk(fd: int, damage: Damage) -> Iterator[Member]:
         damage.is_tar = True
         kind, start, length = header[156:157], position + BLOCK, _number(header[124:136])
         if kind in (b"0", b"\0", b"7") and "size" in pax:
-            length = int(pax["size"]) if pax["size"].isdigit() else length
+            sound = pax["size"].isdecimal() and len(pax["size"]) <= _MAX_DIGITS
+            length = int(pax["size"]) if sound else length
         position = start + -(-length // BLOCK) * BLOCK
         if start + length > size:
             damage.notes.append(f"cut off at byte {size}")

@@ -11,7 +11,7 @@ import pytest
 from mapimages import encode, sample, smooth_image, still_recipe, write_set, write_tar
 from PIL import Image
 
-from pipeline import Batch, Loader, ShardError, ShardSet, draws, order, samples
+from pipeline import Batch, Loader, ShardError, ShardSet, draws, headers, order, samples
 from pipeline.graph import Graph
 
 N = 40
@@ -172,6 +172,19 @@ def test_a_set_of_nothing_but_bad_samples_stops(tmp_path: Path) -> None:
     members = [m for k in range(12) for m in sample(f"k{k}", b"<html>no</html>", k)]
     with pytest.raises(ShardError, match="12 of 12 samples are bad"):
         list(loader(ShardSet(write_tar(tmp_path / "x.tar", members))))
+
+
+def test_a_member_too_large_for_an_image_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {3: photo() + bytes(50_000)}
+    shards = ShardSet(write_set(tmp_path / "set", 12, 2, changed=content))
+    read: list[int] = []
+    reader = ShardSet.read
+    monkeypatch.setattr(ShardSet, "read", lambda s, i: read.append(i) or reader(s, i))
+    monkeypatch.setattr(headers, "MAX_BYTES", 50_000)
+    source = loader(shards)
+    assert 3 not in indices(source)
+    assert source.bad == {3: "too large: more than 50000 bytes"}
+    assert 3 not in read
 
 
 def test_a_shard_cut_off_while_running(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -274,6 +274,48 @@ def test_a_state_of_another_set_or_none_is_refused(shards: ShardSet, photos: Sha
         loader(shards).load_state_dict({"version": 1})
     with pytest.raises(ValueError, match="position 99"):
         loader(shards).load_state_dict({**state, "position": 99})
+    with pytest.raises(ValueError, match="epoch 1180591620717411303424"):
+        loader(shards).load_state_dict({**state, "epoch": 2**70})
+
+
+def test_numbers_may_be_numpys(shards: ShardSet) -> None:
+    wanted = facts(loader(shards, 4, seed=5))
+    assert facts(loader(shards, np.int64(4), seed=np.int64(5), rank=np.int32(0), world_size=np.int64(1))) == wanted
+    json.dumps(loader(shards, seed=np.int64(5)).state_dict())
+    with pytest.raises(TypeError):
+        loader(shards, 4.5)  # type: ignore[arg-type]
+
+
+def test_two_iterators_share_one_epoch(shards: ShardSet) -> None:
+    source, wanted = loader(shards), facts(loader(shards))
+    one, other = iter(source), iter(source)
+    assert facts(next(one if k % 2 else other) for k in range(6)) == wanted
+    assert next(one, None) is next(other, None) is None
+
+
+def test_a_state_may_be_loaded_inside_the_loop(shards: ShardSet) -> None:
+    source, seen, states = loader(shards), [], []
+    for batch in source:
+        seen.append(batch)
+        states.append(source.state_dict())
+        if len(seen) == 4:
+            source.load_state_dict(states[1])
+    wanted = list(facts(loader(shards)).values())
+    assert list(facts(seen).values()) == wanted[:16] + wanted[8:]
+
+
+def test_a_started_loader_does_not_hang_in_a_fork(shards: ShardSet) -> None:
+    source = loader(shards)
+    next(iter(source))
+    child = os.fork()
+    if not child:
+        try:
+            next(iter(source))
+        except RuntimeError as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(list(source)) == 5  # here it goes on
 
 
 def test_evaluation_sees_all_in_order(shards: ShardSet) -> None:
@@ -337,6 +379,7 @@ def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch:
         ({"batch_size": 25}, "24 samples do not fill"),
         ({"seed": -1}, "seed"),
         ({"order": "random"}, "order"),
+        ({"form": "both"}, "form"),
         ({"num_threads": 0}, "num_threads"),
         ({"max_bad": 2.0}, "max_bad"),
         ({"hw_decoder_load": 65}, "hw_decoder_load"),

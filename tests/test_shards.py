@@ -170,6 +170,7 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         "https://host/x-{0000..0003}.tar": "local files",
         "s3://bucket/x.tar": "local files",
         f"{folder}/map-{{0000-0001}}.tar": "neither a range",
+        f"{folder}/map-{{0..99999999}}.tar": "100000000 shards",
     }
     for spec, sentence in cases.items():
         with pytest.raises(ShardError, match=sentence) as caught:
@@ -261,6 +262,65 @@ def test_a_damaged_header_costs_one_member(tmp_path: Path, caplog: pytest.LogCap
     found = ShardSet(folder)
     assert [found.key(i) for i in range(len(found))] == [f"image-0000{k}" for k in (0, 1, 3, 4, 5, 6, 7)]
     assert f"damaged from byte {third.offset}" in warned(caplog)
+
+
+@pytest.mark.parametrize("length", [b"-0000001", b"-0002000", b"zzzzzzzz", b"1" * 8 + b"9"])
+def test_a_length_that_cannot_be_costs_one_member(tmp_path: Path, length: bytes) -> None:
+    """With its checksum right: an archive made to hurt. A negative length would send the walk round for ever."""
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", image(0)), ("b.jpg", image(1))])
+    content = bytearray(path.read_bytes())
+    content[124:136] = length.ljust(12, b"\0")
+    content[148:156] = b"%06o\0 " % (sum(content[:512]) - sum(content[148:156]) + 8 * 32)
+    path.write_bytes(content)
+    found = ShardSet(path)
+    assert [found.key(i) for i in range(len(found))] == ["b"]
+
+
+@pytest.mark.parametrize("size", ["²", "9" * 5000, "-5", "1e3", "9" * 30])
+def test_a_pax_length_that_cannot_be_is_not_believed(tmp_path: Path, size: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", image(0)), ("b.jpg", image(1))])
+    record = f"size={size}\n".encode()
+    record = b"%d %s" % (len(record) + 1 + len(str(len(record) + 5)), record)
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    path.write_bytes(
+        header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(-(-len(record) // 512) * 512, b"\0") + path.read_bytes()
+    )
+    assert [row["size"] for row in ShardSet(path).table] == [len(image(0)), len(image(1))]
+
+
+def test_a_pipe_among_the_shards_is_not_opened(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", 4, 2)
+    odd = folder / "odd.tar"
+    for make, unmake in (
+        (lambda: os.mkfifo(odd), odd.unlink),
+        (odd.mkdir, odd.rmdir),
+        (lambda: odd.symlink_to("/nowhere"), odd.unlink),
+    ):
+        make()
+        with pytest.raises(ShardError, match=r"odd\.tar is no file"):
+            ShardSet(folder)
+        unmake()
+    assert len(ShardSet(folder)) == 4
+
+
+@pytest.mark.parametrize("change", [{"file": "../elsewhere.tar"}, {"file": 5}, {"bytes": None}])
+def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path, change: dict) -> None:
+    folder = ours(tmp_path / "set")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shard = {**manifest["shards"][0], **change}
+    manifest["shards"][0] = {name: value for name, value in shard.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(ShardSet(folder)) == 7
+
+
+def test_a_set_travels_to_other_processes(tmp_path: Path) -> None:
+    found = ShardSet(write_set(tmp_path / "set", 6, 2))
+    carried = pickle.dumps(found)
+    assert len(carried) < 2000  # not the table
+    again = pickle.loads(carried)
+    assert again.fingerprint == found.fingerprint
+    assert again.read(5) == found.read(5)
 
 
 def test_members_that_do_not_belong_together_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
