@@ -234,8 +234,12 @@ class Loader:
                 raise ValueError(f"the loader's state has no {name!r}: it was not taken from a Loader")
             _same(name, state[name], mine[name])
         epoch, position = (state.get(name) for name in ("epoch", "position"))
-        whole = isinstance(epoch, int) and isinstance(position, int)
-        if not (whole and 0 <= epoch < 2**32 and 0 <= position < len(self.shards)):
+        if not (
+            isinstance(epoch, int)
+            and isinstance(position, int)
+            and 0 <= epoch < 2**32
+            and 0 <= position < len(self.shards)
+        ):
             raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {len(self.shards)}")
         self._move_to(epoch, position)
 
