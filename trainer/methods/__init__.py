@@ -7,6 +7,7 @@ the correspondences) and `Method(nn.Module)`:
     after_step(progress)                          after the optimizer moved the weights (an EMA teacher follows here)
     parameter_groups(weight_decay)                for the optimizer
     backbone()                                    the module to evaluate and to export
+    scheduled(progress)                           if there is one: 0-d tensors for the log, such as an EMA's momentum
 """
 
 import ast

@@ -56,9 +56,16 @@ class Config:
     scale: tuple[float, float] = (0.32, 1.0)
     """share of the image's area that the reference and the random query show"""
     focal_scale: tuple[float, float] = (0.05, 0.32)
+    flip: float = 0.5
+    """probability of the mirror image; likewise jitter, gray and, for the random query, solarize"""
     jitter: float = 0.8
-    """probability of colour jitter; likewise gray and, for the random query, solarize"""
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """of the jitter: ranges of brightness, contrast, saturation and hue"""
     gray: float = 0.2
+    blur: tuple[float, float, float] | None = None
+    """probabilities for reference, random query and focal queries; null: none if released, else 1, 0.1 and 0.5"""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """of the blur, in pixels of the view"""
     solarize: float = 0.2
     queries: int = 10
     """query views: a random one and queries - 1 focal ones (Table 6d: 10, 5, 2, 1)"""
@@ -123,8 +130,12 @@ def views(cfg: Config) -> Recipe:
         focal_size=cfg.focal_size,
         scale=cfg.scale,
         focal_scale=cfg.focal_scale,
+        flip=cfg.flip,
         jitter=cfg.jitter,
+        strength=cfg.strength,
         gray=cfg.gray,
+        blur=cfg.blur,
+        sigma=cfg.sigma,
         solarize=cfg.solarize,
         rule=cfg.rule,
     )
@@ -395,12 +406,19 @@ class Method(nn.Module):
         """The teacher follows the student, parameter by parameter, by 1 - momentum."""
         if self.teacher is None:
             return
-        rate = (1 - self.cfg.momentum) * 0.5 * (1 + torch.cos(pi * progress))
+        rate = self.rate(progress)
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
         step = torch._foreach_sub(student, teacher)
         torch._foreach_mul_(step, rate.to(student[0].device))  # a tensor: a lerp's weight would have to reach the host
         torch._foreach_add_(teacher, step)
+
+    def rate(self, progress: Tensor) -> Tensor:
+        """1 - momentum of the teacher: falls to 0 along a cosine."""
+        return (1 - self.cfg.momentum) * 0.5 * (1 + torch.cos(pi * progress))
+
+    def scheduled(self, progress: Tensor) -> dict[str, Tensor]:
+        return {} if self.teacher is None else {"ema_momentum": 1 - self.rate(progress)}
 
     def backbone(self) -> VisionTransformer:
         """The teacher's, whose weights the paper evaluates; without a teacher the student's."""
