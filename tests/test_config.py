@@ -35,6 +35,14 @@ def test_both_spellings_of_an_option() -> None:
 
 
 @pytest.mark.parametrize(
+    "argv", [["--dry-run"], ["--dry-run", "--seed", "1"], ["--dry_run", "true"], ["--dry-run=true"]]
+)
+def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
+    settings = config.parse(["--shards", "x", *argv, "--vicregl.locations", "false", "--method", "vicregl"])
+    assert settings.run.dry_run and not settings.method.locations
+
+
+@pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["--method", "lorca"], "did you mean 'loca'"),
@@ -43,6 +51,8 @@ def test_both_spellings_of_an_option() -> None:
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--batch_size", "0"], "positive"),
+        (["--probe.train", "x"], "belong together"),
+        (["--probe.train", "x", "--probe.val", "x", "--speed.parallel", "fsdp"], "trainer.evaluate"),
     ],
 )
 def test_a_mistake_is_one_sentence(argv: list[str], sentence: str) -> None:

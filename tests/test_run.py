@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
+from mapimages import write_set
 from PIL import Image
 
-from trainer import checkpoint, interrupt, methods
+from trainer import checkpoint, evaluate, interrupt, methods, metrics
 from trainer.config import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +72,9 @@ def run(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The log, which must be JSON as everyone reads it: without NaN."""
+    text = (out / "log.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
 def final(out: Path) -> checkpoint.Payload:
@@ -97,16 +101,22 @@ def assert_same(a: object, b: object) -> None:
         assert a == b
 
 
-def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path) -> None:
+def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("--out", str(out), "--log.tensorboard", "true") == 0
+    assert run("--out", str(out), "--log.tensorboard", "true", "--data.threads", "99") == 0
     log = lines(out)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
-    wanted = (
-        "epoch loss lr images_per_s step_ms data_wait_ms position_loss position_accuracy cluster_loss me_max grad_norm"
-    )
+    assert [line["epoch"] for line in log] == [0, 0, 1, 1, 2, 2]  # of the samples that the step saw
+    wanted = """epoch loss lr weight_decay images_per_s images_per_s_rank step_ms data_wait_ms memory_gb skipped
+    bad_samples position_loss position_accuracy cluster_loss me_max grad_norm grad_norm_max ema_momentum"""
     assert set(wanted.split()) <= set(log[-1])
     assert log[0]["lr"] == 0.0
+    assert [log[i]["ema_momentum"] for i in (0, 3)] == pytest.approx([0.996, 0.998])
+    assert all(line["grad_norm_max"] == pytest.approx(line["grad_norm"]) for line in log)  # a step a line
+    printed = capsys.readouterr().out
+    assert "not compiled" in printed and "2 steps an epoch, 6 in all" in printed
+    assert "1 ranks x 99 decoding threads share" in printed
+    assert "4 steps left, about 0:0" in printed
     assert (out / "config.yaml").read_text().count("vit_nano_patch16") == 1
     assert list((out / "tensorboard").glob("events*"))
     assert Image.open(out / "placements.png").size[0] > 1000
@@ -114,11 +124,28 @@ def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path) -> None:
     assert (out / "checkpoints" / "last").is_symlink()
 
 
-@pytest.mark.parametrize("stops", [[1], [2, 3], [4]], ids=["early", "edge of an epoch, then again", "later"])
+@pytest.fixture(scope="session")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "whole"
+
+
+@pytest.fixture
+def whole(run: Callable[..., int], whole_folder: Path) -> Path:
+    """The folder of a run on the tiny settings that nothing happened to."""
+    assert whole_folder.exists() or run("--out", str(whole_folder)) == 0
+    return whole_folder
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for key in ("model", "optimizer", "loader"):
+        assert_same(final(a)[key], final(b)[key])
+    assert [line["loss"] for line in lines(a)] == [line["loss"] for line in lines(b)]
+
+
+@pytest.mark.parametrize("stops", [[2, 3], [4]], ids=["edge of an epoch, then again", "later"])
 def test_interrupted_and_resumed_is_uninterrupted(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
+    run: Callable[..., int], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
-    assert run("--out", str(tmp_path / "whole")) == 0
     for stop in stops:
         done = len(lines(tmp_path / "parts")) if (tmp_path / "parts").exists() else 0
         calls = iter(range(done + 1, 7))
@@ -127,10 +154,90 @@ def test_interrupted_and_resumed_is_uninterrupted(
         assert final(tmp_path / "parts")["step"] == stop
     monkeypatch.setattr(interrupt.Interrupt, "stop", lambda self: False)
     assert run("--out", str(tmp_path / "parts")) == 0
-    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", whole)
+
+
+def test_time_limit_and_full_disk(
+    run: Callable[..., int], tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of time after a step: 75 and a checkpoint. Without room for another: warnings, the run goes on, and fails."""
+    assert run("--out", str(tmp_path / "out"), "--stop-after", "0") == 75
+    assert [line["step"] for line in lines(tmp_path / "out")] == [final(tmp_path / "out")["step"]] == [1]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # a file of a megabyte is too large for this disk
+    try:
+        with pytest.warns(UserWarning, match="no checkpoint at step 4.*too large; the ones before it are kept"):
+            assert run("--out", str(tmp_path / "out"), "--log.checkpoint_every", "2") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the last steps are not kept" in capsys.readouterr().err
+    assert final(tmp_path / "out")["step"] == 1
+    assert [line["loss"] for line in lines(tmp_path / "out")] == [line["loss"] for line in lines(whole)]
+    assert run("--out", str(tmp_path / "out")) == 0
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_a_probe_moves_nothing(
+    run: Callable[..., int], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k-NN of the teacher on labelled shards, at the first line after it fell due; the run is the one without it."""
+    labelled = str(write_set(tmp_path / "labelled", 12, 1))
+    probed = []
+
+    def score(probe: evaluate.Probe, backbone: torch.nn.Module) -> float:
+        probed.append({name: value.clone() for name, value in backbone.state_dict().items()})
+        return original(probe, backbone)
+
+    original = evaluate.Probe.__call__
+    monkeypatch.setattr(evaluate.Probe, "__call__", score)
+    sets = ("--probe.train", labelled, "--probe.val", labelled, "--probe.images", "9")
+    assert run("--out", str(tmp_path / "out"), *sets, "--probe.every", "1.25", "--log.every", "2") == 0
+    log = lines(tmp_path / "out")
+    assert [line["step"] for line in log if "knn" in line] == [4, 6]  # due after 2.5 and 5
+    teacher = checkpoint.restore(final(tmp_path / "out")).backbone()  # type: ignore[operator]
+    nine = evaluate.stored(teacher, evaluate.labelled(labelled), size=224, batch_size=4, device="cpu", images=9)
+    assert len(nine[1]) == 9 and log[-1]["knn"] == evaluate.knn_accuracy(nine, nine)
+    trained = final(tmp_path / "out")["model"]
+    assert_same(probed[-1], {name: trained[f"teacher.backbone.{name}"] for name in probed[-1]})
     for key in ("model", "optimizer", "loader"):
-        assert_same(whole[key], parts[key])
-    assert [line["loss"] for line in lines(tmp_path / "whole")] == [line["loss"] for line in lines(tmp_path / "parts")]
+        assert_same(final(tmp_path / "out")[key], final(whole)[key])
+
+
+def test_a_run_begins_with_other_weights(run: Callable[..., int], tmp_path: Path, whole: Path) -> None:
+    assert run("--out", str(tmp_path), "--init", str(whole), "--stop-after", "0") == 75
+    first, given = final(tmp_path)["model"], final(whole)["model"]
+    student = [name for name in first if name.startswith("student.")]
+    assert_same({name: first[name] for name in student}, {name: given[name] for name in student})  # at a rate of 0
+
+
+def test_what_is_not_finite_hides_nothing() -> None:
+    meter, nan = metrics.Meter(), torch.nan
+    for loss, norm in ((1.0, 2.0), (nan, torch.inf), (4.0, 7.0)):
+        meter.add({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm), "poor": torch.tensor(nan)})
+    means = meter.fetch("grad_norm")
+    assert (means["loss"], means["grad_norm"], means["grad_norm_max"]) == (2.5, 4.5, 7.0) and means["poor"] != means[
+        "poor"
+    ]
+
+
+def test_a_log_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = metrics.Log(tmp_path, 0, 9, tensorboard=False, wandb=None)
+    log.line({"step": 1, "loss": 2.0, "poor": float("nan"), "step_ms": 1.0})
+    with Path("/dev/full").open("w") as full, log._file:
+        log._file = full
+        with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
+            log.line({"step": 2, "loss": 1.0, "step_ms": 6e8})
+        log.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.0, "poor": None, "step_ms": 1.0}]
+    assert "7 steps left, about 1166:40 hours" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", str(tmp_path / "out"), "--dry-run") == 0
+    assert "8 images: " in (told := capsys.readouterr().out) and "GB peak" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_slices_of_a_batch_make_one_step(run: Callable[..., int], tmp_path: Path) -> None:
@@ -290,6 +397,7 @@ def test_a_step_that_is_not_finite_moves_nothing(run: Callable[..., int], tmp_pa
     out = tmp_path / "out"
     assert run("--method", "third", "--out", str(out), "--third.nan_from", "0.3", "--third.nan_to", "0.6") == 0
     assert lines(out)[-1]["skipped"] == 2  # steps 3 and 4 of 6
+    assert all(line["loss"] > 0 and line["grad_norm_max"] > 0 for line in lines(out))  # of the others
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [record["step"] for record in skipped] == [3, 4]
     assert all(len(record["keys"]) == 8 and record["keys"][0].startswith("cat_") for record in skipped)
@@ -304,8 +412,8 @@ def test_a_run_that_only_skips_ends(run: Callable[..., int], tmp_path: Path) -> 
         run(*argv)
 
 
-@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out", "setting"])
-def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, mistake: str) -> None:
+@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out", "setting", "init", "probe"])
+def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, shards: Path, mistake: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("not a tar\n" * 200)
     (tmp_path / "file").write_text("")
@@ -317,6 +425,8 @@ def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, mist
         "batch": ["--batch_size", "64"],
         "out": ["--out", str(tmp_path / "file" / "x")],
         "setting": ["--loca.eta", "2"],
+        "init": ["--init", str(tmp_path / "text.tar")],
+        "probe": ["--probe.train", str(shards), "--probe.val", str(shards)],  # without classes
     }[mistake]
     with pytest.raises(UsageError) as error:
         run("--out", str(out), *argv)

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from trainer import methods
 
@@ -53,9 +58,10 @@ def write(path: Path, payload: Payload) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+        reason = error.__context__ or error  # torch hides a full disk behind a RuntimeError of its own
+        raise reason if isinstance(reason, OSError) else OSError(str(error)) from None
 
 
 def load(path: Path) -> Payload:
@@ -118,6 +124,11 @@ def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payl
         optim_state_dict=payload["optimizer"],
         options=options,
     )
+
+
+def set_weights(method: nn.Module, payload: Payload) -> None:
+    """The weights alone, to begin with. Raises RuntimeError where names or shapes do not fit."""
+    set_model_state_dict(method, payload["model"], options=StateDictOptions(full_state_dict=True, strict=True))
 
 
 def _paths(folder: Path) -> list[Path]:

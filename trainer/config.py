@@ -1,12 +1,11 @@
 """The settings of a run: dataclasses, YAML and dotted overrides. Imports nothing heavy: `--help` answers at once.
 
 The sections are ordered by who may touch them: what is learnt, from what, how, how fast, and what is told meanwhile.
-Only `speed` and `log` never change a result.
+Only `speed`, `probe` and `log` never change a result.
 """
 
 import dataclasses
 import difflib
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +65,20 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """k-NN classification while training, by the weights that are exported; see trainer.evaluate for more"""
+
+    train: str | None = None
+    """labelled shards to look for neighbours in; with val, turns the probe on"""
+    val: str | None = None
+    """labelled shards to classify"""
+    every: float = 10
+    """epochs between two scores; each stands in the next line of the log"""
+    images: int = 10_000
+    """at most so many of each set, the same ones every time; the other ranks wait meanwhile"""
+
+
+@dataclass(frozen=True)
 class Log:
     every: int = 50
     """steps between two lines; the only places where the host waits for the device"""
@@ -89,6 +102,8 @@ class Run:
     """directory, brace pattern or list of tars; without it, photographs that scikit-image brings along"""
     out: str | None = None
     """folder of this run; runs/METHOD by default. The same command again goes on from its last checkpoint"""
+    init: str | None = None
+    """checkpoint, or a run's folder, whose weights to start with, until the run has a checkpoint of its own"""
     seed: int = 0
     epochs: float = 100
     steps: int | None = None
@@ -102,6 +117,7 @@ class Run:
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     speed: Speed = field(default_factory=Speed)
+    probe: Probe = field(default_factory=Probe)
     log: Log = field(default_factory=Log)
 
 
@@ -142,12 +158,17 @@ def parse(argv: list[str]) -> Settings:
     method_class = methods.config_class(name)
     parser.add_class_arguments(method_class, name)
 
-    known = [*_keys(Run), name, *(f"{name}.{key}" for key in _keys(method_class))]
+    known = {**_fields(Run), name: method_class, **{f"{name}.{key}": t for key, t in _fields(method_class).items()}}
+    flags = {key for key, kind in known.items() if kind is bool}
     for key in [_option(word) for word in argv if word.startswith("--")] + _flat(early["file"]):
         if key not in [*known, "config", "help", "print-config"] and not key.isdigit():
-            raise UsageError(f"unknown option {key!r}: {_nearest(key, known)}")
+            raise UsageError(f"unknown option {key!r}: {_nearest(key, list(known))}")
     try:
-        parsed = parser.parse_args([_dashes(word) for word in argv])
+        words = [_dashes(word) for word in argv]
+        for i, word in enumerate(words):  # a switch alone turns it on
+            if word.removeprefix("--") in flags and (i + 1 == len(words) or words[i + 1].startswith("--")):
+                words[i] += "=true"
+        parsed = parser.parse_args(words)
         objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
@@ -156,6 +177,10 @@ def parse(argv: list[str]) -> Settings:
         raise UsageError("batch_size, epochs and steps must be positive")
     if run.speed.accumulate < 1 or run.log.every < 1 or run.log.checkpoint_every < 1:
         raise UsageError("speed.accumulate, log.every and log.checkpoint_every must be positive")
+    if (run.probe.train is None) != (run.probe.val is None) or run.probe.every <= 0 or run.probe.images < 1:
+        raise UsageError("probe.train and probe.val belong together; probe.every and probe.images must be positive")
+    if run.probe.train and run.speed.parallel == "fsdp":
+        raise UsageError("probe needs all weights on one rank, which fsdp has not: run trainer.evaluate on checkpoints")
     del parsed["config"]
     return Settings(run, objects[name], parser.dump(parsed))
 
@@ -191,13 +216,14 @@ def _dashes(word: str) -> str:
     return "--" + key[2:].replace("-", "_") + equals + value
 
 
-def _keys(cls: type) -> list[str]:
-    keys = []
+def _fields(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, and, dotted, of those within."""
+    found: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        keys.append(f.name)
+        found[f.name] = f.type
         if dataclasses.is_dataclass(f.type):
-            keys += [f"{f.name}.{key}" for key in _keys(f.type)]  # type: ignore[arg-type]
-    return keys
+            found |= {f"{f.name}.{key}": kind for key, kind in _fields(f.type).items()}  # type: ignore[arg-type]
+    return found
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -212,9 +238,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
 def _nearest(name: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(choices))}"
-
-
-def fail(error: Exception) -> None:
-    """Says what is wrong in one sentence and exits with 2."""
-    print(f"run.py: {error}", file=sys.stderr)
-    raise SystemExit(2) from None

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Loader, ShardSet, recipes
-from trainer import checkpoint
+from trainer import checkpoint, config
 from trainer.backbones import normalise
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
@@ -35,8 +36,10 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """The mean patch feature and the class of every image: f32 (n, D) and i64 (n,), on the CPU.
 
-    The batches have views of kind ``image``. `backbone` is put into evaluation mode; a CLS token does not count.
+    The batches have views of kind ``image``. `backbone` runs in evaluation mode and is left in the mode it was in; a
+    CLS token does not count.
     """
+    training = backbone.training
     backbone.eval()
     device = next(backbone.parameters()).device
     prefix = getattr(backbone, "num_prefix_tokens", 0)
@@ -45,7 +48,48 @@ def features(
         tokens = backbone(normalise(batch.views["image"].pixels.to(device), mean, std))
         x.append(tokens[:, prefix:].float().mean(1).cpu())
         y.append(batch.label.cpu())
+    backbone.train(training)
     return torch.cat(x), torch.cat(y)
+
+
+def labelled(spec: str) -> ShardSet:
+    """The shards. Raises ValueError if an image has no class."""
+    shards = ShardSet(spec)
+    if (shards.table["label"] < 0).any():
+        raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
+    return shards
+
+
+def stored(
+    backbone: Any, shards: ShardSet, *, size: int, batch_size: int, device: str, images: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`features` of a set's central squares at side `size`; with `images`, at most so many, the same ones always."""
+    recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=backbone.patch)
+    loader = Loader(shards, recipe, batch_size, device=device, shuffle=images is not None, drop_last=False)
+    batches = islice(loader, None if images is None else -(-images // batch_size))
+    x, y = features(backbone, batches, mean=recipe.mean, std=recipe.std)
+    loader.close()
+    return x[:images], y[:images]
+
+
+class Probe:
+    """k-NN while a run is under way, on images as large as those it trains on. Nothing of the run's state moves.
+
+    Raises ValueError, at once, for shards that cannot be read or have images without a class.
+    """
+
+    def __init__(self, cfg: config.Probe, device: str) -> None:
+        self._sets = [labelled(spec) for spec in (cfg.train, cfg.val) if spec]
+        self._images, self._device = cfg.images, device
+
+    def __call__(self, backbone: Any) -> float:
+        """`knn_accuracy` of the backbone."""
+        size = getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
+        train, val = (
+            stored(backbone, shards, size=size, batch_size=64, device=self._device, images=self._images)
+            for shards in self._sets
+        )
+        return knn_accuracy(train, val)
 
 
 def knn_accuracy(
@@ -101,17 +145,10 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(options.untrained)
         method = type(method)(method.cfg)
     backbone = method.backbone().to(options.device)
-    recipe = recipes.evaluation(size=options.size, resize=options.size * 256 // 224, patch=backbone.patch)
-    sets = []
-    for spec in (options.train, options.val):
-        loader = Loader(
-            ShardSet(spec), recipe, options.batch_size, device=options.device, shuffle=False, drop_last=False
-        )
-        sets.append(features(backbone, loader, mean=recipe.mean, std=recipe.std))
-        loader.close()
-        if (sets[-1][1] < 0).any():
-            raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
-    train, val = sets
+    train, val = (
+        stored(backbone, shards, size=options.size, batch_size=options.batch_size, device=options.device)
+        for shards in [labelled(spec) for spec in (options.train, options.val)]
+    )
     result = {"knn": knn_accuracy(train, val), "ridge": ridge_accuracy(train, val)}
     result |= {"train_images": len(train[1]), "val_images": len(val[1]), "classes": int(train[1].max()) + 1}
     print(f"{len(val[1]):,} images: k-NN {result['knn']:.1%}, ridge {result['ridge']:.1%}")

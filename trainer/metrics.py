@@ -1,8 +1,13 @@
 """Numbers on their way to the log: kept on the device, fetched once a line."""
 
 import json
+import math
 import resource
 import sys
+import time
+import uuid
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,10 @@ from trainer import parallel
 
 
 class Meter:
-    """Means of 0-d tensors over steps and ranks. Adding costs no synchronisation; `fetch` is the one that waits."""
+    """Means of 0-d tensors over steps and ranks. Adding costs no synchronisation; `fetch` is the one that waits.
+
+    What is not finite is left out: a skipped step is counted elsewhere and must not hide the others.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
@@ -23,11 +31,20 @@ class Meter:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach().float())
 
-    def fetch(self) -> dict[str, float]:
-        """The means since the last fetch, equal on all ranks."""
-        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
-        names, self._values = list(self._values), {}
-        return dict(zip(names, parallel.mean_over_ranks(means).tolist(), strict=True))
+    def fetch(self, largest: str) -> dict[str, float]:
+        """The means since the last fetch, equal on all ranks, and the maximum of one value, which ranks must share.
+
+        NaN where nothing was finite.
+        """
+        each = {name: torch.stack(values) for name, values in self._values.items()}
+        sound = {name: values.isfinite() for name, values in each.items()}
+        sums = torch.stack([each[name].where(sound[name], 0).sum() for name in each])
+        counts = torch.stack([sound[name].sum() for name in each])
+        sums, counts = parallel.mean_over_ranks(torch.stack([sums, counts]))
+        most = each[largest].where(sound[largest], -torch.inf).max()
+        *means, peak = torch.cat([sums / counts, most[None]]).tolist()
+        self._values = {}
+        return {**dict(zip(each, means, strict=True)), f"{largest}_max": peak if math.isfinite(peak) else math.nan}
 
 
 class Profile:
@@ -69,7 +86,8 @@ def memory_gb(device: torch.device) -> float:
 class Log:
     """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
 
-    Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once.
+    Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
+    full disk costs lines, not the run.
     """
 
     def __init__(self, out: Path, start: int, total: int, *, tensorboard: bool, wandb: str | None) -> None:
@@ -79,6 +97,7 @@ class Log:
             lines = path.read_text(encoding="utf-8").splitlines()
             path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
+        self._total, self._lines = total, 0
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self._board: Any = None
         self._wandb: Any = None
@@ -89,27 +108,45 @@ class Log:
         if wandb:
             import wandb as service
 
-            self._wandb = service.init(project=wandb, dir=str(out), id=out.name, resume="allow")
+            name = out / "wandb_id"  # the run's own: folders of one name are other runs
+            if not name.exists():
+                name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+            self._wandb = service.init(
+                project=wandb, dir=str(out), name=out.name, id=name.read_text(encoding="utf-8"), resume="allow"
+            )
 
     def line(self, record: dict[str, Any]) -> None:
-        """One object in log.jsonl, one line on the terminal. `record` has at least step and epoch."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """One object in log.jsonl, one line on the terminal. `record` has at least step, epoch and step_ms."""
         step = record["step"]
-        text = "  ".join(f"{name} {_short(value)}" for name, value in record.items() if not isinstance(value, list))
+        numbers = {name: value for name, value in record.items() if math.isfinite(value)}
+        try:
+            self._file.write(json.dumps(dict.fromkeys(record) | numbers) + "\n")  # JSON has null, and no NaN
+            self._file.flush()  # what cannot be written now is written with the next line
+        except OSError as error:
+            warnings.warn(f"log.jsonl: {error}; the run goes on", stacklevel=2)
+        text = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
         if self._bar.disable:
             print(text, flush=True)
         else:
             self._bar.write(text)
             self._bar.update(step - self._bar.n)
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        self._lines += 1
+        if self._lines == 2 and step < self._total:  # the first line's steps compiled and filled buffers
+            self._project(self._total - step, record["step_ms"] / 1e3)
+        del numbers["step"]
         for name, value in numbers.items() if self._board else ():
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
+    def _project(self, steps: int, seconds: float) -> None:
+        minutes = round(steps * seconds / 60)
+        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + steps * seconds))
+        self._bar.write(f"{steps:,} steps left, about {minutes // 60}:{minutes % 60:02d} hours, ends {end}")
+
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         self._bar.close()
         if self._board:
             self._board.close()

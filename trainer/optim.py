@@ -1,6 +1,7 @@
 """The optimizers, and the step that a non-finite gradient skips."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ class Guard:
             if not finite:
                 self.skipped += 1
                 record = {"step": step - len(flags) + i + 1, "keys": [key(j) for j in index.tolist()]}
-                with self._file.open("a", encoding="utf-8") as file:  # every rank appends whole lines
-                    file.write(json.dumps(record) + "\n")
+                try:
+                    with self._file.open("a", encoding="utf-8") as file:  # every rank appends whole lines
+                        file.write(json.dumps(record) + "\n")
+                except OSError as error:
+                    warnings.warn(f"{self._file}: {error}; the run goes on", stacklevel=2)
             if self._in_a_row >= self._limit:
                 raise RuntimeError(f"{self._limit} steps in a row had a non-finite loss or gradient; see {self._file}")
         self._seen = []

@@ -5,7 +5,7 @@
     python trainer/run.py --method loca --help                                       every setting
 
 The same command again goes on from its last checkpoint. Exit codes: 0 done, 2 usage, 75 stopped by a signal or a time
-limit after writing a checkpoint.
+limit after writing a checkpoint, 1 failed: what was learnt until the last checkpoint is there.
 """
 
 import os
@@ -39,10 +39,14 @@ def main(argv: list[str]) -> int:
 
     from pipeline import Loader, ShardSet
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
+    from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
 
     # ---------------------------------------------------------------- who am I
-    local_rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, here, world = (
+        int(os.environ.get(name, default))
+        for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"), ("WORLD_SIZE", "1"))
+    )
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,10 +88,14 @@ def main(argv: list[str]) -> int:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if cfg.dry_run:
-        print(cost.dry_run(method, recipe, optimizer, cfg.batch_size // slices, device, half, per_image))
+        told = cost.dry_run(method, recipe, optimizer, cfg.batch_size // slices, device, half, per_image)
+        if chief:
+            print(told)
         return 0
 
     # ---------------------------------------------------------------- from what
+    cores = parallel.cores()
+    threads = cfg.data.threads or max(1, cores // here)
     try:
         if cfg.shards is None and chief:
             demo.shards()
@@ -102,10 +110,11 @@ def main(argv: list[str]) -> int:
             seed=cfg.seed,
             rank=rank,
             world_size=world,
-            num_threads=cfg.data.threads,
+            num_threads=threads,
             order=cfg.data.order,
             max_bad=cfg.data.max_bad,
         )
+        probe = Probe(cfg.probe, str(device)) if chief and cfg.probe.train else None
     except ValueError as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
@@ -132,6 +141,11 @@ def main(argv: list[str]) -> int:
             reason = " ".join(str(error).split())[:300]
             raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
         start = saved["step"]
+    elif cfg.init:
+        try:
+            checkpoint.set_weights(method, checkpoint.load(Path(cfg.init)))
+        except (RuntimeError, ValueError) as error:
+            raise config.UsageError(f"--init {cfg.init}: {' '.join(str(error).split())[:300]}") from None
     interrupt = Interrupt(cfg.stop_after)
     log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
     fastest = cost.peak_flops(device)
@@ -139,15 +153,20 @@ def main(argv: list[str]) -> int:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
             f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "
-            f"{precision}{', compiled' if compiled else ''}, {world} x {name}, {len(os.sched_getaffinity(0))} cores\n"
+            f"{precision}, {'compiled' if compiled else 'not compiled'}, {world} x {name}, {cores} cores, "
+            f"{threads} decoding threads a rank\n"
             f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
             f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
             + (f", going on from step {start:,}" if start else "")
             + f"; {out}/",
             flush=True,
         )
+        if here * threads > cores:
+            print(
+                f"{here} ranks x {threads} decoding threads share {cores} cores: give the job more, or set data.threads"
+            )
 
-    def save(step: int) -> None:
+    def save(step: int) -> bool:
         payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
         if chief:
             payload |= {
@@ -157,7 +176,14 @@ def main(argv: list[str]) -> int:
                 "scaler": scaler.state_dict(),
                 "loader": loader.state_dict(),
             }
-            checkpoint.save(out / "checkpoints", payload, keep_last=cfg.log.keep_last, keep_every=cfg.log.keep_every)
+            folder, last, each = out / "checkpoints", cfg.log.keep_last, cfg.log.keep_every
+            return checkpoint.save(folder, payload, keep_last=last, keep_every=each)
+        return True
+
+    def score_due(step: int) -> bool:
+        """Whether the probe's turn came after the last line, or the run is at its end."""
+        period, last_line = cfg.probe.every * steps_per_epoch, (step - 1) // cfg.log.every * cfg.log.every
+        return step == total or step // period > last_line // period
 
     # ---------------------------------------------------------------- the loop
     meter = metrics.Meter()
@@ -166,7 +192,7 @@ def main(argv: list[str]) -> int:
     progress = torch.zeros((), device=device)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
     clock, waited, seen = time.perf_counter(), 0.0, 0
-    stopped = False
+    stopped, kept = False, True
     for step in range(start, total):
         lr = schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=cfg.optim.final_lr * peak)
         for group in optimizer.param_groups:
@@ -176,7 +202,7 @@ def main(argv: list[str]) -> int:
         sound, indices = torch.ones((), device=device), []
         for i in range(cfg.speed.accumulate):
             with span("data"):
-                t = time.perf_counter()
+                epoch, t = loader.epoch, time.perf_counter()
                 batch = next(batches).to(device)
                 waited += time.perf_counter() - t
             with step_fn.no_sync() if step_fn is not method and i + 1 < cfg.speed.accumulate else nullcontext():
@@ -203,14 +229,14 @@ def main(argv: list[str]) -> int:
 
         done = step + 1
         stopped = interrupt.stop() and done < total
-        if stopped or done == total or done % cfg.log.every == 0:
-            means = meter.fetch()  # the host waits for the device here, and only here
+        if telling := stopped or done == total or done % cfg.log.every == 0:
+            means = meter.fetch("grad_norm")  # the host waits for the device here, and only here
             guard.check(done, shards.key)
             elapsed = time.perf_counter() - clock
             rate = seen * cfg.batch_size / elapsed
             record = {
                 "step": done,
-                "epoch": loader.epoch,
+                "epoch": epoch,
                 **means,
                 "lr": lr,
                 "weight_decay": cfg.optim.weight_decay,
@@ -224,17 +250,27 @@ def main(argv: list[str]) -> int:
             }
             if fastest:
                 record["mfu"] = rate / world * per_image / fastest
+            if hasattr(method, "scheduled"):
+                record |= {name: value.item() for name, value in method.scheduled(progress).items()}
+            if probe and not stopped and score_due(done):
+                record["knn"] = probe(method.backbone())
             if log:
                 log.line(record)
         if stopped or done == total or done % cfg.log.checkpoint_every == 0:
-            save(done)
-        if done % cfg.log.every == 0:
-            clock, waited, seen = time.perf_counter(), 0.0, 0  # the clock stands still for checkpoints
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what is still computed is no pause
+            pause = time.perf_counter()
+            kept = save(done)
+            clock += time.perf_counter() - pause  # stands still for checkpoints
+        if telling:
+            clock, waited, seen = time.perf_counter(), 0.0, 0  # and for the probe
         if stopped:
             break
 
     # ---------------------------------------------------------------- goodbye
-    if chief and not stopped and hasattr(method, "place"):
+    if not kept:
+        print(f"run.py: the last steps are not kept: make room for {out}, and run it again to do them", file=sys.stderr)
+    elif chief and not stopped and hasattr(method, "place"):
         learned: Any = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
         batch = next(batches).to(device)
         places, visible = learned.place(batch)
@@ -246,7 +282,7 @@ def main(argv: list[str]) -> int:
         log.close()
     if world > 1:
         dist.destroy_process_group()
-    return STOPPED if stopped else 0
+    return 1 if not kept else STOPPED if stopped else 0
 
 
 if __name__ == "__main__":
