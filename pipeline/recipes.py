@@ -4,10 +4,11 @@ A recipe says everything about the views and nothing about files, devices or bat
 what the authors intended, ``"released"`` is what their published code does; each recipe lists the differences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 from .windows import unflipped
 
 Fidelity = Literal["paper", "released"]
+Rule = Literal["torchvision", "tensorflow"]
+Sampler = Literal["torchvision", "tensorflow", "centre"]
 Windows = Mapping[str, NDArray[np.float32]]  # by kind: f32 (B, V, 4)
 Targets = Callable[[Windows], dict[str, NDArray[Any]]]
 
+STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,7 +39,7 @@ class Colour:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1  # shift in [-h, h] of the hue circle = 1
-    rule: Literal["torchvision", "tensorflow"] = "torchvision"  # whose formulas the four operations follow
+    rule: Rule = "torchvision"  # whose formulas the four operations follow
     gray: float = 0.0
     blur: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)  # of the Gaussian, in pixels of the view
@@ -52,12 +56,38 @@ class Cut:
     grid: int  # patches per side, for the correspondences
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    sampler: Literal["torchvision", "tensorflow", "centre"] = "torchvision"  # "centre": the central square of the
+    sampler: Sampler = "torchvision"  # "centre": the central square of the
     # short side times scale[1]; no randomness: for evaluation
     flip: float = 0.5  # probability of the horizontal mirror
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
     colours: tuple[Colour, ...] = (Colour(),)  # view v takes colours[v % len(colours)]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a cut that cannot be made, naming it and the number."""
+
+        def demand(good: bool, what: str) -> None:
+            if not good:
+                raise ValueError(f"cut {self.kind!r}: {what}")
+
+        demand(self.count > 0 and self.size > 0 and self.grid > 0, "count, size and grid must be positive")
+        demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
+        demand(0 < self.scale[0] <= self.scale[1] <= 1, f"scale {self.scale} must be ordered within (0, 1]")
+        demand(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio {self.ratio} must be ordered and positive")
+        demand(0 <= self.flip <= 1, f"flip {self.flip} is no probability")
+        known = self.interpolation in ("bilinear", "bicubic")
+        demand(known, f"interpolation {self.interpolation!r} is neither bilinear nor bicubic")
+        demand(self.antialias or self.interpolation == "bilinear", f"{self.interpolation} needs antialias=True")
+        demand(bool(self.colours), "colours must name at least one Colour")
+        demand(len({c.rule for c in self.colours}) <= 1, "the colours of one cut must follow one rule")
+        for c in self.colours:
+            demand(c.rule in get_args(Rule), f"rule {c.rule!r} is none of {get_args(Rule)}")
+            for name in ("jitter", "gray", "blur", "solarize"):
+                demand(0 <= getattr(c, name) <= 1, f"{name} {getattr(c, name)} is no probability")
+            for name in ("brightness", "contrast", "saturation"):
+                demand(0 <= getattr(c, name) < inf, f"{name} {getattr(c, name)} must not be negative")
+            demand(0 <= c.hue <= 0.5, f"hue {c.hue} must lie within [0, 0.5]")
+            demand(0 < c.sigma[0] <= c.sigma[1] < inf, f"sigma {c.sigma} must be ordered and positive")
 
 
 @dataclass(frozen=True)
@@ -101,8 +131,12 @@ def loca(
     focal_size: int = 96,
     scale: tuple[float, float] = (0.32, 1.0),
     focal_scale: tuple[float, float] = (0.05, 0.32),
+    flip: float = 0.5,
     jitter: float = 0.8,
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
     gray: float = 0.2,
+    blur: tuple[float, float, float] | None = None,
+    sigma: tuple[float, float] = (0.1, 2.0),
     solarize: float = 0.2,
     rule: Literal["released", "overlap"] = "released",
 ) -> Recipe:
@@ -113,11 +147,14 @@ def loca(
 
     Args:
         scale, focal_scale: shares of the image's area; the numbers of the released code, as the paper states none.
-        jitter, gray, solarize: probabilities; only the random query is solarized.
+        flip, jitter, gray, solarize: probabilities; only the random query is solarized.
+        strength: the jitter's ranges of brightness, contrast, saturation and hue.
+        blur: probabilities for reference, query and focal; None: as the fidelity says.
+        sigma: range of the blur's, in pixels of the view.
         rule: of `patch_targets`. The paper (sec. 3.1) describes the greatest overlap; the released code samples one
             point near the patch's centre, which is another patch for 6 to 7 % of those inside.
 
-    Raises ValueError when a size is no multiple of the patch.
+    Raises ValueError when a size is no multiple of the patch, and for what no `Cut` can be.
 
     What differs between the fidelities (paper / released code, ``projects/loca`` of google-research/scenic):
         - crop: torchvision's RandomResizedCrop, as BYOL's descendants use / TensorFlow's distorted box: side and aspect
@@ -131,12 +168,21 @@ def loca(
     Differs from both: where the blur needs pixels beyond the edge, the edge goes on (the released op pads with black).
     """
     paper = _is_paper(fidelity)
+    if blur is None:
+        blur = (1.0, 0.1, 0.5) if paper else (0.0, 0.0, 0.0)
+    blurs = _named("blur", blur, ("reference", "query", "focal"))
+    jittered = _named("strength", strength, STRENGTHS)
 
-    def colours(blur: float, solarize: float = 0.0) -> tuple[Colour, ...]:
-        rule: Literal["torchvision", "tensorflow"] = "torchvision" if paper else "tensorflow"
-        return (Colour(jitter, rule=rule, gray=gray, blur=blur if paper else 0.0, solarize=solarize),)
-
-    def cut(kind: str, count: int, side: int, area: tuple[float, float], flip: float, look: tuple[Colour, ...]) -> Cut:
+    def cut(kind: str, count: int, side: int, area: tuple[float, float]) -> Cut:
+        look = Colour(
+            jitter=jitter,
+            **jittered,
+            rule="torchvision" if paper else "tensorflow",
+            gray=gray,
+            blur=blurs[kind],
+            sigma=sigma,
+            solarize=solarize if kind == "query" else 0.0,
+        )
         return Cut(
             kind=kind,
             count=count,
@@ -145,17 +191,14 @@ def loca(
             scale=area,
             ratio=(3 / 4, 4 / 3) if paper else (0.75, 1.33),
             sampler="torchvision" if paper else "tensorflow",
-            flip=flip,
+            flip=flip if paper or kind != "reference" else 0.0,
             antialias=paper,
-            colours=look,
+            colours=(look,),
         )
 
-    cuts = [
-        cut("reference", 1, size, scale, 0.5 if paper else 0.0, colours(blur=1.0)),
-        cut("query", 1, size, scale, 0.5, colours(blur=0.1, solarize=solarize)),
-    ]
+    cuts = [cut("reference", 1, size, scale), cut("query", 1, size, scale)]
     if queries:
-        cuts.append(cut("focal", queries, focal_size, focal_scale, 0.5, colours(blur=0.5)))
+        cuts.append(cut("focal", queries, focal_size, focal_scale))
     grids = {c.kind: (c.grid, c.size) for c in cuts}
     return Recipe("loca", fidelity, tuple(cuts), targets=partial(_patch_targets, grids=grids, rule=rule))
 
@@ -171,8 +214,12 @@ def vicregl(
     small_grid: int = 3,
     large_scale: tuple[float, float] = (0.4, 1.0),
     small_scale: tuple[float, float] = (0.08, 0.4),
+    flip: float = 0.5,
     jitter: float = 0.8,
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
     gray: float = 0.2,
+    blur: tuple[float, float] = (1.0, 0.1),
+    sigma: tuple[float, float] = (0.1, 2.0),
     solarize: float = 0.2,
     gamma: tuple[int, int] | None = (20, 4),
     flip_aware: bool | None = None,
@@ -181,15 +228,20 @@ def vicregl(
     """VICRegL (Bardes, Ponce, LeCun, 2022) with multi-crop, as for its ConvNeXts: large views and small ones.
 
     Kinds: ``large`` (`large` views), ``small`` (`small`; none if 0). Bicubic, antialiased. Colours alternate within a
-    kind: even views are always blurred, odd ones seldom (0.1) and solarized at times (0.2).
+    kind: even views are always blurred, odd ones seldom and solarized at times.
     Targets: ``matches`` i32 (B, M, 2), the location matches of all ordered pairs: see `correspondence.pair_matches`.
 
     Args:
         large_scale, small_scale: shares of the image's area (defaults of the released command line).
-        jitter, gray, solarize: probabilities; only odd views are solarized.
+        flip, jitter, gray, solarize: probabilities; only odd views are solarized.
+        strength: the jitter's ranges of brightness, contrast, saturation and hue.
+        blur: probabilities for even and odd views.
+        sigma: range of the blur's, in pixels of the view.
         gamma: matches kept from a pair's first view to its second and back (paper, sec. 4.1: 20 and 4); None keeps all.
         flip_aware: whether a mirrored view's cells run backwards; None: as the fidelity says.
         matches: False leaves the targets out.
+
+    Raises ValueError for what no `Cut` can be.
 
     What differs between the fidelities (paper / released code, facebookresearch/VICRegL):
         - flips in the location grids: followed, "account for the transformation" / ignored by default, so that only
@@ -199,14 +251,16 @@ def vicregl(
     rounded between the jitter's operations.
     """
     paper = _is_paper(fidelity)
-    colours = (
-        Colour(jitter=jitter, gray=gray, blur=1.0),
-        Colour(jitter=jitter, gray=gray, blur=0.1, solarize=solarize),
-    )
-    cuts = (
-        Cut("large", large, large_size, large_grid, large_scale, interpolation="bicubic", colours=colours),
-        Cut("small", small, small_size, small_grid, small_scale, interpolation="bicubic", colours=colours),
-    )
+    blurs = _named("blur", blur, ("even", "odd"))
+    even = Colour(jitter=jitter, **_named("strength", strength, STRENGTHS), gray=gray, blur=blurs["even"], sigma=sigma)
+    colours = (even, replace(even, blur=blurs["odd"], solarize=solarize))
+
+    def cut(kind: str, count: int, size: int, grid: int, scale: tuple[float, float]) -> Cut:
+        return Cut(kind, count, size, grid, scale, flip=flip, interpolation="bicubic", colours=colours)
+
+    cuts = [cut("large", large, large_size, large_grid, large_scale)]
+    if small:
+        cuts.append(cut("small", small, small_size, small_grid, small_scale))
     targets = partial(
         _pair_matches,
         large_grid=large_grid,
@@ -217,7 +271,7 @@ def vicregl(
     return Recipe(
         "vicregl",
         fidelity,
-        cuts if small else cuts[:1],
+        tuple(cuts),
         targets=targets if matches else None,
         std=IMAGENET_STD if paper else (0.228, 0.224, 0.225),
     )
@@ -281,6 +335,12 @@ def _is_paper(fidelity: str) -> bool:
     if fidelity not in ("paper", "released"):
         raise ValueError(f"fidelity is {fidelity!r}: it must be 'paper' or 'released'")
     return fidelity == "paper"
+
+
+def _named(name: str, values: Sequence[float], parts: tuple[str, ...]) -> dict[str, Any]:
+    if len(values) != len(parts):
+        raise ValueError(f"{name} is {tuple(values)}: it must hold {len(parts)} numbers, for {', '.join(parts)}")
+    return dict(zip(parts, values, strict=True))
 
 
 def _grid(size: int, patch: int) -> int:

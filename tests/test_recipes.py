@@ -11,6 +11,7 @@ from pipeline import draws, recipes
 from pipeline.correspondence import pair_matches, patch_targets
 from pipeline.recipes import Recipe, describe
 from pipeline.windows import unflipped
+from trainer import methods
 
 ALL = [recipes.loca, recipes.vicregl, recipes.vicregl_resnet50, recipes.plain]
 EACH = [make(fidelity) for make in ALL for fidelity in ("paper", "released")] + [recipes.evaluation()]
@@ -85,6 +86,41 @@ def test_loca_sizes_and_queries_can_be_set() -> None:
     assert [c.kind for c in alone.cuts] == ["reference", "query"] and list(alone.targets(windows(alone))) == ["query"]
 
 
+AUGMENTATION = {
+    "flip": 0.25,
+    "jitter": 0.5,
+    "strength": (0.1, 0.3, 0.5, 0.05),
+    "gray": 0.1,
+    "sigma": (0.5, 1.0),
+    "solarize": 0.3,
+}
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_augmentation_can_be_set(fidelity) -> None:
+    for make, blur in ((recipes.loca, (0.2, 0.4, 0.6)), (recipes.vicregl, (0.2, 0.4))):
+        recipe = make(fidelity, **AUGMENTATION, blur=blur)
+        unmirrored = ["reference"] if (recipe.name, fidelity) == ("loca", "released") else []
+        assert [cut.kind for cut in recipe.cuts if cut.flip != 0.25] == unmirrored
+        looks = [look for cut in recipe.cuts for look in cut.colours]
+        assert {(c.jitter, c.gray, c.sigma) for c in looks} == {(0.5, 0.1, (0.5, 1.0))}
+        assert {(c.brightness, c.contrast, c.saturation, c.hue) for c in looks} == {AUGMENTATION["strength"]}
+        assert [c.blur for c in looks] == [*blur, *blur][: len(looks)]
+        assert [c.solarize for c in looks] == ([0, 0.3, 0] if recipe.name == "loca" else [0, 0.3, 0, 0.3])
+
+
+@pytest.mark.parametrize("method", ["loca", "vicregl"])
+def test_a_methods_settings_reach_its_views(method: str) -> None:
+    room = methods.load(method)
+    config, scales = room.Config(), {"loca": ("scale", "focal_scale"), "vicregl": ("large_scale", "small_scale")}
+    changes = {**AUGMENTATION, **dict.fromkeys(scales[method], (0.1, 0.2))}
+    changes |= {"blur": (0.2, 0.4, 0.6) if method == "loca" else (0.2, 0.4), "size": 448}
+    changes |= {"loca": {"queries": 4, "focal_size": 112}, "vicregl": {"small": 2, "small_size": 128}}[method]
+    changes["fidelity"] = "paper" if config.fidelity == "released" else "released"
+    for name, value in changes.items():
+        assert describe(room.views(replace(config, **{name: value}))) != describe(room.views(config)), name
+
+
 @pytest.mark.parametrize("rule", ["released", "overlap"])
 def test_loca_targets_are_patch_targets_of_its_windows(rule) -> None:
     recipe = recipes.loca(rule=rule)
@@ -142,6 +178,15 @@ def test_evaluation_keeps_the_usual_share() -> None:
         (lambda: recipes.loca(patch=14), "96"),
         (lambda: recipes.plain(size=100), "100"),
         (lambda: recipes.evaluation(size=256, resize=224), "resize"),
+        (lambda: recipes.loca(jitter=1.5), "'reference': jitter 1.5"),
+        (lambda: recipes.loca(blur=(0.5, 0.5)), r"blur is \(0.5, 0.5\): it must hold 3 numbers, for reference, query"),
+        (lambda: recipes.loca(strength=(0.4, 0.4, 0.2, 0.6)), "'reference': hue 0.6"),
+        (lambda: recipes.loca(queries=-1), "'focal': count"),
+        (lambda: recipes.vicregl(blur=(0.5,)), "blur .* for even, odd"),
+        (lambda: recipes.vicregl(strength=(0.4,)), "strength .* brightness, contrast, saturation, hue"),
+        (lambda: recipes.vicregl(small_scale=(0.4, 0.1)), "'small': scale"),
+        (lambda: recipes.vicregl(sigma=(1.0, float("inf"))), "'large': sigma"),
+        (lambda: recipes.vicregl(flip=float("nan")), "'large': flip"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_name(make, message) -> None:

@@ -38,9 +38,16 @@ class Config:
     large_scale: tuple[float, float] = (0.4, 1.0)
     """share of the image's area; (0.08, 1.0) for ResNet-50, which has no small views"""
     small_scale: tuple[float, float] = (0.08, 0.4)
+    flip: float = 0.5
+    """probability of the mirror image; likewise jitter, gray and, for odd views, solarize"""
     jitter: float = 0.8
-    """probability of colour jitter; likewise gray and, for odd views, solarize"""
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """of the jitter: ranges of brightness, contrast, saturation and hue"""
     gray: float = 0.2
+    blur: tuple[float, float] = (1.0, 0.1)
+    """probabilities for even and odd views"""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """of the blur, in pixels of the view"""
     solarize: float = 0.2
 
     alpha: float = 0.75
@@ -106,8 +113,12 @@ def views(cfg: Config) -> Recipe:
         small_grid=grids[-1],
         large_scale=cfg.large_scale,
         small_scale=cfg.small_scale,
+        flip=cfg.flip,
         jitter=cfg.jitter,
+        strength=cfg.strength,
         gray=cfg.gray,
+        blur=cfg.blur,
+        sigma=cfg.sigma,
         solarize=cfg.solarize,
         gamma=cfg.gamma,
         matches=cfg.locations and cfg.alpha < 1,
