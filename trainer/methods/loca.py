@@ -56,9 +56,16 @@ class Config:
     scale: tuple[float, float] = (0.32, 1.0)
     """share of the image's area that the reference and the random query show"""
     focal_scale: tuple[float, float] = (0.05, 0.32)
+    flip: float = 0.5
+    """probability of the mirror image; likewise jitter, gray and, for the random query, solarize"""
     jitter: float = 0.8
-    """probability of colour jitter; likewise gray and, for the random query, solarize"""
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """of the jitter: ranges of brightness, contrast, saturation and hue"""
     gray: float = 0.2
+    blur: tuple[float, float, float] | None = None
+    """probabilities for reference, random query and focal queries; null: none if released, else 1, 0.1 and 0.5"""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """of the blur, in pixels of the view"""
     solarize: float = 0.2
     queries: int = 10
     """query views: a random one and queries - 1 focal ones (Table 6d: 10, 5, 2, 1)"""
@@ -123,8 +130,12 @@ def views(cfg: Config) -> Recipe:
         focal_size=cfg.focal_size,
         scale=cfg.scale,
         focal_scale=cfg.focal_scale,
+        flip=cfg.flip,
         jitter=cfg.jitter,
+        strength=cfg.strength,
         gray=cfg.gray,
+        blur=cfg.blur,
+        sigma=cfg.sigma,
         solarize=cfg.solarize,
         rule=cfg.rule,
     )
