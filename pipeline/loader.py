@@ -3,8 +3,8 @@
 A batch is a stretch of positions of an epoch; all that is random about it follows from (seed, epoch, sample, view). So
 the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
 
-    positions -> samples -> bytes, windows, targets      a few threads, some batches ahead
-              -> decode, cut, colour                     DALI, two batches ahead
+    positions -> samples -> bytes, windows, targets      a few threads, `2 * prefetch` batches ahead
+              -> decode, cut, colour                     DALI, `prefetch` batches ahead
               -> Batch                                   when the trainer asks
 """
 
@@ -34,9 +34,6 @@ from .shards import ShardSet, Spec
 
 Order = Literal["global", "block"]
 
-_READERS = 4  # threads that read ahead, a batch each
-_AHEAD = 4  # batches read ahead
-_RUNS = 2  # batches in DALI's hands
 _VERSION = 1
 
 
@@ -114,7 +111,8 @@ class Loader:
     get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
     storage. `num_threads` are DALI's (default: the cores that this process may use, shared among the ranks of the
     machine), `max_bad` as in `samples.Samples`, `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's).
-    `form` picks the graph's form, for comparisons.
+    `form` picks the graph's form, for comparisons. `prefetch` is how many batches DALI works on ahead of the one handed
+    out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the host.
 
     A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
     is current when it is asked for, without the host waiting for the device. Raises ValueError for a number out of
@@ -137,13 +135,14 @@ class Loader:
         order: Order = "global",
         max_bad: float | None = None,
         hw_decoder_load: float | None = None,
+        prefetch: int = 2,
         form: Form | None = None,
     ):
         batch_size, seed, rank, world_size = (operator.index(number) for number in (batch_size, seed, rank, world_size))
         self.shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
         self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
         self.device = _device(device)
-        self._seed, self._drop_last, self._shuffle = seed, drop_last, shuffle
+        self._seed, self._drop_last, self._shuffle, self._depth = seed, drop_last, shuffle, prefetch
         self._global = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -164,8 +163,8 @@ class Loader:
             )
         if num_threads is None:
             num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if num_threads < 1:
-            raise ValueError(f"num_threads must be positive, not {num_threads}")
+        if num_threads < 1 or prefetch < 1:
+            raise ValueError(f"num_threads {num_threads} and prefetch {prefetch} must be positive")
         self._build = partial(
             Graph,
             recipe,
@@ -277,14 +276,14 @@ class Loader:
     def _fill(self) -> None:
         """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
         if self._pool is None:
-            self._pool, self._process = ThreadPoolExecutor(_READERS, thread_name_prefix="loader"), os.getpid()
+            self._pool, self._process = ThreadPoolExecutor(2 * self._depth, thread_name_prefix="loader"), os.getpid()
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
-            while len(self._ahead) < _AHEAD and (self._shuffle or self._front[0] == self._epoch):
+            while len(self._ahead) < 2 * self._depth and (self._shuffle or self._front[0] == self._epoch):
                 plan = self._plan(*self._front)
                 self._ahead.append(self._pool.submit(self._prepare, plan))
                 self._front = plan.after
-            if len(self._runs) >= _RUNS or not self._ahead or (self._runs and not self._ahead[0].done()):
+            if len(self._runs) >= self._depth or not self._ahead or (self._runs and not self._ahead[0].done()):
                 return
             prepared = self._ahead.popleft().result()
             self._runs.append(_Run(prepared))

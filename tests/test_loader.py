@@ -19,6 +19,7 @@ import torch
 from mapimages import coordinates, expected, smooth_image, still_recipe, write_set
 
 from pipeline import Batch, Loader, ShardSet, recipes
+from pipeline.graph import Graph
 from pipeline.recipes import Recipe
 
 N = 24
@@ -161,6 +162,26 @@ def test_batch_size_threads_and_form_do_not_matter(photos: ShardSet) -> None:
     windows = [[b.views["focal"].window for b in loader(photos, 4, recipe, form=f)] for f in ("fused", "operators")]
     assert all(torch.equal(a, b) for a, b in zip(*windows, strict=True))
     assert epochs(loader(photos, 4, recipe, seed=6), 1)[0] != wanted[0]
+
+
+def test_prefetching_changes_nothing_but_when(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batches at any depth, also when resumed at another; no more than `prefetch` are ever in DALI's hands."""
+    wanted = epochs(loader(shards), 2)
+    submit, submitted = Graph.submit, []
+    monkeypatch.setattr(Graph, "submit", lambda *a: submitted.append(1) or submit(*a))
+    for depth in (1, 2, 4):
+        source = loader(shards, prefetch=depth)
+        assert epochs(source, 2) == wanted
+        source, batches = loader(shards, prefetch=depth), []
+        submitted.clear()
+        for batch in source:
+            batches.append(batch)
+            assert len(batches) <= len(submitted) <= len(batches) + depth
+            if len(batches) == 4:
+                break
+        resumed = loader(shards, prefetch=5 - depth)
+        resumed.load_state_dict(source.state_dict())
+        assert facts([*batches, *resumed]) == wanted[0]
 
 
 @pytest.mark.parametrize("order", ["global", "block"])
@@ -381,6 +402,7 @@ def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch:
         ({"order": "random"}, "order"),
         ({"form": "both"}, "form"),
         ({"num_threads": 0}, "num_threads"),
+        ({"prefetch": 0}, "prefetch 0"),
         ({"max_bad": 2.0}, "max_bad"),
         ({"hw_decoder_load": 65}, "hw_decoder_load"),
         ({"device": "mps"}, "device"),
