@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -269,20 +270,70 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, shards: Path, number: sign
     assert final(out)["step"] == lines(out)[-1]["step"]
 
 
-def on_two_ranks(*argv: str) -> str:
-    """What the program prints on two gloo ranks."""
+def start_two_ranks(*argv: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """The program on two gloo ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=localhost:0"]  # any free port: tests may run side by side
-    done = subprocess.run(
-        [*launch, *command(*argv)[1:]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
+    launch += [f"--max-restarts={restarts}", *command(*argv)[1:]]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(launch, env=threads, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def on_two_ranks(*argv: str) -> str:
+    """What it prints."""
+    process = start_two_ranks(*argv)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    return out
+
+
+def kill_rank(rank: int, out: Path, step: int) -> None:
+    """Kills a rank of the run in `out`, as the kernel does where memory runs out, when it has logged `step`."""
+    deadline = time.monotonic() + 100
+    while not (out / "log.jsonl").exists() or len(lines(out)) < step:
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.05)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # others come and go
+            mine = str(out).encode() in (process / "cmdline").read_bytes().split(b"\0")
+            if mine and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_run(tmp_path: Path, shards: Path, rank: int) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    config.write_text(TINY.replace("steps: 6", "steps: 100000"))
+    process = start_two_ranks("--config", str(config), "--shards", str(shards), "--out", str(out))
+    try:
+        kill_rank(rank, out, 3)
+        _, errors = process.communicate(timeout=45)  # torchrun gives the other rank 30 s to end by itself
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Signal 9 (SIGKILL)" in errors and f"rank      : {rank}" in errors
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) -> None:
+    """It goes on from its last checkpoint and ends with the weights of a run that lost none, and was probed besides."""
+    config, labelled = tmp_path / "tiny.yaml", str(write_set(tmp_path / "labelled", 12, 1))
+    config.write_text(TINY.replace("steps: 6", "steps: 24").replace("checkpoint_every: 100", "checkpoint_every: 5"))
+    argv = ["--config", str(config), "--shards", str(shards), "--out"]
+    on_two_ranks(
+        *argv, str(tmp_path / "whole"), "--probe.train", labelled, "--probe.val", labelled, "--probe.every", "4"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert [line["step"] for line in lines(tmp_path / "whole") if "knn" in line] == [8, 16, 24]
+    process = start_two_ranks(*argv, str(tmp_path / "out"), restarts=1)
+    try:
+        kill_rank(1, tmp_path / "out", 8)
+        printed, errors = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    assert "going on from step 5" in printed
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
