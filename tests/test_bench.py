@@ -127,6 +127,42 @@ def test_the_chart_is_a_picture(results: dict, tmp_path: Path) -> None:
     assert (tmp_path / "ladder.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_tuning_finds_the_fastest_of_what_it_tried(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of our own: 3 threads, a batch of 8 and a depth of 4 are fastest; one setting after the other."""
+    from benchmarking import stages, sweeps
+
+    from pipeline import Loader, ShardSet, recipes
+
+    made: list[dict] = []
+
+    class Fake:
+        def __init__(self, name: str, loader: Loader) -> None:
+            assert loader._depth == made[-1]["prefetch"] and loader.batch_size == made[-1]["batch_size"]
+            self.speed = 3 * made[-1]["num_threads"] + 2 * made[-1]["prefetch"] + made[-1]["batch_size"]
+
+        def turn(self, seconds: float) -> None:
+            self.rate = {"median": self.speed, "min": self.speed, "max": self.speed}
+
+        def close(self) -> None:
+            pass
+
+    class Task(stages.Task):
+        def loader(self, recipe=None, **changes):
+            made.append(changes)
+            return super().loader(recipe, **changes)
+
+    monkeypatch.setattr(sweeps, "of_loader", Fake)
+    said: list[str] = []
+    found = sweeps.tune(Task(ShardSet(shards), recipes.plain(size=32), 4, 2), 0.1, said.append)
+    assert {k: found["best"][k] for k in ("num_threads", "prefetch", "batch_size")} == {
+        "num_threads": 3,
+        "prefetch": 4,
+        "batch_size": 8,
+    }
+    assert len(found["table"]) == len(said) == len(made) == 3 + 2 + 2
+    assert {row["prefetch"] for row in found["table"]} == {1, 2, 4}
+
+
 @pytest.mark.parametrize("name", ["torchvision", "opencv"])
 def test_rivals_cut_the_same_shapes(name: str, shards: str) -> None:
     if name == "opencv":

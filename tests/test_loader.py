@@ -325,6 +325,7 @@ def test_a_state_may_be_loaded_inside_the_loop(shards: ShardSet) -> None:
     assert list(facts(seen).values()) == wanted[:16] + wanted[8:]
 
 
+@pytest.mark.filterwarnings("ignore:This process")  # Python 3.12 warns of what is tested here
 def test_a_started_loader_does_not_hang_in_a_fork(shards: ShardSet) -> None:
     source = loader(shards)
     next(iter(source))

@@ -38,7 +38,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hw-decoder-load", type=float, help="share of a GPU's JPEG engines")
     add("--step-ms", type=float, help="of the simulated consumer (default: 1.25 x the loader's own time per batch)")
     add("--against", default="", help=f"comma-separated rivals: {', '.join(rivals.NAMES)}")
-    add("--tune", action="store_true", help="search threads x batch size x hardware share")
+    add("--tune", action="store_true", help="search threads x hardware share, then prefetching, then batch size")
     add("--scaling", action="store_true", help="curves over threads, batch size, views and size of the set")
     add("--headspace", action="store_true", help="train on replayed batches and on the loader")
     add("--method", default="loca", help="of --headspace")
@@ -205,8 +205,6 @@ def conclude(args: argparse.Namespace, result: dict[str, Any], earlier: dict[str
         say(f"a consumer of {c['step_ms']} ms per batch waits {c['wait_ms']} ms ({c['wait_percent']} %) for data")
     for name, rival in result.get("against", {}).items():
         say(f"{rival['ratio']} x the {name} DataLoader")
-    for row in result.get("tune", {}).get("table", []):
-        say(f"tune: {row}")
     if "tune" in result:
         say(f"best: {result['tune']['best']}")
     if "headspace" in result:
