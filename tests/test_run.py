@@ -6,12 +6,14 @@ import os
 import resource
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -366,6 +368,62 @@ def test_fsdp_learns_what_ddp_learns(tmp_path: Path, shards: Path) -> None:
     assert ddp.keys() == fsdp.keys()
     for name, weight in ddp.items():
         torch.testing.assert_close(weight, fsdp[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["loca", "vicregl"])
+def test_the_step_is_one_graph(
+    run: Callable[..., int], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured once, without a break, and never again; what a backend makes of the graph is not its business."""
+    config = tmp_path / "compiled.yaml"
+    config.write_text({"loca": TINY, "vicregl": VICREGL}[method].replace("nano", "pico"))
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_, backend="eager"))
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert run("--config", str(config), "--out", str(tmp_path / "out"), "--speed.compile", "on") == 0
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert len(lines(tmp_path / "out")) == 6
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """What a .wandb file holds: a LevelDB log, whose records are cut at blocks of 32 KiB, after a header of 7 bytes."""
+    at, whole = 7, b""
+    while at + 7 <= len(content):
+        if at % 2**15 > 2**15 - 7:  # no room for a header: the block's end is padding
+            at += -at % 2**15
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])  # after four bytes of checksum
+        whole += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # all of a record, or the last of it
+            yield whole
+            whole = b""
+
+
+def test_wandb_goes_on_where_the_run_does(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written offline, and read back from its files: one run, whose steps continue."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    argv = ("--out", str(tmp_path / "out"), "--log.wandb", "a project")
+    assert run(*argv, "--stop-after", "0") == 75
+    assert run(*argv) == 0
+    runs, steps = set(), []
+    for file in sorted((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")):
+        runs.add(file.stem)
+        for data in wandb_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            if record.HasField("history"):
+                steps.append({item.key or item.nested_key[0]: item.value_json for item in record.history.item}["_step"])
+    assert len(runs) == 1
+    assert steps == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("method", ["loca", "vicregl"])
