@@ -521,8 +521,11 @@ def test_a_run_that_only_skips_ends(run: Callable[..., int], tmp_path: Path) -> 
         run(*argv)
 
 
-@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out", "setting", "init", "probe"])
-def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, shards: Path, mistake: str) -> None:
+@pytest.mark.parametrize("mistake", ["missing", "empty", "no tar", "batch", "out", "setting", "init", "probe", "wandb"])
+def test_bad_input_is_one_sentence(
+    run: Callable[..., int], tmp_path: Path, shards: Path, mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("not a tar\n" * 200)
     (tmp_path / "file").write_text("")
@@ -536,6 +539,7 @@ def test_bad_input_is_one_sentence(run: Callable[..., int], tmp_path: Path, shar
         "setting": ["--loca.eta", "2"],
         "init": ["--init", str(tmp_path / "text.tar")],
         "probe": ["--probe.train", str(shards), "--probe.val", str(shards)],  # without classes
+        "wandb": ["--log.wandb", "x"],
     }[mistake]
     with pytest.raises(UsageError) as error:
         run("--out", str(out), *argv)

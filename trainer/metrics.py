@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer import parallel
+from trainer.config import UsageError
 
 
 class Meter:
@@ -87,10 +88,15 @@ class Log:
     """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
 
     Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
-    full disk costs lines, not the run.
+    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not installed.
     """
 
     def __init__(self, out: Path, start: int, total: int, *, tensorboard: bool, wandb: str | None) -> None:
+        if wandb:
+            try:
+                import wandb as service
+            except ImportError:
+                raise UsageError(f"--log.wandb {wandb}: wandb is not installed; pip install wandb") from None
         out.mkdir(parents=True, exist_ok=True)
         path = out / "log.jsonl"
         if path.exists():
@@ -106,8 +112,6 @@ class Log:
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         if wandb:
-            import wandb as service
-
             name = out / "wandb_id"  # the run's own: folders of one name are other runs
             if not name.exists():
                 name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
