@@ -147,7 +147,6 @@ def main(argv: list[str]) -> int:
         except (RuntimeError, ValueError) as error:
             raise config.UsageError(f"--init {cfg.init}: {' '.join(str(error).split())[:300]}") from None
     interrupt = Interrupt(cfg.stop_after)
-    log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
     fastest = cost.peak_flops(device)
     if chief:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -165,6 +164,8 @@ def main(argv: list[str]) -> int:
             print(
                 f"{here} ranks x {threads} decoding threads share {cores} cores: give the job more, or set data.threads"
             )
+
+    log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
 
     def save(step: int) -> bool:
         payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
