@@ -160,6 +160,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert_same_run(tmp_path / "parts", whole)
 
 
+@pytest.mark.filterwarnings("ignore:no checkpoint at step")
 def test_time_limit_and_full_disk(
     run: Callable[..., int], tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
