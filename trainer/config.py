@@ -24,6 +24,8 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Data:
+    """how the images are read"""
+
     threads: int | None = None
     """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
     order: Literal["global", "block"] = "global"
@@ -34,6 +36,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
+    """how the weights move"""
+
     name: Literal["adamw", "lars"] = "adamw"
     lr: float = 1e-3
     """base learning rate: the peak is lr * batch_size / lr_batch"""
@@ -52,6 +56,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class Speed:
+    """how fast it goes, and in how much memory"""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -80,6 +86,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Log:
+    """what is told and kept meanwhile"""
+
     every: int = 50
     """steps between two lines; the only places where the host waits for the device"""
     checkpoint_every: int = 1000
@@ -96,6 +104,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Run:
+    """the run"""
+
     method: str = "loca"
     """what is learnt: a file in trainer/methods"""
     shards: str | None = None
