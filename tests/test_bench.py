@@ -136,7 +136,8 @@ def test_tuning_finds_the_fastest_of_what_it_tried(shards: str, monkeypatch: pyt
     made: list[dict] = []
 
     class Fake:
-        def __init__(self, name: str, loader: Loader) -> None:
+        def __init__(self, name: str, loader: Loader, settle: int) -> None:
+            assert settle > loader._depth
             assert loader._depth == made[-1]["prefetch"] and loader.batch_size == made[-1]["batch_size"]
             self.speed = 3 * made[-1]["num_threads"] + 2 * made[-1]["prefetch"] + made[-1]["batch_size"]
 

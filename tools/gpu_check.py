@@ -2,8 +2,10 @@
 
     PYTHONPATH=. python3 tools/gpu_check.py --out DIR [--shards SPEC] [--quick]
 
-Without --shards it makes its own: smooth random pictures of ImageNet's usual size, packed as WebDataset tars. Writes
-DIR/gpu_check.json and DIR/gpu_check.md. Exit code 0 if every check passed, 1 if one did not, 2 if there is no GPU.
+Without --shards it makes its own: smooth random pictures of ImageNet's usual size, packed as WebDataset tars. Each
+check runs in a process of its own with a limit of time, so that a crash or a hang costs the others nothing, and what it
+found before is kept. Writes DIR/gpu_check.json and DIR/gpu_check.md anew after each. Exit code 0 if every check passed,
+1 if one did not, 2 if there is no GPU.
 """
 
 import argparse
@@ -17,7 +19,10 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,199 +31,266 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pipeline import Loader, Recipe, ShardSet, recipes  # noqa: E402
+from pipeline import Batch, Loader, Recipe, recipes  # noqa: E402
 from trainer import methods, optim  # noqa: E402
 
-CHECKS: list[Callable[["Bench"], dict[str, Any]]] = []
+CHECKS: dict[str, Callable[["Bench"], None]] = {}
 RECIPES: dict[str, Callable[[], Recipe]] = {"loca": recipes.loca, "vicregl": recipes.vicregl}
 PIXEL_MEAN, PIXEL_SHARE = 1.5, 0.02  # levels of mean difference; share of pixels that may differ by more than 16 levels
+MINUTES = 8  # for one check
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm", "numba", "numpy")
 
 
+@dataclass
 class Bench:
-    """What the checks share: the shards, a folder for scratch files, and how long they may take."""
+    """What a check works with: shards, a device, a folder for scratch files, and where its figures are written."""
 
-    def __init__(self, shards: str, scratch: Path, quick: bool) -> None:
-        self.shards, self.scratch, self.quick = shards, scratch, quick
-        self.set = ShardSet(shards)
+    shards: str
+    device: str
+    scratch: Path
+    quick: bool
+    result: Path
+    figures: dict[str, Any] = field(default_factory=dict)
 
-    def loader(self, recipe: str, batch: int, device: str, **settings: Any) -> Loader:
-        return Loader(self.set, RECIPES[recipe](), batch, device=device, **settings)
+    def __post_init__(self) -> None:
+        self.gpu = self.device.startswith("cuda")
+        self.batch = 64 if self.gpu else 8
+
+    def loader(self, recipe: Recipe, device: str | None = None, **settings: Any) -> Loader:
+        return Loader(self.shards, recipe, self.batch, device=device or self.device, **settings)
+
+    def note(self, name: str, figure: Any) -> None:
+        """Keeps a figure, whatever happens next."""
+        self.figures[name] = figure
+        self.write(passed=False, error="it did not come to its end")
+
+    def write(self, **outcome: Any) -> None:
+        self.result.write_text(json.dumps({**outcome, "figures": self.figures}))
+
+    def synchronize(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def forbid_waiting(self, forbidden: bool) -> None:
+        """Whether an operation of torch that makes the host wait for the device is an error."""
+        if self.gpu:
+            torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+
+    def config(self, room: Any) -> Any:
+        """A method's own settings; those of its small run where there is no GPU."""
+        if self.gpu:
+            return room.Config()
+        name = room.__name__.rpartition(".")[2]
+        return room.Config(**yaml.safe_load((ROOT / f"trainer/presets/{name}_demo.yaml").read_text())[name])
 
 
-def check(function: Callable[[Bench], dict[str, Any]]) -> Callable[[Bench], dict[str, Any]]:
-    """Registers a check: it returns its figures, and fails by raising AssertionError with a sentence."""
-    CHECKS.append(function)
+def check(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
+    """Registers a check: it notes its figures, and fails by raising AssertionError with a sentence."""
+    CHECKS[function.__name__] = function
     return function
 
 
 @check
-def windows_are_equal_and_pixels_close(bench: Bench) -> dict[str, Any]:
+def windows_are_equal_and_pixels_close(bench: Bench) -> None:
     """CPU and GPU: the same samples, windows bit for bit, pixels within the tolerance."""
-    figures: dict[str, Any] = {}
-    for name in RECIPES:
-        host, device = (bench.loader(name, 32, d, seed=3) for d in ("cpu", "cuda"))
-        for a, b, _ in zip(host, device, range(4), strict=False):
+    apart = []
+    for name, make in RECIPES.items():
+        host, device = (bench.loader(make(), d, seed=3) for d in ("cpu", bench.device))
+        found: dict[str, dict[str, float]] = {}
+        for a, b, _ in zip(host, device, range(2), strict=False):
             assert torch.equal(a.index, b.index), f"{name}: other samples on the GPU"
             for kind, view in a.views.items():
                 assert torch.equal(view.window, b.views[kind].window.cpu()), f"{name}/{kind}: windows differ"
                 difference = (view.pixels.int() - b.views[kind].pixels.cpu().int()).abs().float()
-                found = figures.setdefault(f"{name}/{kind}", {"mean_levels": 0.0, "share_over_16": 0.0})
-                found["mean_levels"] = max(found["mean_levels"], difference.mean().item())
-                found["share_over_16"] = max(found["share_over_16"], (difference > 16).float().mean().item())
+                worst = found.setdefault(kind, {"mean_levels": 0.0, "share_over_16": 0.0})
+                worst["mean_levels"] = max(worst["mean_levels"], difference.mean().item())
+                worst["share_over_16"] = max(worst["share_over_16"], (difference > 16).float().mean().item())
             for target, values in a.targets.items():
                 assert torch.equal(values, b.targets[target].cpu()), f"{name}: targets of {target} differ"
-        host.close()
-        device.close()
-    for kind, found in figures.items():
-        assert found["mean_levels"] <= PIXEL_MEAN, (
-            f"{kind}: pixels differ by {found['mean_levels']:.2f} levels on average"
-        )
-        assert found["share_over_16"] <= PIXEL_SHARE, (
-            f"{kind}: {found['share_over_16']:.1%} of the pixels differ by > 16"
-        )
-    return figures
+        for kind, worst in found.items():
+            bench.note(f"{name}/{kind}", worst)
+            if worst["mean_levels"] > PIXEL_MEAN or worst["share_over_16"] > PIXEL_SHARE:
+                apart.append(f"{name}/{kind}")
+    assert not apart, f"pixels differ by more than {PIXEL_MEAN} levels, or too many by 16: {', '.join(apart)}"
 
 
 @check
-def outputs_stay_valid(bench: Bench) -> dict[str, Any]:
-    """A batch that is held keeps its pixels while later ones are made."""
-    loader = bench.loader("loca", 32, "cuda")
-    held: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for batch, _ in zip(loader, range(8), strict=False):
-        pixels = batch.views["query"].pixels
-        held.append((pixels, pixels.clone()))
-    torch.cuda.synchronize()
+def outputs_stay_valid(bench: Bench) -> None:
+    """DALI's memory, as a recipe without colours hands it out: kept while held, and until the device has read it."""
+    loader = bench.loader(recipes.plain())
+    images = (batch.views["image"].pixels for batch in _forever(loader))
+    held = [(pixels, pixels.clone()) for pixels, _ in zip(images, range(8), strict=False)]
+    bench.synchronize()
     loader.close()
     assert all(torch.equal(a, b) for a, b in held), "a held batch was overwritten"
-    return {"batches_held": len(held)}
+    bench.note("batches_held", len(held))
+
+    def sums(late: bool) -> list[int]:
+        loader, found = bench.loader(recipes.plain()), []
+        with torch.cuda.stream(torch.cuda.Stream()) if late and bench.gpu else nullcontext():
+            for batch, _ in zip(_forever(loader), range(24), strict=False):
+                if late and bench.gpu:
+                    torch.cuda._sleep(20_000_000)  # the batch is let go some 10 ms before it is read
+                found.append(batch.views["image"].pixels.sum(dtype=torch.int64))
+                if not late:
+                    bench.synchronize()
+        bench.synchronize()
+        loader.close()
+        return [int(total) for total in found]
+
+    assert sums(late=True) == sums(late=False), "a batch that was let go was overwritten before the device had read it"
+    bench.note("batches_read_late", 24)
 
 
 @check
-def loader_throughput(bench: Bench) -> dict[str, Any]:
+def the_host_runs_ahead(bench: Bench) -> None:
+    """A batch is handed out while the trainer's stream is still busy: nothing waits for the device."""
+    loader = bench.loader(recipes.loca())
+    batches = _forever(loader)
+    for _ in range(6):
+        next(batches)
+    bench.synchronize()
+    waits = []
+    for _ in range(3):
+        if bench.gpu:
+            torch.cuda._sleep(2_000_000_000)  # about a second
+            busy = torch.cuda.Event()
+            busy.record()
+        start = time.perf_counter()
+        next(batches)
+        waits.append(1e3 * (time.perf_counter() - start))
+        early = not (bench.gpu and busy.query())
+        bench.note("ms_per_batch_behind_a_busy_stream", [round(wait, 1) for wait in waits])
+        assert early, "the loader waited for the trainer's stream"
+        bench.synchronize()
+    loader.close()
+
+
+@check
+def loader_throughput(bench: Bench) -> None:
     """Source images a second with all views, over the share of the hardware JPEG engines."""
-    figures: dict[str, Any] = {"threads": len(os.sched_getaffinity(0))}
-    for name in RECIPES:
-        for share in (0.0, 0.65) if bench.quick else (0.0, 0.1, 0.25, 0.5, 0.65, 0.8, 1.0):
-            loader = bench.loader(name, 128, "cuda", hw_decoder_load=share)
-            rates = _rates(loader, steps=10 if bench.quick else 40, repeats=3)
+    bench.note("threads", len(os.sched_getaffinity(0)))
+    shares = (0.0, 0.65) if bench.quick else (0.0, 0.1, 0.25, 0.5, 0.65, 0.8, 1.0)
+    for name, make in RECIPES.items():
+        for share in shares if bench.gpu else (None,):
+            loader = Loader(bench.shards, make(), 2 * bench.batch, device=bench.device, hw_decoder_load=share)
+            rates = _rates(bench, loader, steps=10 if bench.quick else 40, repeats=3)
             loader.close()
-            figures[f"{name} hw={share}"] = {
+            figure = {
                 "images_per_s": round(float(np.median(rates))),
                 "min": round(min(rates)),
                 "max": round(max(rates)),
             }
-    return figures
+            bench.note(f"{name} hw={share}", figure)
 
 
 @check
-def one_compiled_graph(bench: Bench) -> dict[str, Any]:
-    """Each method's step: one graph, nothing recompiled after the second step, no wait for the device."""
-    figures = {}
+def one_compiled_graph(bench: Bench) -> None:
+    """Each method's step: one graph, nothing compiled after its second step, no wait for the device."""
+    failed = []
     for name in methods.names():
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        room = methods.load(name)
-        config = room.Config()
-        method = room.Method(config).cuda()
-        optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
-        method.compile(dynamic=False)
-        loader = Loader(bench.set, room.views(config), 64, device="cuda")
-        times = []
-        progress = torch.zeros((), device="cuda")
-        for step, batch in zip(range(8), _forever(loader), strict=False):
-            if step == 3:
-                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                torch.cuda.set_sync_debug_mode("error")
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            progress.fill_(step / 8)
-            with torch.autocast("cuda", torch.bfloat16):
-                loss, _ = method(batch.to("cuda"), progress)
-            loss.backward()
-            norm = optim.clip_([p for p in method.parameters() if p.requires_grad], 1.0)
-            optim.step(optimizer, torch.isfinite(norm), torch.amp.GradScaler("cuda", enabled=False))
-            optimizer.zero_grad(set_to_none=True)
-            method.after_step(progress)
-            end.record()
-            times.append((start, end))
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        loader.close()
-        after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert after == graphs, f"{name}: {after - graphs} graphs were compiled after step 3"
-        assert graphs == 1, f"{name}: {graphs} graphs instead of one"
-        assert torch.isfinite(loss).item(), f"{name}: the loss is not finite"
-        step_ms = float(np.median([a.elapsed_time(b) for a, b in times[4:]]))
-        figures[name] = {
-            "graphs": graphs,
-            "step_ms_batch_64": round(step_ms, 1),
-            "images_per_s": round(64e3 / step_ms),
-            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        }
-        del method, optimizer
-        torch.cuda.empty_cache()
-    return figures
+        try:
+            bench.note(name, _train(bench, name))
+        except Exception as error:  # the other methods still have something to say
+            traceback.print_exc()
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+        finally:
+            bench.forbid_waiting(False)
+    assert not failed, "; ".join(failed)
+
+
+def _train(bench: Bench, name: str) -> dict[str, Any]:
+    room = methods.load(name)
+    config = bench.config(room)
+    method = room.Method(config).to(bench.device)
+    optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
+    method.compile(dynamic=False)
+    loader = bench.loader(room.views(config))
+    batches = _forever(loader)
+    for _ in range(2):
+        next(batches)  # the loader's own graphs, of the colours, are compiled here
+    progress = torch.zeros((), device=bench.device)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    start = 0.0
+    for step in range(12):
+        if step == 4:
+            graphs = counters["stats"]["unique_graphs"]
+            bench.synchronize()
+            start = time.perf_counter()
+            bench.forbid_waiting(True)
+        progress.fill_(step / 12)
+        with torch.autocast(torch.device(bench.device).type, torch.bfloat16):
+            loss, _ = method(next(batches).to(bench.device), progress)
+        loss.backward()
+        norm = optim.clip_([p for p in method.parameters() if p.requires_grad], 1.0)
+        optim.step(optimizer, torch.isfinite(norm), torch.amp.GradScaler(bench.device, enabled=False))
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(progress)
+    bench.forbid_waiting(False)
+    bench.synchronize()
+    step_ms = 1e3 * (time.perf_counter() - start) / 8
+    loader.close()
+    later = counters["stats"]["unique_graphs"] - graphs
+    assert graphs == 1, f"{graphs} graphs instead of one"
+    assert later == 0, f"{later} graphs were compiled after step 4"
+    assert torch.isfinite(loss).item(), "the loss is not finite"
+    rate = round(1e3 * bench.batch / step_ms)
+    figure = {"batch": bench.batch, "step_ms": round(step_ms, 1), "images_per_s": rate}
+    return {**figure, "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)} if bench.gpu else figure
 
 
 @check
-def a_short_training(bench: Bench) -> dict[str, Any]:
+def a_short_training(bench: Bench) -> None:
     """`run.py` in bf16, compiled: the loss falls, the loader is not waited for, the run resumes."""
-    out = bench.scratch / "run"
-    steps = 60 if bench.quick else 300
-    command = [
-        sys.executable,
-        str(ROOT / "trainer/run.py"),
-        "--method",
-        "loca",
-        "--shards",
-        bench.shards,
-        "--out",
-        str(out),
-    ]
-    command += [
-        "--batch_size",
-        "64",
-        "--loca.backbone",
-        "vit_small_patch16",
-        "--log.every",
-        "20",
-        "--log.tensorboard",
-        "false",
-    ]
-    command += ["--optim.warmup_epochs", "0.5"]
+    out, steps = bench.scratch / "run", 60 if bench.quick else 300
+    command = [sys.executable, str(ROOT / "trainer/run.py"), "--shards", bench.shards, "--out", str(out)]
+    small = f"--method loca --config {ROOT}/trainer/presets/loca_demo.yaml"
+    real = "--method loca --batch_size 64 --loca.backbone vit_small_patch16 --optim.warmup_epochs 0.5"
+    command += [*(real if bench.gpu else small).split(), "--log.every", "20", "--log.tensorboard", "false"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     for length in (steps // 2, steps):
-        done = subprocess.run(
-            [*command, "--steps", str(length)], env=environment, capture_output=True, text=True, check=False
-        )
+        words = [*command, "--steps", str(length)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"run.py ended with {done.returncode}: {done.stderr[-2000:]}"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    keys = ("loss", "position_loss", "position_accuracy", "images_per_s", "step_ms", "data_wait_ms", "memory_gb")
+    for name, line in (("first", lines[0]), ("last", lines[-1])):
+        bench.note(name, {key: line[key] for key in keys})
     assert lines[-1]["step"] == steps, "the second call did not go on"
     assert lines[-1]["position_loss"] < lines[0]["position_loss"], "the position loss did not fall"
-    keys = ("loss", "position_loss", "position_accuracy", "images_per_s", "step_ms", "data_wait_ms", "memory_gb")
-    return {"first": {k: lines[0][k] for k in keys}, "last": {k: lines[-1][k] for k in keys}}
 
 
-def _rates(loader: Loader, steps: int, repeats: int) -> list[float]:
+@check
+def marked_tests(bench: Bench) -> None:
+    """The tests that need a GPU."""
+    if not bench.gpu:
+        return
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_colour.py", "tests/test_loader.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    bench.note("pytest", done.stdout.strip().splitlines()[-1:])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def _rates(bench: Bench, loader: Loader, steps: int, repeats: int) -> list[float]:
     batches = _forever(loader)
-    for _ in range(5):
+    for _ in range(8):
         next(batches)
     rates = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        seen = 0
+        bench.synchronize()
+        start, seen = time.perf_counter(), 0
         for _ in range(steps):
-            seen += next(batches).label.shape[0]
-        torch.cuda.synchronize()
+            seen += len(next(batches).label)
+        bench.synchronize()
         rates.append(seen / (time.perf_counter() - start))
     return rates
 
 
-def _forever(loader: Loader) -> Any:
+def _forever(loader: Loader) -> Iterator[Batch]:
     while True:
         yield from loader
 
@@ -256,65 +328,117 @@ def make_shards(folder: Path, count: int) -> str:
     return str(folder)
 
 
-def machine() -> dict[str, Any]:
-    import nvidia.dali
-
+def machine(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **found,
         "cuda": torch.version.cuda,
-        "dali": nvidia.dali.__version__,
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def main() -> int:
+def run_here(name: str, bench: Bench) -> None:
+    """Runs a check in this process and writes its outcome."""
+    bench.write(passed=False, error="it did not come to its end")
+    try:
+        CHECKS[name](bench)
+        bench.write(passed=True)
+    except Exception as error:
+        bench.write(passed=False, error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+
+
+def run_apart(name: str, args: argparse.Namespace, shards: str, scratch: Path) -> dict[str, Any]:
+    """Runs a check in a process of its own; its outcome, also where that process crashes or hangs."""
+    folder = scratch / name
+    folder.mkdir()
+    words = [
+        sys.executable,
+        __file__,
+        "--alone",
+        name,
+        "--out",
+        str(folder),
+        "--shards",
+        shards,
+        "--device",
+        args.device,
+    ]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        words + ["--quick"] * args.quick, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = process.communicate(timeout=60 * args.minutes)
+        end = f"its process ended with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, said = process.communicate()
+        end = f"it was stopped after {args.minutes} minutes"
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        result = {"passed": False, "error": "it did not begin", "figures": {}}
+    if not result["passed"] or process.returncode:
+        trace = result.get("trace", "")
+        result |= {
+            "passed": False,
+            "error": f"{result.get('error', 'afterwards')}; {end}",
+            "trace": trace + said[-3000:],
+        }
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shards", help="JPEG shards to use in place of made ones")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: two minutes instead of eight")
-    parser.add_argument("--only", help="run the checks whose name contains this")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and images")
+    parser.add_argument("--only", default="", help="run the checks whose name contains this")
+    parser.add_argument("--device", default="cuda", help="cpu tries out this program, and shows nothing of a GPU")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which a check is stopped")
+    parser.add_argument("--alone", choices=CHECKS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device != "cpu" and not torch.cuda.is_available():
         print("gpu_check: no GPU that torch can use", file=sys.stderr)
         return 2
+    if args.alone:
+        run_here(args.alone, Bench(args.shards, args.device, args.out, args.quick, args.out / "result.json"))
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(), "checks": {}}
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = args.shards or make_shards(Path(scratch) / "shards", 1500 if args.quick else 6000)
-        bench = Bench(shards, Path(scratch), args.quick)
-        for function in CHECKS:
-            if args.only and args.only not in function.__name__:
-                continue
-            start = time.perf_counter()
-            try:
-                result = {"passed": True, "figures": function(bench)}
-            except Exception as error:  # the other checks still have something to say
-                torch.cuda.set_sync_debug_mode("default")
-                result = {"passed": False, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            result["seconds"] = round(time.perf_counter() - start, 1)
-            report["checks"][function.__name__] = result
-            print(
-                f"{'ok    ' if result['passed'] else 'FAILED'} {function.__name__} ({result['seconds']} s)", flush=True
-            )
-            print(json.dumps(result.get("figures", result.get("error")), indent=1), flush=True)
+    report: dict[str, Any] = {"machine": machine(args.device), "checks": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        shards = args.shards or make_shards(scratch / "shards", 1500 if args.quick else 6000)
+        for name in [name for name in CHECKS if args.only in name]:
+            result = report["checks"][name] = run_apart(name, args, shards, scratch)
+            print(f"{'ok    ' if result['passed'] else 'FAILED'} {name} ({result['seconds']} s)")
+            print(json.dumps({k: result[k] for k in ("error", "figures") if k in result}, indent=1), flush=True)
             (args.out / "gpu_check.json").write_text(json.dumps(report, indent=1))
-    (args.out / "gpu_check.md").write_text(table(report))
+            (args.out / "gpu_check.md").write_text(table(report))
     return 0 if all(result["passed"] for result in report["checks"].values()) else 1
 
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        " ".join(f"{k} {v}" for k, v in report["machine"].items()),
+        ", ".join(f"{k} {v}" for k, v in report["machine"].items()),
         "",
-        "| check | passed | figures |",
-        "|---|---|---|",
+        "| check | passed | seconds | figures |",
+        "|---|---|---|---|",
     ]
     for name, result in report["checks"].items():
-        figures = json.dumps(result.get("figures", result.get("error"))).replace("|", "/")
-        lines.append(f"| {name.replace('_', ' ')} | {'yes' if result['passed'] else 'NO'} | {figures} |")
+        found = json.dumps(result["figures"])
+        if not result["passed"]:
+            found = f"{result['error']} {found}"
+        found = " ".join(found.replace("|", "/").split())
+        passed = "yes" if result["passed"] else "NO"
+        lines.append(f"| {name.replace('_', ' ')} | {passed} | {result['seconds']} | {found} |")
     return "\n".join(lines) + "\n"
 
 

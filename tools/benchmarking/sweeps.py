@@ -30,7 +30,7 @@ def tune(task: Task, seconds: float, say: Say) -> dict[str, Any]:
 
     def best_of(settings: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for setting in settings:
-            meter = of_loader("tune", task.loader(**setting))
+            meter = of_loader("tune", task.loader(**setting), settle=3 * setting["prefetch"])  # what lay ready
             for _ in range(2):
                 meter.turn(seconds)
             meter.close()
