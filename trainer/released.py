@@ -70,6 +70,7 @@ CONVNEXT = (
     (r"head\.norm", "norm"),
 )
 VICREGL_HEADS = {"expander": "projector", "projector": "maps_projector"}
+LARS_RULE, LARS_MODULES = "exclude_bias_and_norm", ("optimizers", "__main__")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 Weights = dict[str, Tensor]
@@ -133,13 +134,20 @@ def _flat(tree: dict[str, Any], prefix: str) -> Weights:
 def torch_weights(path: Path) -> Weights:
     """The weights in a .pth: a state dict, or one under ``model``. Raises ValueError."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_nothing, f"{module}.{LARS_RULE}") for module in LARS_MODULES]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a file that is none of its own in a dozen ways
-        raise ValueError(f"not a readable file of tensors ({type(error).__name__})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it refers to {code[1]}, which is code" if code else type(error).__name__
+        raise ValueError(f"not a readable file of tensors ({reason})") from None
     found = found.get("model", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("holds something other than named weights")
     return found
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for the function that the optimizer's state in a full ResNet-50 checkpoint refers to. It is not needed."""
 
 
 # ---- Whose weights they are ------------------------------------------------------------------------------------------
