@@ -9,6 +9,7 @@ location matches, coloured from the first view to the second, white those found 
 """
 
 import argparse
+import base64
 import colorsys
 import io
 import sys
@@ -214,16 +215,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", default="loca", choices=["loca", "vicregl", "vicregl_resnet50", "plain"])
     parser.add_argument("--fidelity", default="paper", choices=["paper", "released"])
     parser.add_argument("--seed", type=int, default=0, help="another seed shows another image and other draws")
-    parser.add_argument("--out", type=Path, default=Path("views.png"))
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
     args = parser.parse_args(argv)
     try:
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
-        page.save(args.out)
+        save(page, args.out)
     except (ValueError, OSError) as error:
         print(f"show: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{args.out}: {page.width} x {page.height}")
     return 0
+
+
+def save(page: Image.Image, path: Path) -> None:
+    """Writes the page as a picture, or as an HTML file that holds it."""
+    if path.suffix != ".html":
+        page.save(path)
+        return
+    png = io.BytesIO()
+    page.save(png, "PNG")
+    path.write_text(f'<img alt="views" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">\n')
 
 
 def page_of(spec: str, recipe_name: str, fidelity: str, seed: int) -> Image.Image:

@@ -51,6 +51,7 @@ def test_the_result_holds_what_is_promised(results: dict) -> None:
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
         assert set(result["stages"]) == stages
         assert result["latency_ms"]["p50"] <= result["latency_ms"]["p99"] <= result["latency_ms"]["max"]
+        assert result["shuffle"].keys() == {"global", "block"} and result["shuffle"]["block"]["shards"] > 0
         assert result["shards"]["images"] == 24 and result["shards"]["mean_pixels"] == 9900
         assert result["machine"]["cores"] >= 1 and result["machine"]["versions"]["torch"]
         assert result["cpu_s_per_1000"]["median"] > 0 and result["verdict"].endswith(".")

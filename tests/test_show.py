@@ -1,5 +1,8 @@
 """The picture shows what the pipeline says: windows where they are, lines between the cells that belong together."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from mapimages import encode, sample, smooth_image, write_tar
@@ -100,6 +103,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "views.png"
     assert show.main(["--shards", str(tar), "--recipe", "vicregl_resnet50", "--out", str(out)]) == 0
     assert Image.open(out).width == show.WIDTH
+    assert show.main(["--shards", str(tar), "--recipe", "vicregl_resnet50", "--out", str(tmp_path / "views.html")]) == 0
+    inside = (tmp_path / "views.html").read_text().partition("base64,")[2].partition('"')[0]
+    assert Image.open(io.BytesIO(base64.b64decode(inside))) == Image.open(out)
     capsys.readouterr()
     for arguments in (
         ["--shards", str(tmp_path / "no.tar")],

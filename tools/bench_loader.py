@@ -83,6 +83,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = machine.describe()
     say(machine.line(found))
     say(describe_set(task))
+    shuffle = {}
+    for order in ("global", "block"):
+        quality = shuffle[order] = task.loader(recipes.plain(), order=order, batch_size=1).shuffle_quality()
+        say(f"order {order}, 1 is a uniform shuffle: spread {quality['spread']:.2f}, shards {quality['shards']:.2f}")
     result: dict[str, Any] = {
         "recipe": args.recipe,
         "fidelity": args.fidelity,
@@ -97,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "stages": {},
         "machine": found,
         "shards": shard_figures(task),
+        "shuffle": shuffle,
     }
     ladder(task, args, result)
     if recipe is not None:
