@@ -67,6 +67,7 @@ class _Run:
     prepared: _Prepared
     taken: bool = False
     views: list[Any] | None = None
+    failure: str = ""
 
 
 class _Preparation:
@@ -302,7 +303,7 @@ class Loader:
                 run = self._runs.popleft()
                 prepared, views = run.prepared, self._take(run)
                 if views is None:
-                    prepared, views = self._repair(run.prepared)
+                    prepared, views = self._repair(run)
                 batch = self._batch(prepared, views)
                 self._fill()
         except BaseException:  # also Ctrl-C: what is under way no longer matches our books
@@ -317,8 +318,8 @@ class Loader:
             run.taken = True
             try:
                 run.views = self._graph.take(self._stream()) if run.prepared.images else []
-            except DecodeError:
-                run.views = None
+            except DecodeError as error:
+                run.failure = str(error)
         return run.views
 
     def _current_device(self) -> AbstractContextManager[Any]:
@@ -328,24 +329,26 @@ class Loader:
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
 
-    def _repair(self, prepared: _Prepared) -> tuple[_Prepared, list[Any]]:
+    def _repair(self, run: _Run) -> tuple[_Prepared, list[Any]]:
         """The same batch without the samples that the device cannot decode."""
         for later in self._runs:  # what was started behind it comes out first
             self._take(later)
         while True:
-            culprits = 0
+            prepared, culprits = run.prepared, 0
             for i, image in zip(prepared.index.tolist(), prepared.images, strict=True):
                 reason = self._refusal(i, image)
                 if reason:
                     culprits += 1
                     self._prepare.samples.reject(i, reason)
             if not culprits:
-                raise RuntimeError(f"a batch failed, but each of its images can be decoded: {prepared.index.tolist()}")
-            prepared = self._prepare(prepared.plan)
-            self._submit(prepared)
-            views = self._take(_Run(prepared))
+                raise RuntimeError(
+                    f"a batch failed, but each of its images can be decoded ({prepared.index.tolist()}): {run.failure}"
+                )
+            run = _Run(self._prepare(prepared.plan))
+            self._submit(run.prepared)
+            views = self._take(run)
             if views is not None:
-                return prepared, views
+                return run.prepared, views
 
     def _refusal(self, i: int, image: NDArray[np.uint8]) -> str | None:
         row = self.shards.table[i]
