@@ -306,11 +306,11 @@ class Loader:
                     prepared, views = self._repair(run)
                 batch = self._batch(prepared, views)
                 self._fill()
+            self._epoch, self._position = prepared.plan.after
+            return batch
         except BaseException:  # also Ctrl-C: what is under way no longer matches our books
             self.close()
             raise
-        self._epoch, self._position = prepared.plan.after
-        return batch
 
     def _take(self, run: _Run) -> list[Any] | None:
         """The pixels of a run by kind, or None where it failed."""

@@ -267,7 +267,7 @@ def test_a_fault_of_ours_is_not_blamed_on_the_images(tmp_path: Path, monkeypatch
     source = loader(ShardSet(write_set(tmp_path / "set", 12, 2)), form="operators")
     submit = Graph.submit
     monkeypatch.setattr(Graph, "submit", lambda g, images, w, p: submit(g, images, w + 1000, p))
-    with pytest.raises(RuntimeError, match="each of its images can be decoded.* out of bounds"):
+    with pytest.raises(RuntimeError, match=r"each of its images can be decoded.* out of bounds"):
         next(iter(source))
     assert not source.bad
 
