@@ -315,7 +315,7 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
         return cached
     _log.info("reading the headers of %d shards, once; the table is kept in %s", len(paths), _cache_folder())
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
-        scans = list(pool.map(_scan, paths))
+        scans = list(pool.map(_scan_named, paths))
     for path, (_, damage) in zip(paths, scans, strict=True):
         if not damage.is_tar and (len(paths) == 1 or path.stat().st_size >= tar.BLOCK):
             what = "is empty" if path.stat().st_size == 0 else "is not a tar"
@@ -346,6 +346,14 @@ def _split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem) if stem else "", extension.lower()
+
+
+def _scan_named(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
+    try:
+        return _scan(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ShardError(f"{path} cannot be read ({reason}): mend that, or leave it out of the set") from None
 
 
 def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:

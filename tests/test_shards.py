@@ -1,5 +1,6 @@
 """Shards of ours and other people's as one numbered list of images."""
 
+import errno
 import io
 import json
 import logging
@@ -302,6 +303,20 @@ def test_a_pipe_among_the_shards_is_not_opened(tmp_path: Path) -> None:
             ShardSet(folder)
         unmake()
     assert len(ShardSet(folder)) == 4
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    folder, pread = write_set(tmp_path / "set", 4, 2), os.pread
+
+    def refuse(fd: int, size: int, offset: int) -> bytes:
+        if Path(f"/proc/self/fd/{fd}").resolve().name == "map-0001.tar":
+            raise OSError(number, os.strerror(number))
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(ShardError, match=rf"map-0001\.tar cannot be read \({os.strerror(number)}\)"):
+        ShardSet(folder)
 
 
 @pytest.mark.parametrize("change", [{"file": "../elsewhere.tar"}, {"file": 5}, {"bytes": None}])
