@@ -36,6 +36,7 @@ def outcome(program: dict[str, Any], name: str, shards: str, folder: Path) -> di
         ("outputs_stay_valid", {"batches_held", "batches_read_late"}),
         ("the_host_runs_ahead", {"ms_per_batch_behind_a_busy_stream"}),
         ("loader_throughput", {"loca hw=None", "vicregl hw=None"}),
+        ("the_gpu_is_left_to_the_trainer", {"loca", "vicregl"}),
         pytest.param("a_short_training", {"first", "last"}, marks=pytest.mark.slow),
     ],
 )

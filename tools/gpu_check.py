@@ -188,6 +188,41 @@ def loader_throughput(bench: Bench) -> None:
 
 
 @check
+def the_gpu_is_left_to_the_trainer(bench: Bench) -> None:
+    """What decoding, cutting and colouring 1,500 images a second take from a device that multiplies matrices."""
+    side = 8192 if bench.gpu else 256
+    matrix = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
+    for name, make in RECIPES.items():
+        loader = bench.loader(make())
+        batches = _forever(loader)
+        for _ in range(2):
+            _multiply(bench, matrix, 10, 4, batches)
+        each = _multiply(bench, matrix, 100, 1) / 100
+        products, steps = max(1, round(bench.batch / 1500 / each)), 10 if bench.quick else 60
+        rounds = [[_multiply(bench, matrix, products, steps, feed) for feed in (None, batches)] for _ in range(3)]
+        alone, fed = np.median(rounds, axis=0)
+        loader.close()
+        figure = {"images_per_s": round(steps * bench.batch / fed), "percent_taken": round(100 * (fed / alone - 1), 1)}
+        bench.note(name, figure)
+        assert not bench.gpu or fed < 1.05 * alone, f"{name}: {figure['percent_taken']} % of the GPU, not 5 at the most"
+
+
+def _multiply(
+    bench: Bench, matrix: torch.Tensor, products: int, steps: int, batches: Iterator[Batch] | None = None
+) -> float:
+    """Seconds for so many steps of so many products, a batch taken before each step where there are `batches`."""
+    bench.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        if batches:
+            next(batches)
+        for _ in range(products):
+            torch.mm(matrix, matrix)
+    bench.synchronize()
+    return time.perf_counter() - start
+
+
+@check
 def one_compiled_graph(bench: Bench) -> None:
     """Each method's step: one graph, nothing compiled after its second step, no wait for the device."""
     failed = []
@@ -249,7 +284,7 @@ def a_short_training(bench: Bench) -> None:
     out, steps = bench.scratch / "run", 60 if bench.quick else 300
     command = [sys.executable, str(ROOT / "trainer/run.py"), "--shards", bench.shards, "--out", str(out)]
     small = f"--method loca --config {ROOT}/trainer/presets/loca_demo.yaml"
-    real = "--method loca --batch_size 64 --loca.backbone vit_small_patch16 --optim.warmup_epochs 0.5"
+    real = "--method loca --batch_size 128 --optim.warmup_epochs 0.5"  # ViT-B/16
     command += [*(real if bench.gpu else small).split(), "--log.every", "20", "--log.tensorboard", "false"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     for length in (steps // 2, steps):
@@ -260,6 +295,8 @@ def a_short_training(bench: Bench) -> None:
     keys = ("loss", "position_loss", "position_accuracy", "images_per_s", "step_ms", "data_wait_ms", "memory_gb")
     for name, line in (("first", lines[0]), ("last", lines[-1])):
         bench.note(name, {key: line[key] for key in keys})
+    waited = lines[-1]["data_wait_ms"] / lines[-1]["step_ms"]
+    assert not bench.gpu or waited < 0.02, f"{waited:.1%} of a step is spent on waiting for data, not 2 % at the most"
     assert lines[-1]["step"] == steps, "the second call did not go on"
     assert lines[-1]["position_loss"] < lines[0]["position_loss"], "the position loss did not fall"
 

@@ -30,6 +30,10 @@ class Data:
     """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
     order: Literal["global", "block"] = "global"
     """"block" shuffles shards, then samples within a window of shards: for storage that hates random reads"""
+    prefetch: int = 2
+    """batches that DALI works on ahead; each costs memory for its decoded images and views"""
+    hw_decoder_load: float | None = None
+    """share of the images that a GPU's JPEG engines decode, from 0 to 1 (default: DALI's); bench_loader.py --tune"""
     max_bad: float | None = None
     """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
 

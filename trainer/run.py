@@ -113,6 +113,8 @@ def main(argv: list[str]) -> int:
             num_threads=threads,
             order=cfg.data.order,
             max_bad=cfg.data.max_bad,
+            prefetch=cfg.data.prefetch,
+            hw_decoder_load=cfg.data.hw_decoder_load,
         )
         probe = Probe(cfg.probe, str(device)) if chief and cfg.probe.train else None
     except ValueError as error:  # ShardError among them
