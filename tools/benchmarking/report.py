@@ -100,7 +100,8 @@ def chart(result: Result, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    rungs = {n: s["images_per_s"] for n, s in result["stages"].items() if "images_per_s" in s}
+    stages = {n: s for n, s in result["stages"].items() if n != "read"}  # its bar would leave the others no height
+    rungs = {n: s["images_per_s"] for n, s in stages.items() if "images_per_s" in s}
     rivals = {f"{n}\nDataLoader": r["images_per_s"] for n, r in result.get("against", {}).items()}
     singles = {n: s["alone_ms"]["median"] for n, s in result["stages"].items() if "alone_ms" in s}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
