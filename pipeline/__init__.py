@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .correspondence import location_matches as location_matches
     from .correspondence import patch_targets as patch_targets
     from .loader import Loader as Loader
+    from .loader import cores as cores
     from .recipes import Colour as Colour
     from .recipes import Cut as Cut
     from .recipes import Recipe as Recipe
@@ -30,6 +31,7 @@ _ROOMS = {
     "ShardError": "shards",
     "ShardSet": "shards",
     "View": "batch",
+    "cores": "loader",
     "feature_locations": "correspondence",
     "location_matches": "correspondence",
     "patch_targets": "correspondence",

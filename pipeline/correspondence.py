@@ -181,8 +181,8 @@ def _windows(name: str, value: ArrayLike, ndim: int | None) -> NDArray[np.float3
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} is {value}; it must be an integer of at least 1")
     return value
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -163,7 +164,7 @@ class Loader:
                 "lower batch_size, or keep incomplete batches with drop_last=False"
             )
         if num_threads is None:
-            num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if num_threads < 1 or prefetch < 1:
             raise ValueError(f"num_threads {num_threads} and prefetch {prefetch} must be positive")
         self._build = partial(
@@ -230,7 +231,7 @@ class Loader:
         """
         mine = self.state_dict()
         for name in self._identity:
-            if name not in state:
+            if not isinstance(state, dict) or name not in state:
                 raise ValueError(f"the loader's state has no {name!r}: it was not taken from a Loader")
             _same(name, state[name], mine[name])
         epoch, position = (state.get(name) for name in ("epoch", "position"))
@@ -383,8 +384,21 @@ class Loader:
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+def cores() -> int:
+    """The CPU cores that this process may use: its affinity, or less where a container's quota says so."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return min(allowed, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return allowed
+
+
 def _device(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cpu' or 'cuda[:i]', not {device!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda[:i]', not {str(device)!r}")
     if device.type == "cuda":

@@ -77,6 +77,9 @@ def test_the_last_line_is_the_result(shards: str, capsys: pytest.CaptureFixture[
         (["--recipe", "decode", "--tune"], "decode"),
         (["--batch-size", "0"], "positive"),
         (["--shards", "/nowhere"], "/nowhere"),
+        (["--json", "/nowhere/result.json"], "/nowhere"),
+        (["--headspace", "--method", "nope"], "'nope'"),
+        (["--headspace", "--backbone", "nope"], "'nope'"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_code_2(shards: str, more, word, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +98,10 @@ def test_a_comparison_knows_noise(results: dict) -> None:
     changed = [line for line in report.compare(new, old) if line.startswith("whole loader")]
     assert len(changed) == 1 and "+200.0 %" in changed[0]
     assert ("beyond" in changed[0]) == (whole["min"] > whole["max"] / 3)
-    with pytest.raises(ValueError, match="decode"):
-        report.compare(new, results["decode"])
+    assert all("noise unknown" in line for line in report.compare(new | {"repeats": 1}, old))
+    for name, other in (("recipe", "decode"), ("batch_size", 7), ("num_threads", 9)):
+        with pytest.raises(ValueError, match=str(other)):
+            report.comparable(new, old | {name: other})
 
 
 def test_the_verdict_names_what_limits(results: dict) -> None:
@@ -109,6 +114,9 @@ def test_the_verdict_names_what_limits(results: dict) -> None:
     busy["median"] = 3.9
     result["stages"]["cut"]["alone_ms"]["median"] = 1e3
     assert "processor" in report.verdict(result) and "cut" in report.verdict(result)
+    result["machine"] |= {"cores": 64, "cpu_quota": 4.0}
+    assert "processor" in report.verdict(result)
+    result["machine"] |= {"cores": 4, "cpu_quota": None}
     result["num_threads"] = 2
     busy["median"] = 2.0
     assert "--num-threads" in report.verdict(result)

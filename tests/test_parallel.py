@@ -2,7 +2,6 @@
 
 import os
 import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,13 +65,6 @@ def test_ranks_agree_with_one_process(world: int) -> None:
 @pytest.mark.slow
 def test_the_collectives_compile_into_one_graph() -> None:
     mp.spawn(ranks_agree_with_one_process, (2, free_port(), True), 2)
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("9", 2)])
-def test_cores_are_the_affinity_or_the_quota(quota: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: quota)
-    assert parallel.cores() == cores
 
 
 def test_one_process_pays_nothing() -> None:

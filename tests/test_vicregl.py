@@ -270,7 +270,7 @@ def test_nothing_is_computed_twice():
 
 def naive_step(method: Method, batch: Batch) -> Tensor:
     """Every view through backbone and heads on its own, then the formulas."""
-    cfg, recipe = method.cfg, method.recipe
+    cfg, recipe = method.cfg, vicregl.views(method.cfg)
     maps, embeddings = [], []
     for kind in batch.views:
         for v in range(batch.views[kind].pixels.shape[1]):

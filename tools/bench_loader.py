@@ -9,15 +9,15 @@ with that stage, with all threads and prefetching. Exit code: 0 done, 2 wrong us
 """
 
 import argparse
+import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarking import machine, meter, report, rivals, stages, sweeps
 
-from pipeline import Recipe, ShardSet, recipes
+from pipeline import Recipe, ShardSet, cores, recipes
 
 RECIPES = ("loca", "vicregl", "vicregl_resnet50", "plain")
 STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "hand-over", "whole loader")
@@ -31,7 +31,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--fidelity", default="paper", choices=("paper", "released"))
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
     add("--batch-size", type=int, default=64)
-    add("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="DALI's; rivals get as many workers")
+    add("--num-threads", type=int, default=cores(), help="DALI's; rivals get as many workers")
     add("--seconds", type=float, default=10.0, help="of measuring the whole loader; the other stages take their share")
     add("--repeats", type=int, default=3, help="rounds; the spread over them is what is printed as min and max")
     add("--order", default="global", choices=("global", "block"))
@@ -70,6 +70,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.recipe == "decode" and (args.tune or args.scaling or args.against):
         raise ValueError("--tune, --scaling and --against need a recipe with views, not 'decode'")
     earlier = json.loads(args.compare.read_text()) if args.compare else None
+    if earlier is not None:
+        report.comparable(vars(args), earlier)
+    for path in (args.json, args.chart):
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
+    if args.chart and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--chart needs matplotlib: pip install 'dense-ssl[bench]'")
+    if args.headspace:
+        sweeps.headspace_config(args.method, args.backbone)
     recipe: Recipe | None = None if args.recipe == "decode" else getattr(recipes, args.recipe)(args.fidelity)
     task = stages.Task(
         ShardSet(args.shards),
@@ -215,13 +224,13 @@ def conclude(args: argparse.Namespace, result: dict[str, Any], earlier: dict[str
     if "headspace" in result:
         say(f"headspace: {result['headspace']}")
     say(result["verdict"])
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
     if earlier is not None:
         for text in report.compare(result, earlier):
             say(f"compared: {text}")
     if args.chart:
         report.chart(result, args.chart)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from trainer import methods, optim  # noqa: E402
 CHECKS: dict[str, Callable[["Bench"], None]] = {}
 RECIPES: dict[str, Callable[[], Recipe]] = {"loca": recipes.loca, "vicregl": recipes.vicregl}
 PIXEL_MEAN, PIXEL_SHARE = 1.5, 0.02  # levels of mean difference; share of pixels that may differ by more than 16 levels
+GOALS = {"loca": 5000, "vicregl": 6000}  # images a second on an H100 with 16 cores
 MINUTES = 8  # for one check
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm", "numba", "numpy")
 
@@ -185,6 +186,9 @@ def loader_throughput(bench: Bench) -> None:
                 "max": round(max(rates)),
             }
             bench.note(f"{name} hw={share}", figure)
+        best = max(found["images_per_s"] for key, found in bench.figures.items() if key.startswith(f"{name} "))
+        goal = GOALS[name] if bench.gpu and "H100" in torch.cuda.get_device_name() else 0
+        assert best >= goal, f"{name}: {best} images a second, not {goal}"
 
 
 @check

@@ -105,6 +105,8 @@ def finish(planned: plan.Plan, args: argparse.Namespace, manifest: dict | None, 
             f"{args.out} is complete: {manifest['num_samples']:,} samples"
             + f"; {len(made)} lost shards made again" * bool(made)
         )
+        if args.strict and manifest["quarantined"]:
+            raise RuntimeError(f"--strict: {manifest['quarantined']} image(s) were quarantined when it was made")
         return 0
     with writing.alone(work):
         manifest = finishing.check_target(planned, args.out)  # another part may have been last, just now
@@ -230,7 +232,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="larger images are quarantined (default: 30,000,000)",
     )
-    how.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    how.add_argument("--seed", type=seed, default=0, help="of the shuffle (default: 0)")
     how.add_argument("--shards", type=positive, metavar="N", help="(default: of 140 MB)")
     many = parser.add_argument_group("many machines")
     many.add_argument(
@@ -280,6 +282,12 @@ def part(text: str) -> tuple[int, int]:
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of 64 bits")
     return int(text)
 
 

@@ -191,6 +191,8 @@ def parse(argv: list[str]) -> Settings:
         raise UsageError("batch_size, epochs and steps must be positive")
     if run.speed.accumulate < 1 or run.log.every < 1 or run.log.checkpoint_every < 1:
         raise UsageError("speed.accumulate, log.every and log.checkpoint_every must be positive")
+    if run.log.keep_last < 1 or run.optim.lr_batch < 1:
+        raise UsageError("log.keep_last and optim.lr_batch must be positive")
     if (run.probe.train is None) != (run.probe.val is None) or run.probe.every <= 0 or run.probe.images < 1:
         raise UsageError("probe.train and probe.val belong together; probe.every and probe.images must be positive")
     if run.probe.train and run.speed.parallel == "fsdp":
@@ -209,7 +211,7 @@ def _early(argv: list[str]) -> dict[str, Any]:
     if found["config"]:
         try:
             found["file"] = yaml.safe_load(Path(found["config"]).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UsageError(f"--config {found['config']}: cannot be read ({' '.join(str(error).split())})") from None
         if not isinstance(found["file"], dict):
             raise UsageError(f"--config {found['config']}: must hold a mapping of options to values")

@@ -69,7 +69,7 @@ def dry_run(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return (
-        f"{count} images: {1e3 * seconds:.0f} ms, {count / seconds:.0f} images/s, {memory_gb(device):.2f} GB peak, "
+        f"{count} images: {1e3 * seconds:.0f} ms, {count / seconds:.3g} images/s, {memory_gb(device):.2f} GB peak, "
         f"{flops / 1e9:.3g} GFLOP an image, {flops * count / seconds / 1e12:.3g} TFLOP/s"
     )
 

@@ -4,8 +4,6 @@ Every loss here is a mean over ranks, because DDP averages gradients; with these
 gradients is the gradient of the one-process loss. With one process both are the identity and cost nothing.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +21,6 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def cores() -> int:
-    """The CPU cores that this process may use: its affinity, or less where a container's quota says so."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return min(allowed, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no such file, or "max"
-        return allowed
 
 
 class _Mean(torch.autograd.Function):

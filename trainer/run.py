@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     from torch.nn.parallel import DistributedDataParallel
     from torch.profiler import record_function as span
 
-    from pipeline import Loader, ShardSet
+    from pipeline import Loader, ShardSet, cores
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        # Autocast takes the heavy products; what it leaves in fp32 are small differences in losses. TF32 loses those.
+        torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = True  # shapes never change
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -94,8 +95,8 @@ def main(argv: list[str]) -> int:
         return 0
 
     # ---------------------------------------------------------------- from what
-    cores = parallel.cores()
-    threads = cfg.data.threads or max(1, cores // here)
+    allowed = cores()
+    threads = cfg.data.threads or max(1, allowed // here)
     try:
         if cfg.shards is None and chief:
             demo.shards()
@@ -125,12 +126,6 @@ def main(argv: list[str]) -> int:
     peak = cfg.optim.lr * cfg.batch_size / cfg.optim.lr_batch
 
     # ---------------------------------------------------------------- where were we
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if chief:
-            (out / "config.yaml").write_text(settings.text, encoding="utf-8")
-    except OSError as error:
-        raise config.UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     start = 0
     if (saved := checkpoint.latest(out / "checkpoints")) is not None:
         if saved["method"] != cfg.method:
@@ -140,7 +135,8 @@ def main(argv: list[str]) -> int:
             scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            lacks = "made with other settings of the method or of optim, it lacks " * isinstance(error, KeyError)
+            reason = lacks + " ".join(str(error).split())[:300]
             raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
         start = saved["step"]
     elif cfg.init:
@@ -148,13 +144,19 @@ def main(argv: list[str]) -> int:
             checkpoint.set_weights(method, checkpoint.load(Path(cfg.init)))
         except (RuntimeError, ValueError) as error:
             raise config.UsageError(f"--init {cfg.init}: {' '.join(str(error).split())[:300]}") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if chief:
+            (out / "config.yaml").write_text(settings.text, encoding="utf-8")
+    except OSError as error:
+        raise config.UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
     interrupt = Interrupt(cfg.stop_after)
     fastest = cost.peak_flops(device)
     if chief:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
             f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "
-            f"{precision}, {'compiled' if compiled else 'not compiled'}, {world} x {name}, {cores} cores, "
+            f"{precision}, {'compiled' if compiled else 'not compiled'}, {world} x {name}, {allowed} cores, "
             f"{threads} decoding threads a rank\n"
             f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
             f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
@@ -162,10 +164,9 @@ def main(argv: list[str]) -> int:
             + f"; {out}/",
             flush=True,
         )
-        if here * threads > cores:
-            print(
-                f"{here} ranks x {threads} decoding threads share {cores} cores: give the job more, or set data.threads"
-            )
+        if here * threads > allowed:
+            shared = f"{here} ranks x {threads} decoding threads share {allowed} cores"
+            print(f"{shared}: give the job more, or set data.threads")
 
     log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
 

@@ -43,7 +43,8 @@ def verdict(result: Result) -> str:
             f"{dearest} costs most ({share:.0f} % of the stages' time): try --tune, for the share of the hardware "
             "decoder and the number of threads."
         )
-    busy, cores = whole["cores_busy"]["median"], result["machine"]["cores"]
+    machine = result["machine"]
+    busy, cores = whole["cores_busy"]["median"], min(machine["cores"], machine["cpu_quota"] or machine["cores"])
     wanted = min(threads, cores)
     if busy >= 0.85 * wanted:
         advice = (
@@ -54,9 +55,9 @@ def verdict(result: Result) -> str:
         return (
             f"The processor limits: {busy:.1f} of {cores} cores are busy, {share:.0f} % of it with {dearest}; {advice}."
         )
-    if result["machine"]["load_before"] > 0.5 * cores:
+    if machine["load_before"] > 0.5 * cores:
         return (
-            f"Other programs limit: load {result['machine']['load_before']} on {cores} cores before the start, and "
+            f"Other programs limit: load {machine['load_before']} on {cores} cores before the start, and "
             f"only {busy:.1f} cores were had; measure again on a quiet machine."
         )
     if result["from_storage_percent"] > 10:
@@ -65,19 +66,23 @@ def verdict(result: Result) -> str:
     return f"Waiting limits: only {busy:.1f} of {wanted} cores are busy; a larger batch or --tune."
 
 
+def comparable(settings: dict[str, Any], earlier: Result) -> None:
+    """Raises ValueError, naming the first setting in which two measurements differ."""
+    for name in ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load"):
+        if settings[name] != earlier[name]:
+            option = name.replace("_", "-")
+            raise ValueError(f"--compare holds a run with --{option} {earlier[name]}, not {settings[name]}")
+
+
 def compare(result: Result, earlier: Result) -> list[str]:
     """One line per figure: the change, and whether it is beyond both runs' noise (their ranges do not touch)."""
-    if (result["recipe"], result["device"]) != (earlier["recipe"], earlier["device"]):
-        raise ValueError(
-            f"--compare holds {earlier['recipe']} on {earlier['device']}, not {result['recipe']} on {result['device']}"
-        )
+    single = min(result["repeats"], earlier["repeats"]) < 2
     lines = []
     for label, new, old in _pairs(result, earlier):
         change = 100 * (new["median"] / old["median"] - 1)
         apart = new["min"] > old["max"] or new["max"] < old["min"]
-        lines.append(
-            f"{label}: {old['median']} -> {new['median']} ({change:+.1f} %, {'beyond' if apart else 'within'} noise)"
-        )
+        noise = "noise unknown" if single else "beyond noise" if apart else "within noise"
+        lines.append(f"{label}: {old['median']} -> {new['median']} ({change:+.1f} %, {noise})")
     return lines
 
 
@@ -92,11 +97,9 @@ def _pairs(result: Result, earlier: Result) -> list[tuple[str, dict[str, float],
 
 
 def chart(result: Result, path: Path) -> None:
-    """A PNG of the ladder. Raises ValueError where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--chart needs matplotlib: pip install 'dense-ssl[bench]'") from None
+    """A PNG of the ladder; needs matplotlib."""
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 

@@ -95,10 +95,19 @@ def _host_ms(task: Task, n: int, repeats: int) -> dict[str, float]:
     return spread(times[1:], 3)
 
 
-def headspace(task: Task, method: str, backbone: str | None, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
-    """Training steps on batches that are replayed from memory (the ceiling) and on the loader, turn about."""
+def headspace_config(method: str, backbone: str | None) -> tuple[Any, Any]:
+    """A method's module and its settings. Raises ValueError for a method or backbone that is not there."""
+    if method not in methods.names():
+        raise ValueError(f"--method {method!r}: choose from {', '.join(methods.names())}")
     room = methods.load(method)
     config = room.Config() if backbone is None else replace(room.Config(), backbone=backbone)
+    room.views(config)  # knows its backbones
+    return room, config
+
+
+def headspace(task: Task, method: str, backbone: str | None, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
+    """Training steps on batches that are replayed from memory (the ceiling) and on the loader, turn about."""
+    room, config = headspace_config(method, backbone)
     device = torch.device(task.device)
     model = room.Method(config).to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-5)

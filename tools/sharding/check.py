@@ -36,16 +36,19 @@ def _split(path: Path, workers: int) -> list[str]:
     wanted = ("name", "split", "num_samples", "num_classes", "shards")
     if manifest.get("format") != 1 or any(field not in manifest for field in wanted):
         return [f"{path.name}: no manifest of format 1"]
+    fields = {"file", "bytes", "samples", "sha256"}
+    if not all(isinstance(entry, dict) and fields <= entry.keys() for entry in manifest["shards"]):
+        return [f"{path.name}: an entry of shards is none"]
     if any(Path(entry["file"]).name != entry["file"] for entry in manifest["shards"]):
         return [f"{path.name}: a shard's name leads out of the folder"]
-    jobs = [(out, entry, manifest["num_classes"]) for entry in manifest["shards"]]
+    jobs = [(out, entry, manifest["num_classes"], _classes(out)) for entry in manifest["shards"]]
     differences: list[str] = []
     keys, tables = [], []
     with (
         pool.progress(manifest["num_samples"], f"checking {manifest['split']}") as shown,
         ProcessPoolExecutor(max(1, min(workers, len(jobs))), get_context("spawn")) as processes,
     ):
-        for (_, entry, _), (found, digests, table) in zip(jobs, processes.map(_shard, jobs), strict=True):
+        for (_, entry, *_), (found, digests, table) in zip(jobs, processes.map(_shard, jobs), strict=True):
             differences += found
             keys.append(digests)
             tables.append(table)
@@ -58,7 +61,22 @@ def _split(path: Path, workers: int) -> list[str]:
         table["shard"] = position
     merged = out / f"{manifest['name']}-{manifest['split']}.samples.npy"
     differences += _table(merged, np.concatenate(tables)) if tables else []
-    return differences + _metadata(out, manifest)
+    return differences + _metadata(out, manifest) + _quarantine(path, manifest)
+
+
+def _classes(out: Path) -> list[str]:
+    file = out / "synsets.txt"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def _quarantine(path: Path, manifest: dict) -> list[str]:
+    file = path.with_name(path.name.replace("manifest.json", "quarantine.jsonl"))
+    try:
+        keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{file.name}: missing, or not what was written"]
+    count = manifest.get("quarantined", len(keys))
+    return [] if len(keys) == count else [f"{file.name}: {len(keys)} images, the manifest says {count}"]
 
 
 def _metadata(out: Path, manifest: dict) -> list[str]:
@@ -69,16 +87,15 @@ def _metadata(out: Path, manifest: dict) -> list[str]:
     if said != [[one["file"] for one in shards], [one["samples"] for one in shards], manifest["num_samples"]]:
         differences.append(f"_info.json: says something else about split {manifest['split']!r}")
     if manifest["num_classes"]:
-        synsets = out / "synsets.txt"
-        count = len(synsets.read_bytes().splitlines()) if synsets.is_file() else 0
+        count = len(_classes(out))
         if count != manifest["num_classes"]:
             differences.append(f"synsets.txt: {count} classes, the manifest says {manifest['num_classes']}")
     return differences
 
 
-def _shard(job: tuple[Path, dict, int]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _shard(job: tuple[Path, dict, int, list[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Differences, 128-bit digests of the keys, and the table that the tar itself gives."""
-    out, entry, num_classes = job
+    out, entry, num_classes, names = job
     path = out / entry["file"]
     nothing = np.empty((0, 2), "<u8"), np.empty(0, tars.SAMPLE)
     if not path.is_file():
@@ -106,6 +123,8 @@ def _shard(job: tuple[Path, dict, int]) -> tuple[list[str], np.ndarray, np.ndarr
             if label is None or not -1 <= label < max(num_classes, 0) or (label < 0) != (num_classes == 0):
                 differences.append(f"{path.name}: label {label} of {key} is out of range ({num_classes} classes)")
                 label = -1
+            if 0 <= label < len(names) and said.get("synset") != names[label]:
+                differences.append(f"{path.name}: {key} is of {said.get('synset')}, synsets.txt says {names[label]}")
             if said.get("label") != label:
                 differences.append(f"{path.name}: {key}.json and {key}.cls give different labels")
             image = parts["jpg"]

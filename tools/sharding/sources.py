@@ -16,6 +16,7 @@ from .labels import beside, read_labels
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
+_SPLITS = ("train", "val", "validation", "test")
 _AROUND = ("val", "validation", "test", "train", "images")  # the one folder around a flat set is no class
 _ROUND = 1000
 _OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
@@ -107,6 +108,11 @@ def _descend(source: Path, split: str, label_file: Path | None, unlabelled: bool
         kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
+        folders = {entry.name for entry in os.scandir(top) if entry.is_dir()}
+        if source == top and folders and folders <= set(_SPLITS) and not unlabelled:
+            raise SourceError(
+                f"{top} holds {', '.join(sorted(folders))}, but no {split}: name the folder, or its --split"
+            )
         if label_file is None and not unlabelled and aliases[0] == "val":
             found = beside(top)
             flat = source.is_file() or not any(entry.is_dir() for entry in os.scandir(source))
@@ -146,6 +152,8 @@ def _folder(root: Path, any_depth: bool, told: Told) -> Listing:
     entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file()]
+    if class_tars and (root / "manifest.json").exists():
+        raise SourceError(f"{root} holds finished shards, not images to make them of")
     if class_tars and not folders:
         listing.kind = "folder of class tars"
         for name in class_tars:

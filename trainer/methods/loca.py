@@ -108,6 +108,10 @@ class Config:
             raise ValueError(f"query_keep is {self.query_keep}: it must lie above 0 and be at most 1")
         if self.queries < 1 or self.prototypes < 2 or self.sinkhorn < 0:
             raise ValueError("queries must be at least 1, prototypes at least 2 and sinkhorn at least 0")
+        if min(self.teacher_temperature, self.student_temperature) <= 0 or self.me_max < 0 or self.hidden < 1:
+            raise ValueError("temperatures and hidden must be positive, and me_max not negative")
+        if not (0 <= self.momentum <= 1 and 0 <= self.drop_path < 1):
+            raise ValueError("momentum must lie in [0, 1] and drop_path in [0, 1)")
         if self.position == "off" and self.clusters == "off":
             raise ValueError("position and clusters are both off: nothing would be learnt")
         if self.position == "single" and (self.clusters != "off" or self.eta == 1):

@@ -83,20 +83,28 @@ class Config:
             raise ValueError("locations and features are both off: alpha 1 trains without a local loss")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: it must be positive")
-        stride = int(self.backbone.rpartition("patch")[2]) if "patch" in self.backbone else 32
+        if not (self.expander and self.projector and 0 <= self.drop_path < 1):
+            raise ValueError("expander and projector need a width at least, and drop_path lies in [0, 1)")
+        stride = self.stride
         for name, size in (("size", self.size), ("small_size", self.small_size)):
             if size < stride or size % stride:
                 raise ValueError(f"{name} is {size}: {self.backbone} needs a multiple of {stride}")
         for name, gamma in (("gamma", self.gamma), ("feature_gamma", self.feature_gamma)):
             fewest = min((self.small_size if self.small else self.size) // stride, self.size // stride) ** 2
             most = (self.size // stride) ** 2
-            if gamma is not None and not (1 <= gamma[0] <= most and 1 <= gamma[1] <= fewest):
+            if gamma is not None and self.alpha < 1 and not (1 <= gamma[0] <= most and 1 <= gamma[1] <= fewest):
                 raise ValueError(f"{name} is {gamma}: at most {most} and {fewest} cells can match, at least 1")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a cell."""
+        _, _, patch = self.backbone.rpartition("patch")
+        return int(patch) if patch.isdigit() and int(patch) else 32
 
     @property
     def grids(self) -> list[int]:
         """Cells per side of every view."""
-        stride = int(self.backbone.rpartition("patch")[2]) if "patch" in self.backbone else 32
+        stride = self.stride
         return [self.size // stride] * self.large + [self.small_size // stride] * self.small
 
 
@@ -386,7 +394,8 @@ class Method(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg, self.recipe = cfg, views(cfg)
+        recipe = views(cfg)
+        self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
         self.encoder: Any = (
             vit(cfg.backbone, size=cfg.size, drop_path=cfg.drop_path)
             if cfg.backbone.startswith("vit")
@@ -436,7 +445,7 @@ class Method(nn.Module):
     def encode(self, batch: Batch, kind: str) -> list[Tensor]:
         """The maps (B, cells, D) of each view of a kind."""
         pixels = batch.views[kind].pixels
-        x = normalise(pixels, self.recipe.mean, self.recipe.std).unflatten(0, pixels.shape[:2])
+        x = normalise(pixels, self.mean, self.std).unflatten(0, pixels.shape[:2])
         if self.one_by_one:
             return [self.encoder(view) for view in x.unbind(1)]
         return list(self.encoder(x.flatten(0, 1)).unflatten(0, pixels.shape[:2]).unbind(1))
