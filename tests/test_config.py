@@ -51,6 +51,8 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--batch_size", "0"], "positive"),
+        (["--log.keep_last", "0"], r"log\.keep_last"),
+        (["--optim.lr_batch", "0"], r"optim\.lr_batch"),
         (["--probe.train", "x"], "belong together"),
         (["--probe.train", "x", "--probe.val", "x", "--speed.parallel", "fsdp"], "trainer.evaluate"),
     ],
@@ -59,6 +61,13 @@ def test_a_mistake_is_one_sentence(argv: list[str], sentence: str) -> None:
     with pytest.raises(config.UsageError, match=sentence) as error:
         config.parse(argv)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_a_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\0\xff")
+    with pytest.raises(config.UsageError, match="cannot be read"):
+        config.parse(["--config", str(file)])
 
 
 def test_an_unknown_key_in_a_file_is_a_mistake(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from trainer import checkpoint, export
 from trainer.backbones import ConvNeXt, convnet, vit
-from trainer.methods import loca
+from trainer.methods import loca, vicregl
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,6 +87,17 @@ def test_the_teacher_is_exported_unless_the_student_is_asked_for(saved: tuple[Pa
     for out, branch in (("t", method.teacher), ("s", method.student)):
         weights = load_file(folder / out / "model.safetensors")
         assert torch.equal(weights["norm.weight"], branch.backbone.norm.weight)
+
+
+def test_a_vicregl_run_is_exported(tmp_path: Path) -> None:
+    cfg = vicregl.Config(
+        "vit_nano_patch16", size=32, small=0, gamma=None, feature_gamma=None, expander=(8,), projector=(8,)
+    )
+    method = vicregl.Method(cfg)
+    payload = {"step": 1, "method": "vicregl", "config": yaml.safe_dump({"vicregl": vars(cfg)})}
+    checkpoint.write(tmp_path / "run.pt", payload | {"model": method.state_dict()})
+    assert export.main([str(tmp_path / "run.pt"), str(tmp_path / "out")]) == 0
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["norm.weight"], method.encoder.norm.weight)
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,6 +329,8 @@ def test_a_state_of_another_set_or_none_is_refused(shards: ShardSet, photos: Sha
         loader(photos).load_state_dict(state)
     with pytest.raises(ValueError, match="'seed'"):
         loader(shards).load_state_dict({"version": 1})
+    with pytest.raises(ValueError, match="not taken from a Loader"):
+        loader(shards).load_state_dict(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="position 99"):
         loader(shards).load_state_dict({**state, "position": 99})
     with pytest.raises(ValueError, match="epoch 1180591620717411303424"):
@@ -444,6 +446,7 @@ def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch:
         ({"max_bad": 2.0}, "max_bad"),
         ({"hw_decoder_load": 65}, "hw_decoder_load"),
         ({"device": "mps"}, "device"),
+        ({"device": "tpu"}, "device"),
         pytest.param(
             {"device": "cuda"}, "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
         ),

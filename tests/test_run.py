@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -234,6 +235,15 @@ def test_a_log_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         log.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0, "poor": None, "step_ms": 1.0}]
     assert "7 steps left, about 1166:40 hours" in capsys.readouterr().out
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(run: Callable[..., int], tmp_path: Path, whole: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "out", symlinks=True)
+    before = (out / "config.yaml").read_text()
+    for other in (["--seed", "9"], ["--optim.name", "lars"]):
+        with pytest.raises(UsageError, match="cannot go on"):
+            run("--out", str(out), *other)
+        assert (out / "config.yaml").read_text() == before
 
 
 def test_a_dry_run_tells_and_writes_nothing(

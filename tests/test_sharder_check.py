@@ -41,6 +41,19 @@ DAMAGES = {
     "a cut tar": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:-700]), "0001.tar"),
     "a cut at a block": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:-1024]), "cut short"),
     "an empty tar": (lambda out: patched(out / "tiny-train-0001.tar", lambda raw: raw[:0] or b"\0"), "0001.tar"),
+    "classes in another order": (
+        lambda out: patched(out / "synsets.txt", lambda raw: b"\n".join(raw.split()[::-1]) + b"\n"),
+        "synsets.txt says",
+    ),
+    "no quarantine list": (lambda out: (out / "quarantine.jsonl").unlink(), "quarantine.jsonl: missing"),
+    "junk for a quarantine list": (
+        lambda out: patched(out / "quarantine.jsonl", lambda raw: raw + b"junk\n"),
+        "quarantine.jsonl: missing, or not",
+    ),
+    "a shard that is a number": (
+        lambda out: rewrite(out, lambda said: said["shards"].__setitem__(0, 5)),
+        "an entry of shards is none",
+    ),
     "a lost tar": (lambda out: (out / "tiny-train-0003.tar").unlink(), "0003.tar: missing"),
     "a foreign tar": (lambda out: shutil.copy(out / "tiny-train-0003.tar", out / "x.tar"), "x.tar: in no manifest"),
     "a label out of range": (lambda out: patched(out / "tiny-train-0000.tar", other_label), "out of range"),

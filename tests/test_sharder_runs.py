@@ -240,6 +240,9 @@ def test_strict_and_dry_run(source, wanted, tmp_path, capsys):
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert make.run(source, tmp_path / "out", "--shards", 6) == 0
     assert make.contents(tmp_path / "out") == wanted
+    capsys.readouterr()
+    assert make.run(source, tmp_path / "out", "--shards", 6, "--strict") == 1  # finished, and not as asked
+    assert "1 image(s) were quarantined" in capsys.readouterr().err
 
 
 def test_what_was_repaired_and_refused_is_told(wanted):

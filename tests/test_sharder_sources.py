@@ -325,6 +325,15 @@ def test_hostile_entries_are_neither_followed_nor_created(packed, tmp_path):
     assert make.run("--check", tmp_path / "out") == 0
 
 
+def test_what_is_something_else_is_refused(tmp_path):
+    make.tree(tmp_path / "set" / "train", make.photographs(1))
+    with pytest.raises(SourceError, match="holds train, but no val"):
+        sources.read(tmp_path / "set", "val", None, None, unlabelled=False, told=print)
+    assert make.run(tmp_path / "set", tmp_path / "out") == 0
+    with pytest.raises(SourceError, match="finished shards"):
+        list_all(tmp_path / "out")
+
+
 def test_a_tar_cut_anywhere_is_refused_before_work(photos, tmp_path):
     few = {name: content for name, content in photos.items() if name.endswith("_0.JPEG")}
     whole = make.tar_of(make.class_tars(few))

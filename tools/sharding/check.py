@@ -18,7 +18,8 @@ def run(out: Path, workers: int) -> list[str]:
         unfinished = ": the run that writes it is unfinished" if any(out.glob(".*.work")) else ""
         raise SourceError(f"{out} holds no manifest.json{unfinished or ': it is no folder that this tool finished'}")
     differences = [difference for path in manifests for difference in _split(path, workers)]
-    listed = {entry["file"] for path in manifests for entry in _load(path).get("shards", [])}
+    entries = [entry for path in manifests for entry in _load(path).get("shards", [])]
+    listed = {entry.get("file") for entry in entries if isinstance(entry, dict)}
     differences += [f"{tar.name}: in no manifest" for tar in sorted(out.glob("*.tar")) if tar.name not in listed]
     return differences
 
