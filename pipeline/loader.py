@@ -165,6 +165,7 @@ class Loader:
             )
         if num_threads is None:
             num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.num_threads = num_threads
         if num_threads < 1 or prefetch < 1:
             raise ValueError(f"num_threads {num_threads} and prefetch {prefetch} must be positive")
         self._build = partial(

@@ -95,8 +95,6 @@ def main(argv: list[str]) -> int:
         return 0
 
     # ---------------------------------------------------------------- from what
-    allowed = cores()
-    threads = cfg.data.threads or max(1, allowed // here)
     try:
         if cfg.shards is None and chief:
             demo.shards()
@@ -111,7 +109,7 @@ def main(argv: list[str]) -> int:
             seed=cfg.seed,
             rank=rank,
             world_size=world,
-            num_threads=threads,
+            num_threads=cfg.data.threads,
             order=cfg.data.order,
             max_bad=cfg.data.max_bad,
             prefetch=cfg.data.prefetch,
@@ -153,6 +151,7 @@ def main(argv: list[str]) -> int:
     interrupt = Interrupt(cfg.stop_after)
     fastest = cost.peak_flops(device)
     if chief:
+        allowed, threads = cores(), loader.num_threads
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
             f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "

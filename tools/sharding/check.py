@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import SourceError, pool, tars
+from . import SourceError, finishing, pool, tars
 
 
 def run(out: Path, workers: int) -> list[str]:
@@ -42,14 +42,14 @@ def _split(path: Path, workers: int) -> list[str]:
         return [f"{path.name}: an entry of shards is none"]
     if any(Path(entry["file"]).name != entry["file"] for entry in manifest["shards"]):
         return [f"{path.name}: a shard's name leads out of the folder"]
-    jobs = [(out, entry, manifest["num_classes"], _classes(out)) for entry in manifest["shards"]]
+    jobs = [(out, entry, manifest["num_classes"]) for entry in manifest["shards"]]
     differences: list[str] = []
     keys, tables = [], []
     with (
         pool.progress(manifest["num_samples"], f"checking {manifest['split']}") as shown,
         ProcessPoolExecutor(max(1, min(workers, len(jobs))), get_context("spawn")) as processes,
     ):
-        for (_, entry, *_), (found, digests, table) in zip(jobs, processes.map(_shard, jobs), strict=True):
+        for (_, entry, _), (found, digests, table) in zip(jobs, processes.map(_shard, jobs), strict=True):
             differences += found
             keys.append(digests)
             tables.append(table)
@@ -62,7 +62,7 @@ def _split(path: Path, workers: int) -> list[str]:
         table["shard"] = position
     merged = out / f"{manifest['name']}-{manifest['split']}.samples.npy"
     differences += _table(merged, np.concatenate(tables)) if tables else []
-    return differences + _metadata(out, manifest) + _quarantine(path, manifest)
+    return differences + _metadata(out, manifest) + _quarantine(out, manifest)
 
 
 def _classes(out: Path) -> list[str]:
@@ -70,8 +70,8 @@ def _classes(out: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
 
 
-def _quarantine(path: Path, manifest: dict) -> list[str]:
-    file = path.with_name(path.name.replace("manifest.json", "quarantine.jsonl"))
+def _quarantine(out: Path, manifest: dict) -> list[str]:
+    file = finishing.own_file(out, manifest["split"], "quarantine.jsonl")
     try:
         keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError):
@@ -94,10 +94,10 @@ def _metadata(out: Path, manifest: dict) -> list[str]:
     return differences
 
 
-def _shard(job: tuple[Path, dict, int, list[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _shard(job: tuple[Path, dict, int]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Differences, 128-bit digests of the keys, and the table that the tar itself gives."""
-    out, entry, num_classes, names = job
-    path = out / entry["file"]
+    out, entry, num_classes = job
+    path, names = out / entry["file"], _classes(out)
     nothing = np.empty((0, 2), "<u8"), np.empty(0, tars.SAMPLE)
     if not path.is_file():
         return [f"{path.name}: missing"], *nothing

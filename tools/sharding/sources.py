@@ -17,7 +17,7 @@ from .labels import beside, read_labels
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _SPLITS = ("train", "val", "validation", "test")
-_AROUND = ("val", "validation", "test", "train", "images")  # the one folder around a flat set is no class
+_AROUND = (*_SPLITS, "images")  # the one folder around a flat set is no class
 _ROUND = 1000
 _OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
 
