@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .correspondence import feature_locations as feature_locations
     from .correspondence import location_matches as location_matches
     from .correspondence import patch_targets as patch_targets
+    from .host import cores as cores
     from .loader import Loader as Loader
-    from .loader import cores as cores
     from .recipes import Colour as Colour
     from .recipes import Cut as Cut
     from .recipes import Recipe as Recipe
@@ -31,7 +31,7 @@ _ROOMS = {
     "ShardError": "shards",
     "ShardSet": "shards",
     "View": "batch",
-    "cores": "loader",
+    "cores": "host",
     "feature_locations": "correspondence",
     "location_matches": "correspondence",
     "patch_targets": "correspondence",

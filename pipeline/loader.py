@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +28,7 @@ from . import colour, draws
 from . import order as orders
 from .batch import Batch, View
 from .graph import DecodeError, Form, Graph
+from .host import cores
 from .recipes import Recipe, describe
 from .samples import Samples
 from .shards import ShardSet, Spec
@@ -383,16 +383,6 @@ class Loader:
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def cores() -> int:
-    """The CPU cores that this process may use: its affinity, or less where a container's quota says so."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return min(allowed, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no such file, or "max"
-        return allowed
 
 
 def _device(device: str | torch.device) -> torch.device:

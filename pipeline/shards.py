@@ -17,7 +17,6 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import headers, tar
+from .host import cache_folder, read_json, write_atomic
 
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
@@ -211,7 +211,7 @@ def _in_directory(folder: Path) -> tuple[list[Path], dict | None]:
     if odd:  # opening a pipe would wait for ever
         raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
     info = next((folder / name for name in ("_info.json", "info.json") if (folder / name).is_file()), None)
-    splits = (_json(info) or {}).get("splits", {}) if info else {}
+    splits = (read_json(info) or {}).get("splits", {}) if info else {}
     if isinstance(splits, dict) and len(splits) > 1:
         raise ShardError(
             f"{folder} holds the splits {', '.join(splits)}: name one by a pattern, {folder}/NAME-{{0000..0099}}.tar"
@@ -219,19 +219,11 @@ def _in_directory(folder: Path) -> tuple[list[Path], dict | None]:
     return paths, None
 
 
-def _json(path: Path) -> dict | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _manifests(folder: Path) -> dict[str, dict]:
     """Our sharder's manifests in a folder, by split; anything else of that name is left alone."""
     found = {}
     for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
-        manifest = _json(path)
+        manifest = read_json(path)
         if manifest and manifest.get("format") == 1 and _is_ours(manifest):
             found[str(manifest["split"])] = manifest
     return found
@@ -301,19 +293,15 @@ def _sidecar(path: Path) -> NDArray[np.void] | None:
     return table
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-ssl" / "tables"
-
-
 def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     """The table of shards that bring none: from the cache if they have not changed since, else by a walk."""
     stats = [path.stat() for path in paths]
     stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
     name = hashlib.blake2b(json.dumps([_SCAN, stamp]).encode(), digest_size=16).hexdigest() + ".npy"
-    cached = _load(_cache_folder() / name)
+    cached = _cached(name)
     if cached is not None:
         return cached
-    _log.info("reading the headers of %d shards, once; the table is kept in %s", len(paths), _cache_folder())
+    _log.info("reading the headers of %d shards, once: their table is kept in the user's cache", len(paths))
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
         scans = list(pool.map(_scan_named, paths))
     for path, (_, damage) in zip(paths, scans, strict=True):
@@ -324,21 +312,24 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
             _log.warning("%s: %s; the rest of it is used", path, "; ".join(damage.notes))
     table = _joined([rows for rows, _ in scans])
     if len(table) and not any(damage.notes for _, damage in scans):  # a damaged set is scanned, and named, every time
-        _keep(table, _cache_folder() / name)
+        _keep(table, name)
     return table
 
 
-def _keep(table: NDArray[np.void], path: Path) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _cached(name: str) -> NDArray[np.void] | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            np.save(file, table)
-        beside.replace(path)
+        return _load(cache_folder("tables") / name)
+    except OSError:  # no home
+        return None
+
+
+def _keep(table: NDArray[np.void], name: str) -> None:
+    try:
+        folder = cache_folder("tables")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, lambda file: np.save(file, table))
     except OSError as error:  # the table is in memory; the next start scans again
-        _log.warning("the table of these shards cannot be kept in %s: %s", path.parent, error)
-        with suppress(OSError):
-            beside.unlink()
+        _log.warning("the table of these shards cannot be kept: %s", error)
 
 
 def _split_name(name: str) -> tuple[str, str]:

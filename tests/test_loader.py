@@ -19,7 +19,6 @@ import torch
 from mapimages import coordinates, expected, smooth_image, still_recipe, write_set
 
 from pipeline import Batch, Loader, ShardSet, recipes
-from pipeline import cores as allowed_cores
 from pipeline.graph import Graph
 from pipeline.recipes import Recipe
 
@@ -548,10 +547,3 @@ def test_memory_stays_flat_over_twenty_epochs(photos: ShardSet) -> None:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("9", 2)])
-def test_cores_are_the_affinity_or_the_quota(quota: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: quota)
-    assert allowed_cores() == cores

@@ -38,6 +38,10 @@ def test_descriptions_know_neither_torch_nor_dali(room: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
 
 
+def test_the_host_needs_the_standard_library_only() -> None:
+    assert {name.partition(".")[0] for name in imports(ROOT / "pipeline" / "host.py")} <= sys.stdlib_module_names
+
+
 def test_one_file_says_dali() -> None:
     rooms = [p for folder in ("pipeline", "trainer") for p in (ROOT / folder).rglob("*.py")]
     assert {p.name for p in rooms if reaches(p, "nvidia")} == {"graph.py"}
@@ -49,7 +53,7 @@ def test_the_pipeline_does_not_know_the_trainer() -> None:
 
 
 def test_the_trainer_sees_only_the_face_of_the_pipeline() -> None:
-    face = {"pipeline.recipes"}
+    face = {"pipeline.host", "pipeline.recipes"}
     rooms = {f"pipeline.{p.stem}" for p in (ROOT / "pipeline").glob("*.py")} - face
     for path in (ROOT / "trainer").rglob("*.py"):
         assert not reaches(path, *rooms, "numba", "nvidia"), path

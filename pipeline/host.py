@@ -1,0 +1,110 @@
+"""What the machine gives a process, and files that are whole or not there."""
+
+import fcntl
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """The CPU cores that this process may use: its affinity, or less where a container's quota says so."""
+    allowed, limit = len(os.sched_getaffinity(0)), quota()
+    return allowed if limit is None else min(allowed, math.ceil(limit))
+
+
+def quota() -> float | None:
+    """Cores' worth of CPU time that the control groups of this process (v1 or v2) allow; None: no limit."""
+    limits = [limit for group in _groups() for limit in [_limit(group)] if limit is not None]
+    return min(limits, default=None)
+
+
+def _groups() -> Iterator[Path]:
+    """The folders of this process's CPU control groups and of all above them, whose limits hold as well."""
+    yield from (_CGROUPS, _CGROUPS / "cpu")  # a container sees its own group here, under whatever name it has outside
+    for line in _text(_MEMBERSHIP).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            group = (_CGROUPS / "cpu" if controllers else _CGROUPS) / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if _CGROUPS in folder.parents)
+
+
+def _limit(group: Path) -> float | None:
+    words = _text(group / "cpu.max").split()
+    words = words or [_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    if len(words) == 2 and all(word.isdecimal() and int(word) > 0 for word in words):  # not "max", not -1
+        return int(words[0]) / int(words[1])
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cache_folder(name: str) -> Path:
+    """Where the cache `name` of this user lies, whether or not it exists. Raises OSError where there is no home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home directory: set XDG_CACHE_HOME to a folder for caches") from None
+    return home / "dense-ssl" / name
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write` with an open file, which then takes the place of `path`, durably: whole or not at all.
+
+    The file's mode is the one that the umask gives. On a failure, whichever it is, `path` is what it was and nothing is
+    left beside it. A killed process leaves ``NAME.*.part``. Raises OSError, and what `write` raises.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several hosts may write to one folder
+    try:
+        with part.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable: what was created, renamed or removed there. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where the file is missing, unreadable, torn, too deep or holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds the file `path`, created where it is missing, for this process alone.
+
+    The kernel drops the lock when the process ends, however it ends; the file stays. Raises BlockingIOError where
+    another process holds it, OSError where the file or its lock cannot be had.
+    """
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
