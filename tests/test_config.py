@@ -1,6 +1,5 @@
 """What is asked for: defaults < preset < file < options, and one sentence for every mistake."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from trainer import config, methods
+from trainer.method import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,12 +77,16 @@ def test_an_unknown_key_in_a_file_is_a_mistake(tmp_path: Path) -> None:
         config.parse(["--config", str(file)])
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_the_light_config_is_the_methods_own(name: str) -> None:
-    light, real = methods.config_class(name), methods.load(name).Config
-    assert [(f.name, f.default) for f in dataclasses.fields(light)] == [
-        (f.name, f.default) for f in dataclasses.fields(real)
-    ]
+def test_a_file_that_begins_with_an_underscore_is_no_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("third", "_helper", "__init__"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.setattr(methods, "__path__", [str(tmp_path)])
+    assert methods.names() == ["third"]
+
+
+def test_every_method_is_of_the_base_class() -> None:
+    assert methods.names()
+    assert all(issubclass(methods.load(name).Method, Method) for name in methods.names())
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in config.PRESETS.glob("*.yaml")))

@@ -460,6 +460,7 @@ import torch
 from torch import nn
 
 from pipeline import Batch, Recipe, recipes
+from trainer import method
 from trainer.backbones import normalise
 
 
@@ -473,7 +474,7 @@ def views(cfg: Config) -> Recipe:
     return recipes.plain()
 
 
-class Method(nn.Module):
+class Method(method.Method):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg, self.layer = cfg, nn.Conv2d(3, 3, 16, 16)
@@ -484,12 +485,6 @@ class Method(nn.Module):
         loss = (self.layer(x).mean((2, 3)) - x.mean((2, 3))).square().mean()
         poison = torch.where((progress >= self.cfg.nan_from) & (progress < self.cfg.nan_to), torch.nan, 1.0)
         return loss * poison, {"colour_loss": loss.detach()}
-
-    def after_step(self, progress: torch.Tensor) -> None:
-        pass
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 '''
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer import methods
+from trainer.method import Method
 
 FORMAT = 1
 Payload = dict[str, Any]  # format, step, method, config (YAML), model, optimizer, loader, and scaler if there is one
@@ -91,12 +92,12 @@ def latest(folder: Path) -> Payload | None:
     return None
 
 
-def restore(payload: Payload) -> nn.Module:
+def restore(payload: Payload) -> Method:
     """The method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
     room = methods.load(payload["method"])
     settings = yaml.safe_load(payload["config"])[payload["method"]]
     cfg = room.Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
-    method = room.Method(cfg)
+    method: Method = room.Method(cfg)
     try:
         method.load_state_dict(payload["model"])
     except RuntimeError as error:

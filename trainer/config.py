@@ -1,4 +1,4 @@
-"""The settings of a run: dataclasses, YAML and dotted overrides. Imports nothing heavy: `--help` answers at once.
+"""The settings of a run: dataclasses, YAML and dotted overrides.
 
 The sections are ordered by who may touch them: what is learnt, from what, how, how fast, and what is told meanwhile.
 Only `speed`, `probe` and `log` never change a result.
@@ -169,7 +169,7 @@ def parse(argv: list[str]) -> Settings:
     )
     parser.add_argument("--config", action="config", help="YAML file; its keys are these options")
     parser.add_class_arguments(Run)
-    method_class = methods.config_class(name)
+    method_class = methods.load(name).Config
     parser.add_class_arguments(method_class, name)
 
     known = {**_fields(Run), name: method_class, **{f"{name}.{key}": t for key, t in _fields(method_class).items()}}

@@ -100,8 +100,8 @@ def main(argv: list[str]) -> int:
         method = checkpoint.restore(checkpoint.load(args.checkpoint))
         if args.student and getattr(method, "student", None) is None:
             raise ValueError("--student: this method has no teacher beside its student")
-        backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr, operator]
-        export(backbone, args.out, method.mean, method.std)  # type: ignore[arg-type]
+        backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr]
+        export(backbone, args.out, method.mean, method.std)
     except (ValueError, OSError) as error:
         print(f"trainer.export: {error}", file=sys.stderr)
         return 2

@@ -12,22 +12,21 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trainer/, whose names are not top-level ones
 
-from trainer import config  # noqa: E402 - after the line above; everything heavy waits until the options are parsed
+from trainer import config  # noqa: E402 - after the line above
 
 STOPPED = 75  # EX_TEMPFAIL: run it again to go on
 
 
 def main(argv: list[str]) -> int:
-    settings = config.parse(argv)
-    cfg, out = settings.run, settings.out
-
     # Threads that wait for each other by spinning stop a shared CPU: measured on two cores with a busy neighbour, 6
     # images/s against 61 asleep; alone, 117 against 105. To be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    settings = config.parse(argv)
+    cfg, out = settings.run, settings.out
 
     import itertools
     from contextlib import nullcontext
@@ -38,9 +37,10 @@ def main(argv: list[str]) -> int:
     from torch.profiler import record_function as span
 
     from pipeline import Loader, ShardSet, cores
-    from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules, visualise
+    from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
+    from trainer.method import Method
 
     # ---------------------------------------------------------------- who am I
     local_rank, here, world = (
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     try:
         method_config = room.Config(**vars(settings.method))
         recipe = room.views(method_config)
-        method = room.Method(method_config).to(device)
+        method: Method = room.Method(method_config).to(device)
     except ValueError as error:
         raise config.UsageError(f"--{cfg.method}: {error}") from None
     per_image = cost.flops_per_image(method, recipe)
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     if compiled:  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
         for unit in backbones.blocks(method) if sharded else [method]:
             unit.compile(dynamic=False)
-    step_fn = DistributedDataParallel(method) if world > 1 and not sharded else method
+    step_fn: torch.nn.Module = DistributedDataParallel(method) if world > 1 and not sharded else method
     optimizer = optim.build(cfg.optim, method)
     learnt = [p for p in method.parameters() if p.requires_grad]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -253,8 +253,7 @@ def main(argv: list[str]) -> int:
             }
             if fastest:
                 record["mfu"] = rate / world * per_image / fastest
-            if hasattr(method, "scheduled"):
-                record |= {name: value.item() for name, value in method.scheduled(progress).items()}
+            record |= {name: value.item() for name, value in method.scheduled(progress).items()}
             if probe and not stopped and score_due(done):
                 record["knn"] = probe(method.backbone())
             if log:
@@ -273,13 +272,10 @@ def main(argv: list[str]) -> int:
     # ---------------------------------------------------------------- goodbye
     if not kept:
         print(f"run.py: the last steps are not kept: make room for {out}, and run it again to do them", file=sys.stderr)
-    elif chief and not stopped and hasattr(method, "place"):
-        learned: Any = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
-        batch = next(batches).to(device)
-        places, visible = learned.place(batch)
-        if places:  # not every variant locates patches
-            visualise.placements(out / "placements.png", batch, places, visible)
-            print(f"where the model places the query patches: {out / 'placements.png'}")
+    elif chief and not stopped:
+        learned = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
+        if learned.picture(next(batches).to(device), picture := out / "placements.png"):
+            print(f"a picture of what was learned: {picture}")
     loader.close()
     if log:
         log.close()

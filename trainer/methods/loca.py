@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log, pi
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from pipeline import Batch, Recipe, recipes
+from trainer import method, visualise
 from trainer.backbones import (
     VisionTransformer,
     block_init_,
@@ -241,8 +243,8 @@ class Branch(nn.Module):
         return fp32(self.head(x))
 
 
-class Method(nn.Module):
-    """See trainer.methods for what a method offers. Query views run through the backbone image-major."""
+class Method(method.Method):
+    """LOCA. Query views run through the backbone image-major."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -438,6 +440,13 @@ class Method(nn.Module):
             bias = name.endswith((".qkv.bias", ".q.bias", ".kv.bias"))
             (decayed if parameter.ndim > 1 or bias else exempt).append(parameter)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+    def picture(self, batch: Batch, path: Path) -> bool:
+        """Query windows, where the model places their patches, and where they belong."""
+        places, visible = self.place(batch)
+        if places:  # not every variant locates patches
+            visualise.placements(path, batch, places, visible)
+        return bool(places)
 
     @torch.no_grad()
     def place(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Recipe, recipes
+from trainer import method
 from trainer.backbones import BatchNorm, convnet, normalise, vit
 from trainer.parallel import gather, rank, world_size
 
@@ -389,7 +390,7 @@ class Head(nn.Sequential):
         super().__init__(*layers, nn.Linear(width, widths[-1], bias=False))
 
 
-class Method(nn.Module):
+class Method(method.Method):
     """VICRegL. Batch norm, which ResNet-50 and its heads have, sees the cells of one view at a time (released code)."""
 
     def __init__(self, cfg: Config) -> None:
@@ -411,17 +412,6 @@ class Method(nn.Module):
 
     def backbone(self) -> nn.Module:
         return self.encoder
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Biases and gains do not decay (released code)."""
-        learnt = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in learnt if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-
-    def after_step(self, progress: Tensor) -> None:
-        """Nothing follows the weights: there is no teacher."""
 
     def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         maps = [view for kind in ("large", "small") if kind in batch.views for view in self.encode(batch, kind)]
