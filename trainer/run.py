@@ -208,7 +208,8 @@ def main(argv: list[str]) -> int:
                 epoch, t = loader.epoch, time.perf_counter()
                 batch = next(batches).to(device)
                 waited += time.perf_counter() - t
-            with step_fn.no_sync() if step_fn is not method and i + 1 < cfg.speed.accumulate else nullcontext():
+            waits = isinstance(step_fn, DistributedDataParallel) and i + 1 < cfg.speed.accumulate
+            with step_fn.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with span("forward"), torch.autocast(device.type, half, enabled=half is not None):
                     loss, parts = step_fn(batch, progress)
                 with span("backward"):
