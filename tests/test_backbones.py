@@ -7,7 +7,17 @@ import timm
 import torch
 from torch import Tensor
 
-from trainer.backbones import VisionTransformer, normalise, take, vit
+from trainer.backbones import (
+    ConvNeXt,
+    ResNet,
+    VisionTransformer,
+    feature_map,
+    normalise,
+    stride,
+    take,
+    timm_backbone,
+    vit,
+)
 
 PIXELS = torch.Generator().manual_seed(0)
 
@@ -72,6 +82,118 @@ def test_timm_loads_the_weights_and_agrees() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 64, 64, generator=PIXELS)
     torch.testing.assert_close(ours(x), theirs.forward_features(x))
+
+
+def perturbed(network: torch.nn.Module) -> torch.nn.Module:
+    """In evaluation mode, with no weight and no running statistic where it started."""
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if value.is_floating_point():
+                value.add_(0.1 * torch.rand_like(value) if "running" in name else 0.02 * torch.randn_like(value))
+    return network.eval()
+
+
+def test_maps_of_a_rectangle_are_those_of_timms_vit() -> None:
+    torch.manual_seed(2)
+    ours = perturbed(VisionTransformer(32, 3, 4, patch=8, size=32, cls_token=True))
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=(48, 72),
+        patch_size=8,
+        embed_dim=32,
+        depth=3,
+        num_heads=4,
+        no_embed_class=True,
+        act_layer="gelu_tanh",
+        num_classes=0,
+    ).eval()
+    theirs.load_state_dict({**ours.state_dict(), "pos_embed": ours.position_grid(6, 9)})
+    x = torch.randn(2, 3, 48, 72, generator=PIXELS)
+    for norm in (True, False):
+        each = theirs.forward_intermediates(x, [0, 2], norm=norm, intermediates_only=True)
+        assert each[0].shape == (2, 32, 6, 9)
+        torch.testing.assert_close(feature_map(ours, x, (0, 2), norm=norm), torch.cat(each, 1))
+        torch.testing.assert_close(feature_map(ours, x, norm=norm), each[1])
+    torch.testing.assert_close(feature_map(ours, x), ours(x)[:, 1:].mT.unflatten(2, (6, 9)))
+
+
+def test_positions_of_a_rectangle_are_not_transposed() -> None:
+    model = VisionTransformer(2, 1, 1, patch=8, size=40)
+    where = torch.stack(torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij"), -1)
+    with torch.no_grad():
+        model.pos_embed.copy_(where.reshape(1, 25, 2))
+    rows, columns = model.position_grid(5, 10)[0].unflatten(0, (5, 10)).unbind(-1)
+    torch.testing.assert_close(rows, torch.arange(5.0)[:, None].expand(5, 10))
+    assert (columns == columns[:1]).all() and (columns.diff(dim=1)[:, 1:-1] > 0.4).all()
+
+
+def test_positions_are_resized_once_to_be_trained(small: VisionTransformer) -> None:
+    x = torch.randn(1, 3, 48, 48, generator=PIXELS)
+    before = small(x)
+    small.set_input_size(48)
+    assert small.grid == 6 and small.pos_embed.shape == (1, 36, 32)
+    torch.testing.assert_close(small(x), before)
+    small(x).square().sum().backward()
+    assert (small.pos_embed.grad.abs().amax(2) > 0).all()
+    with pytest.raises(ValueError, match=r"50.*8"):
+        small.set_input_size(50)
+
+
+def test_maps_of_a_convnext_are_timms_with_its_norm_on_every_cell() -> None:
+    torch.manual_seed(3)
+    depths, widths = (1, 1, 2, 1), (8, 16, 32, 64)
+    ours = perturbed(ConvNeXt(depths, widths))
+    theirs = timm.create_model("convnext_tiny", depths=depths, dims=widths, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for name, value in theirs.named_parameters():
+        if name.endswith("gamma"):  # the layer scale, which ours has not
+            torch.nn.init.ones_(value)
+    x = torch.randn(2, 3, 64, 96, generator=PIXELS)
+    stages = theirs.forward_intermediates(x, intermediates_only=True)
+    assert [tuple(stage.shape[1:]) for stage in stages] == [(8, 16, 24), (16, 8, 12), (32, 4, 6), (64, 2, 3)]
+    for network in (ours, theirs):
+        torch.testing.assert_close(feature_map(network, x), theirs.head.norm(stages[3]))
+        torch.testing.assert_close(feature_map(network, x, norm=False), stages[3])
+    torch.testing.assert_close(feature_map(ours, x), ours(x).mT.unflatten(2, (2, 3)))
+    together = feature_map(ours, x, (0, 1, 2, 3), norm=False)
+    assert together.shape == (2, 120, 16, 24)
+    torch.testing.assert_close(together[:, :8], stages[0])
+    coarse = torch.nn.functional.interpolate(stages[3], (16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(together[:, 56:], coarse)
+
+
+def test_a_resnet_with_dilations_is_timms_of_output_stride_8() -> None:
+    torch.manual_seed(4)
+    depths = (1, 2, 2, 2)
+    ours = perturbed(ResNet(depths))
+    theirs = timm.create_model("resnet50", layers=depths, output_stride=8, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    dilated = ours.dilated(8)
+    x = torch.randn(1, 3, 64, 96, generator=PIXELS)
+    torch.testing.assert_close(feature_map(dilated, x), theirs.forward_features(x))
+    assert feature_map(dilated, x).shape == (1, 2048, 8, 12) and (stride(dilated), stride(theirs)) == (8, 8)
+    assert feature_map(ours, x).shape == (1, 2048, 2, 3) and stride(ours) == 32
+    stages = [getattr(dilated, f"layer{i}") for i in (1, 2, 3, 4)]
+    dilations = [[block.conv2.dilation[0] for block in stage] for stage in stages]
+    assert dilations == [[1], [1, 1], [1, 2], [2, 4]]  # a stage's first block has half of its dilation
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [("vit_tiny_patch16_224", 16), ("resnet18", 8), ("convnext_atto", 32), ("swin_tiny_patch4_window7_224", 32)],
+)
+def test_any_timm_model_gives_a_map_of_a_rectangle(name: str, cells: int) -> None:
+    network = timm_backbone(name, pretrained=False)
+    assert stride(network) == cells and not network.training
+    assert feature_map(network, torch.zeros(1, 3, 2 * cells, 3 * cells)).shape == (1, network.num_features, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("vit_nowhere", "no model"), ("vit_relpos_small_patch16_224", "any sides")]
+)
+def test_a_timm_model_that_cannot_serve_is_named(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s){name}.*{reason}|{reason}.*{name}"):
+        timm_backbone(name, pretrained=False)
 
 
 def triangle_resize(values: list[float], out: int) -> list[float]:

@@ -5,9 +5,11 @@ model of the same shape as it is.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
@@ -38,6 +40,49 @@ def recompute_(module: nn.Module) -> None:
     """Makes every block drop its activations and compute them again in the backward pass."""
     for block in blocks(module):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def stride(backbone: Any) -> int:
+    """Pixels per side of a patch or cell, of our backbones and of timm's."""
+    return backbone.patch if hasattr(backbone, "patch") else backbone.feature_info[-1]["reduction"]
+
+
+def feature_map(backbone: Any, pixels: Tensor, layers: Sequence[int] = (-1,), *, norm: bool = True) -> Tensor:
+    """f32 (B, 3, H, W), both sides multiples of the stride -> (B, D, rows, columns) of any backbone, timm's included.
+
+    `layers` are blocks of a ViT or stages of a convolutional network (of ResNet, the stem is stage 0); several maps
+    lie one after another along D, resized bilinearly to the finest one's grid. `norm` applies the final norm: to every
+    block of a ViT, as DINOv2 does, and to the last stage of a ConvNeXt. A ResNet has none.
+    """
+    maps = backbone.forward_intermediates(pixels, indices=list(layers), norm=norm, intermediates_only=True)
+    if norm and isinstance(backbone, timm_convnext.ConvNeXt) and {-1, len(backbone.stages) - 1} & set(layers):
+        last: Any = getattr(backbone.head, "norm", nn.Identity())
+        maps[-1] = last(maps[-1])
+    grid = maps[0].shape[-2:]
+    return torch.cat([maps[0], *(F.interpolate(m, grid, mode="bilinear") for m in maps[1:])], dim=1)
+
+
+def timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+    """timm's model `name` without its classifier, in evaluation mode, for images of any rectangle.
+
+    A ResNet gets output stride 8, as frozen segmentation uses it. Raises ValueError for a name that timm does not know
+    and for a network that takes images of one size only; whatever the hub raises where weights cannot be fetched.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: timm.list_models() names all")
+    dilated = name.partition(".")[0] in timm.list_models(module="resnet")
+    for options in ({"output_stride": 8} if dilated else {"dynamic_img_size": True}, {}):
+        try:
+            network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options).eval()
+            break
+        except TypeError:  # an argument that this family lacks
+            continue
+    try:
+        with torch.no_grad():
+            feature_map(network, torch.zeros(1, 3, 2 * stride(network), 3 * stride(network)))
+    except (AssertionError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"timm's {name} gives no feature map for images of any sides ({error})") from None
+    return network
 
 
 # ---- Vision Transformers ---------------------------------------------------------------------------------------------
@@ -134,12 +179,33 @@ class VisionTransformer(nn.Module):
     def forward(
         self, pixels: Tensor, keep: Tensor | None = None, *, positions: bool = True, context: Tensor | None = None
     ) -> Tensor:
-        """f32 (B, 3, S, S) -> (B, N, D), or (B, 1 + N, D) with a CLS token in front.
+        """f32 (B, 3, H, W) -> (B, N, D), or (B, 1 + N, D) with a CLS token in front.
 
         `keep`, i64 (n,) for all images alike or (B, n), names the patches that enter the first block; the others cost
         nothing. `positions=False` leaves the position embeddings out. `context`, bool (1 or B, N), names the tokens
         that serve as keys and values in every block; by default all do.
         """
+        x = self.embed(pixels, keep, positions)
+        mask = None if context is None else context[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self, pixels: Tensor, indices: Sequence[int], *, norm: bool, intermediates_only: Literal[True] = True
+    ) -> list[Tensor]:
+        """The patches after the blocks at `indices`, each (B, D, rows, columns): timm's function of that name."""
+        x, maps = self.embed(pixels), []
+        wanted = {range(len(self.blocks))[i] for i in indices}
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in wanted:
+                patches = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]
+                maps.append(patches.mT.unflatten(2, (-1, pixels.shape[-1] // self.patch)))
+        return maps
+
+    def embed(self, pixels: Tensor, keep: Tensor | None = None, positions: bool = True) -> Tensor:
+        """f32 (B, 3, H, W) -> the tokens that enter the first block."""
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
         if (rows * self.patch, columns * self.patch) != tuple(pixels.shape[-2:]):
             raise ValueError(f"images of {tuple(pixels.shape[-2:])} do not divide into patches of {self.patch}")
@@ -150,10 +216,19 @@ class VisionTransformer(nn.Module):
             x = take(x, keep)
         if self.num_prefix_tokens:
             x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        mask = None if context is None else context[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.norm(x)
+        return x
+
+    @torch.no_grad()
+    def set_input_size(self, size: int) -> None:
+        """Resizes the position grid once, for good, to train on images of side `size`: every patch has its own vector.
+
+        A grid that is resized in every forward pass trains the few vectors of its old size. Raises ValueError.
+        """
+        if size % self.patch:
+            raise ValueError(f"images of side {size} do not divide into patches of {self.patch}")
+        grid = size // self.patch
+        self.pos_embed = nn.Parameter(self.position_grid(grid, grid).clone(), self.pos_embed.requires_grad)
+        self.grid = grid
 
     def position_grid(self, rows: int, columns: int) -> Tensor:
         """The position embeddings (1, rows*columns, D), resized bilinearly and antialiased where the grid shrinks."""
@@ -229,7 +304,7 @@ class ConvNeXt(timm_convnext.ConvNeXt):
         self.width = widths[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
+        """f32 (B, 3, H, W) -> (B, N, D), cells row by row."""
         norm: Any = self.head.norm
         return norm(self.forward_features(pixels.to(norm.weight.dtype))).flatten(2).mT
 
@@ -240,15 +315,27 @@ class ResNet(timm_resnet.ResNet):
     Convolutions start as Kaiming normal by fan-out, the last norm of each block with gain 0 (released VICRegL code).
     """
 
-    patch = 32
-
-    def __init__(self, depths: tuple[int, ...], *, drop_path: float = 0.0) -> None:
+    def __init__(self, depths: tuple[int, ...], *, drop_path: float = 0.0, output_stride: int = 32) -> None:
         block: Any = timm_resnet.Bottleneck
-        super().__init__(block, depths, num_classes=0, norm_layer=BatchNorm, drop_path_rate=drop_path)
-        self.width = self.num_features
+        super().__init__(
+            block,
+            depths,
+            num_classes=0,
+            norm_layer=BatchNorm,
+            drop_path_rate=drop_path,
+            output_stride=output_stride,
+        )
+        self.width, self.patch = self.num_features, output_stride
+
+    def dilated(self, output_stride: int = 8) -> "ResNet":
+        """This network in evaluation mode with cells of `output_stride` pixels: dilations take the place of strides."""
+        depths = tuple(len(getattr(self, f"layer{stage}")) for stage in (1, 2, 3, 4))
+        network = ResNet(depths, output_stride=output_stride)
+        network.load_state_dict(self.state_dict())
+        return network.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """f32 (B, 3, S, S) -> (B, N, D), cells row by row."""
+        """f32 (B, 3, H, W) -> (B, N, D), cells row by row."""
         stem: Any = self.conv1
         return self.forward_features(pixels.to(stem.weight.dtype)).flatten(2).mT
 
