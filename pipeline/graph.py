@@ -11,10 +11,8 @@ its buffers alive for as long as a result is held, on a GPU also until the devic
 thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +24,7 @@ from nvidia.dali import backend, fn, types
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from .cutting import cut_image
+from .kernel import kept
 from .recipes import Cut, Recipe
 
 Form = Literal["fused", "operators"]
@@ -100,25 +99,20 @@ _SETUP = numba_types.void(_SHAPES, _NDIMS, _INT, _SHAPES, _NDIMS, _INT, _INT)
 @cache
 def _cut_all() -> Any:
     """All views of one decoded image, as DALI calls a numba operator: outputs, then inputs, by address and shape."""
-    # numba looks for changes in this file only; what it keeps must also go when a file that is compiled in changes.
-    here = Path(__file__).parent
-    version = zlib.crc32(b"".join((here / name).read_bytes() for name in ("cutting.py", "simd.py", "draws.py")))
 
     def run(outputs, out_shapes, out_ndims, kinds, inputs, in_shapes, in_ndims, count):
         image = carray(inputs[0], (in_shapes[0][0], in_shapes[0][1], in_shapes[0][2]), np.uint8)
         windows = carray(inputs[1], (in_shapes[1][0], in_shapes[1][1]), np.float32)
         params = carray(inputs[2], (in_shapes[2][0], in_shapes[2][1]), np.float32)
-        done = 0 * version
+        done = 0
         for kind in range(kinds):
             shape = out_shapes[kind]
             out = carray(outputs[kind], (shape[0], shape[1], shape[2], shape[3]), np.uint8)
             cut_image((out,), image, windows[done:], params[done:])
             done += shape[0]
 
-    try:
-        return cfunc(_RUN, cache=True)(run)
-    except RuntimeError:  # no cache directory can be written
-        return cfunc(_RUN)(run)
+    with kept() as possible:
+        return cfunc(_RUN, cache=possible)(run)
 
 
 @cache

@@ -1,18 +1,65 @@
-"""How this package compiles: one decorator for every numba kernel."""
+"""How this package compiles: one decorator for every numba kernel, and one folder for what it compiled.
 
-from collections.abc import Callable
+numba asks of a kept kernel only whether the file of that one function has changed, but constants and kernels of other
+files are compiled in. The folder is therefore named by all that can be.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from numba import njit
+import numba
+
+from .host import cache_folder
+
+COMPILED = ("correspondence", "cutting", "draws", "headers", "kernel", "order", "simd")  # files that go into kernels
+_UNUSED = 30 * 24 * 3600.0  # seconds after which another version's folder goes
+_lock = threading.RLock()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """`function` compiled without the interpreter lock, and kept on disk where a cache directory can be written.
+    """`function` compiled without the interpreter lock, and kept on disk."""
+    with kept() as possible:
+        return numba.njit(cache=possible, nogil=True)(function)
 
-    numba refuses to decorate at all where no cache directory is writable (a read-only installation without a home):
-    there each process compiles anew, which costs it some seconds and nothing else.
+
+@contextmanager
+def kept() -> Iterator[bool]:
+    """While it is open, numba keeps in this package's folder what it is asked to cache; False: there is no such folder.
+
+    Without one each process compiles for itself, which costs it some seconds and nothing else.
     """
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
+    with _lock:
+        before, folder = numba.config.CACHE_DIR, _folder()
+        numba.config.CACHE_DIR = str(folder or "")
+        try:
+            yield folder is not None
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+@cache
+def _folder() -> Path | None:
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
+    for name in COMPILED:
+        digest.update((here / f"{name}.py").read_bytes())
+    for place in (lambda: Path(numba.config.CACHE_DIR or here / "__pycache__"), lambda: cache_folder("kernels")):
+        with suppress(OSError):
+            folder = place() / f"kernels-{digest.hexdigest()}"
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            os.utime(folder)  # used today
+            for other in folder.parent.glob("kernels-*"):
+                if other.stat().st_mtime < time.time() - _UNUSED:
+                    shutil.rmtree(other, ignore_errors=True)
+            return folder
+    return None

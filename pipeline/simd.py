@@ -3,8 +3,6 @@
 Written as portable LLVM vector code through numba (no processor's own instructions), because the loops that LLVM makes
 of plain numba are 2 times (weighted sum) and 10 times (transpose) slower, and views are cut by little else. Both work
 on addresses: the caller answers for the bounds.
-
-numba's cache of what is compiled in `cutting` looks at that file only: who changes this one touches that one too.
 """
 
 import numpy as np

@@ -423,21 +423,6 @@ def test_selection_finds_every_rank(values):
         assert correspondence._smallest(np.array(values, np.float64), len(values), k) == sorted(values)[k - 1]
 
 
-def test_an_unwritable_cache_does_not_stop_the_import(monkeypatch):
-    """numba refuses to decorate with a cache when it finds no directory for it."""
-    from pipeline import kernel
-
-    real = kernel.njit
-
-    def refusing(*, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
-
-    monkeypatch.setattr(kernel, "njit", refusing)
-    assert kernel.kernel(lambda x: x + 1)(2) == 3
-
-
 def test_cost_grows_with_the_images_not_faster():
     rng = np.random.default_rng(RNG_SEED)
     large, small = (

@@ -37,6 +37,17 @@ def test_descriptions_know_neither_torch_nor_dali(room: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
 
 
+def test_what_is_compiled_in_is_among_the_files_that_kernels_are_kept_by() -> None:
+    from pipeline.kernel import COMPILED
+
+    for path in (ROOT / "pipeline").glob("*.py"):
+        if path.stem in COMPILED:
+            rooms = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+            assert rooms <= {*COMPILED, "host", "recipes"}, path  # folders and types: nothing that is compiled in
+        elif path.stem != "graph":  # nobody's kernels use what it compiles
+            assert "pipeline.kernel" not in imports(path), path
+
+
 def test_the_host_needs_the_standard_library_only() -> None:
     assert {name.partition(".")[0] for name in imports(ROOT / "pipeline" / "host.py")} <= sys.stdlib_module_names
 
