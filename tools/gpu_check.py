@@ -35,7 +35,8 @@ import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pipeline import Batch, Loader, Recipe, recipes  # noqa: E402
-from trainer import methods, optim  # noqa: E402
+from trainer import methods  # noqa: E402
+from trainer.step import TrainingStep  # noqa: E402
 
 CHECKS: dict[str, Callable[["Bench"], None]] = {}
 RECIPES: dict[str, Callable[[], Recipe]] = {"loca": recipes.loca, "vicregl": recipes.vicregl}
@@ -247,6 +248,7 @@ def _train(bench: Bench, name: str) -> dict[str, Any]:
     method = room.Method(config).to(bench.device)
     optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
     method.compile(dynamic=False)
+    training_step = TrainingStep(method, optimizer, amp_dtype=torch.bfloat16, clip=1.0)
     loader = bench.loader(room.views(config))
     batches = _forever(loader)
     for _ in range(2):
@@ -262,13 +264,7 @@ def _train(bench: Bench, name: str) -> dict[str, Any]:
             start = time.perf_counter()
             bench.forbid_waiting(True)
         progress.fill_(step / 12)
-        with torch.autocast(torch.device(bench.device).type, torch.bfloat16):
-            loss, _ = method(next(batches).to(bench.device), progress)
-        loss.backward()
-        norm = optim.clip_([p for p in method.parameters() if p.requires_grad], 1.0)
-        optim.step(optimizer, torch.isfinite(norm), torch.amp.GradScaler(bench.device, enabled=False))
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(progress)
+        result = training_step(batches, progress)
     bench.forbid_waiting(False)
     bench.synchronize()
     step_ms = 1e3 * (time.perf_counter() - start) / 8
@@ -276,7 +272,7 @@ def _train(bench: Bench, name: str) -> dict[str, Any]:
     later = counters["stats"]["unique_graphs"] - graphs
     assert graphs == 1, f"{graphs} graphs instead of one"
     assert later == 0, f"{later} graphs were compiled after step 4"
-    assert torch.isfinite(loss).item(), "the loss is not finite"
+    assert result.finite.item(), "the loss is not finite"
     rate = round(1e3 * bench.batch / step_ms)
     figure = {"batch": bench.batch, "step_ms": round(step_ms, 1), "images_per_s": rate}
     return {**figure, "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)} if bench.gpu else figure

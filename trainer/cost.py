@@ -1,5 +1,6 @@
 """What a step costs: operations, counted without computing them, the share of a GPU's peak they are, and a trial."""
 
+import itertools
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import Batch, Recipe, View
 from trainer.metrics import memory_gb
+from trainer.step import TrainingStep
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "V100": 125e12}
@@ -46,31 +48,18 @@ def flops_per_image(method: nn.Module, recipe: Recipe, count: int = 4) -> float:
     return counter.get_total_flops() / count
 
 
-def dry_run(
-    method: nn.Module,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    count: int,
-    device: torch.device,
-    half: torch.dtype | None,
-    flops: float,
-) -> str:
-    """Runs three steps of `count` images of noise and tells what the last one cost: time, memory, operations."""
-    batch, progress = synthetic(recipe, count, device), torch.zeros((), device=device)
+def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device, flops: float) -> str:
+    """Runs three steps whose micro-batches are `count` images of noise; the last one's time, memory and operations."""
+    batches, progress = itertools.repeat(synthetic(recipe, count, device)), torch.zeros((), device=device)
     for _ in range(3):
         start = time.perf_counter()
-        with torch.autocast(device.type, half, enabled=half is not None):
-            loss, _ = method(batch, progress)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(progress)  # type: ignore[operator]
+        images = len(step(batches, progress).index)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return (
-        f"{count} images: {1e3 * seconds:.0f} ms, {count / seconds:.3g} images/s, {memory_gb(device):.2f} GB peak, "
-        f"{flops / 1e9:.3g} GFLOP an image, {flops * count / seconds / 1e12:.3g} TFLOP/s"
+        f"{images} images: {1e3 * seconds:.0f} ms, {images / seconds:.3g} images/s, {memory_gb(device):.2f} GB peak, "
+        f"{flops / 1e9:.3g} GFLOP an image, {flops * images / seconds / 1e12:.3g} TFLOP/s"
     )
 
 

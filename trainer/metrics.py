@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline import Batch
 from trainer import parallel
 from trainer.config import UsageError
 
@@ -46,6 +48,19 @@ class Meter:
         *means, peak = torch.cat([sums / counts, most[None]]).tolist()
         self._values = {}
         return {**dict(zip(each, means, strict=True)), f"{largest}_max": peak if math.isfinite(peak) else math.nan}
+
+
+class Timed(Iterator[Batch]):
+    """An iterator that adds up the seconds that its batches were waited for."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self.seconds = batches, 0.0
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self.seconds += time.perf_counter() - start
+        return batch
 
 
 class Profile:

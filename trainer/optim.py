@@ -1,48 +1,25 @@
-"""The optimizers, and the step that a non-finite gradient skips."""
+"""The optimizers, and the steps that a non-finite loss or gradient made them skip."""
 
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from trainer.config import Optim
+from trainer.method import Method
 
 
-def build(cfg: Optim, method: nn.Module) -> torch.optim.Optimizer:
+def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
     """The optimizer over the method's own parameter groups. Its learning rate is set anew before each step."""
-    groups: list[dict[str, Any]] = method.parameter_groups(cfg.weight_decay)  # type: ignore[operator]
+    groups = method.parameter_groups(cfg.weight_decay)
     if cfg.name == "lars":
         from trainer.lars import LARS
 
         return LARS(groups, lr=0.0, momentum=cfg.betas[0])
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=1e-8, fused=True)
-
-
-def clip_(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """Scales the gradients so that their global norm is at most `limit`. Returns the norm before, a 0-d tensor."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def step(optimizer: torch.optim.Optimizer, finite: Tensor, scaler: torch.amp.GradScaler) -> None:
-    """One step where `finite` (0-d bool) holds, none where it does not, decided on the device.
-
-    The optimizers take the flag themselves, as they do for a gradient scaler: the host never waits to learn it.
-    """
-    if scaler.is_enabled():
-        scaler.step(optimizer)  # saw the same infinities when it unscaled
-        scaler.update()
-    else:
-        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.step()
 
 
 class Guard:

@@ -29,18 +29,17 @@ def main(argv: list[str]) -> int:
     cfg, out = settings.run, settings.out
 
     import itertools
-    from contextlib import nullcontext
 
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
-    from torch.profiler import record_function as span
 
     from pipeline import Loader, ShardSet, cores
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
     from trainer.method import Method
+    from trainer.step import TrainingStep
 
     # ---------------------------------------------------------------- who am I
     local_rank, here, world = (
@@ -83,13 +82,17 @@ def main(argv: list[str]) -> int:
     if compiled:  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
         for unit in backbones.blocks(method) if sharded else [method]:
             unit.compile(dynamic=False)
-    step_fn: torch.nn.Module = DistributedDataParallel(method) if world > 1 and not sharded else method
     optimizer = optim.build(cfg.optim, method)
-    learnt = [p for p in method.parameters() if p.requires_grad]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    training_step = TrainingStep(
+        method,
+        optimizer,
+        model=DistributedDataParallel(method) if world > 1 and not sharded else None,
+        accumulate=cfg.speed.accumulate,
+        amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
+        clip=cfg.optim.clip,
+    )
     if cfg.dry_run:
-        told = cost.dry_run(method, recipe, optimizer, cfg.batch_size // slices, device, half, per_image)
+        told = cost.dry_run(training_step, recipe, cfg.batch_size // slices, device, per_image)
         if chief:
             print(told)
         return 0
@@ -130,7 +133,7 @@ def main(argv: list[str]) -> int:
             raise config.UsageError(f"--out {out}: holds a run of {saved['method']!r}; name another folder")
         try:
             checkpoint.set_state(method, optimizer, saved)
-            scaler.load_state_dict(saved["scaler"])
+            training_step.scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
         except (KeyError, RuntimeError, ValueError) as error:
             lacks = "made with other settings of the method or of optim, it lacks " * isinstance(error, KeyError)
@@ -154,8 +157,9 @@ def main(argv: list[str]) -> int:
         allowed, threads = cores(), loader.num_threads
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(
-            f"{cfg.method}: {sum(p.numel() for p in learnt):,} weights, {per_image / 1e9:.3g} GFLOP an image, "
-            f"{precision}, {'compiled' if compiled else 'not compiled'}, {world} x {name}, {allowed} cores, "
+            f"{cfg.method}: {sum(p.numel() for p in training_step.trainable):,} trainable parameters, "
+            f"{per_image / 1e9:.3g} GFLOP an image, {precision}, "
+            f"{'compiled' if compiled else 'not compiled'}, {world} x {name}, {allowed} cores, "
             f"{threads} decoding threads a rank\n"
             f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
             f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
@@ -176,7 +180,7 @@ def main(argv: list[str]) -> int:
                 "step": step,
                 "method": cfg.method,
                 "config": settings.text,
-                "scaler": scaler.state_dict(),
+                "scaler": training_step.scaler.state_dict(),
                 "loader": loader.state_dict(),
             }
             folder, last, each = out / "checkpoints", cfg.log.keep_last, cfg.log.keep_every
@@ -193,8 +197,8 @@ def main(argv: list[str]) -> int:
     guard = optim.Guard(out, cfg.optim.max_skipped)
     profile = metrics.Profile(out) if cfg.log.profile and chief else None
     progress = torch.zeros((), device=device)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
-    clock, waited, seen = time.perf_counter(), 0.0, 0
+    batches = metrics.Timed(itertools.chain.from_iterable(itertools.repeat(loader)))  # epoch after epoch
+    clock, seen = time.perf_counter(), 0
     stopped, kept = False, True
     for step in range(start, total):
         lr = schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=cfg.optim.final_lr * peak)
@@ -202,31 +206,10 @@ def main(argv: list[str]) -> int:
             group["lr"] = lr
         progress.fill_(step / total)
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # drop-path and masks: a function of the step
-        sound, indices = torch.ones((), device=device), []
-        for i in range(cfg.speed.accumulate):
-            with span("data"):
-                epoch, t = loader.epoch, time.perf_counter()
-                batch = next(batches).to(device)
-                waited += time.perf_counter() - t
-            waits = isinstance(step_fn, DistributedDataParallel) and i + 1 < cfg.speed.accumulate
-            with step_fn.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with span("forward"), torch.autocast(device.type, half, enabled=half is not None):
-                    loss, parts = step_fn(batch, progress)
-                with span("backward"):
-                    scaler.scale(loss / cfg.speed.accumulate).backward()
-            meter.add({"loss": loss, **parts})
-            sound = sound * torch.isfinite(loss.detach())
-            indices.append(batch.index)
-        with span("optimizer"):
-            scaler.unscale_(optimizer)
-            norm = optim.clip_(learnt, cfg.optim.clip)  # over all ranks' shards, too
-            finite = torch.isfinite(norm) & (parallel.mean_over_ranks(sound) == 1)  # the same answer on every rank
-            optim.step(optimizer, finite, scaler)
-            optimizer.zero_grad(set_to_none=True)
-        with span("after_step"):
-            method.after_step(progress)
-        meter.add({"grad_norm": norm})
-        guard.add(finite, torch.cat(indices))
+        epoch = loader.epoch
+        result = training_step(batches, progress)
+        meter.add(result.metrics)
+        guard.add(result.finite, result.index)
         seen += 1
         if profile:
             profile.step()
@@ -247,7 +230,7 @@ def main(argv: list[str]) -> int:
                 "images_per_s": rate,
                 "images_per_s_rank": rate / world,
                 "step_ms": 1e3 * elapsed / seen,
-                "data_wait_ms": 1e3 * waited / seen,
+                "data_wait_ms": 1e3 * batches.seconds / seen,
                 "memory_gb": metrics.memory_gb(device),
                 "skipped": guard.skipped,
                 "bad_samples": len(loader.bad),
@@ -266,7 +249,7 @@ def main(argv: list[str]) -> int:
             kept = save(done)
             clock += time.perf_counter() - pause  # stands still for checkpoints
         if telling:
-            clock, waited, seen = time.perf_counter(), 0.0, 0  # and for the probe
+            clock, seen, batches.seconds = time.perf_counter(), 0, 0.0  # and for the probe
         if stopped:
             break
 

@@ -1,18 +1,19 @@
 """Searches and curves: the best setting, how speed scales, and how close training on real data comes to its ceiling."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice, product
+from itertools import cycle, islice, product
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import Loader, draws, recipes
+from pipeline import Batch, Loader, draws, recipes
 from pipeline.loader import by_kind
 from pipeline.order import positions
 from trainer import methods
+from trainer.step import TrainingStep
 
 from .meter import Meter, forever, of_loader, spread, synchronize, turn_about
 from .stages import Task
@@ -110,30 +111,24 @@ def headspace(task: Task, method: str, backbone: str | None, seconds: float, rep
     room, config = headspace_config(method, backbone)
     device = torch.device(task.device)
     model = room.Method(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-5, fused=True)
     if task.gpu:
         model.compile(dynamic=False)
+    step = TrainingStep(model, optimizer, amp_dtype=torch.bfloat16 if task.gpu else None, clip=1.0)
     progress = torch.zeros((), device=device)
 
-    def train(batch: Any) -> int:
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.gpu):
-            loss, _ = model(batch.to(device), progress)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.after_step(progress)
-        return len(batch.label)
+    def train(batches: Iterator[Batch]) -> Iterator[int]:
+        while True:
+            yield len(step(batches, progress).index)
 
     recipe = room.views(config)
     loader = task.loader(recipe)
     stored = [batch.to(device) for batch in islice(forever(loader), 4)]
 
-    def replayed() -> Any:
-        while True:
-            for batch in stored:
-                yield train(batch)
-
-    meters = [Meter("replayed", replayed(), settle=2), Meter("loader", (train(b) for b in forever(loader)), settle=4)]
+    meters = [
+        Meter("replayed", train(cycle(stored)), settle=2),
+        Meter("loader", train(forever(loader)), settle=4),
+    ]
     turn_about(meters, seconds, repeats, lambda text: say(f"headspace: {text}"))
     synchronize()
     loader.close()
