@@ -1,10 +1,13 @@
 """Every layout in which ImageNet is handed out, in miniature, and the sources that must be refused or survived."""
 
+import errno
 import gzip
 import io
 import json
 import os
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +207,44 @@ def test_labels_that_begin_at_one_are_seen(val_forms, tmp_path, capsys):
     assert {parts["cls"] for parts in make.samples(tmp_path / "out").values()} == {b"0", b"1", b"2"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "options", "sentence"),
+    [
+        ("a.jpg 0\n\nb.jpg O1\nc.jpg 1\n", (), "line 3: 'O1'"),
+        ("a.jpg cat\nb.jpg dog\nc.jpg 10\n", (), "line 3: '10'"),
+        ("a.jpg 0\nb.jpg 99999999999999999999\nc.jpg 1\n", (), "label 99999999999999999999"),
+        ("a.jpg 0\nb.jpg 3000000000\nc.jpg 1\n", (), "label 3000000000"),
+        ("a.jpg 0\nb.jpg 20000000\nc.jpg 1\n", (), "label 20000000"),
+        ("a.jpg 0\nb.jpg " + "9" * 5000 + "\nc.jpg 1\n", (), "label 99999"),
+        ("a.jpg 0\nb.jpg 1\nc.jpg 1\n", ("--label-offset", 10**30), "label 1000000"),
+    ],
+)
+def test_labels_that_cannot_be_meant_are_refused(labels, options, sentence, tmp_path, capsys):
+    source = make.tree(tmp_path / "in", dict.fromkeys(("a.jpg", "b.jpg", "c.jpg"), b"x"))
+    listed = file(tmp_path / "labels.txt", labels.encode())
+    assert make.run(source, tmp_path / "out", "--labels", listed, *options) == 2
+    said = capsys.readouterr().err
+    assert re.search(sentence, said), said
+    assert len(said) < 400
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("solution", "code"),
+    [
+        ("\nImageId,PredictionString\n{}", 0),
+        ("ImageId,PredictionString\n\n{}", 0),
+        ("ImageId,PredictionString\n{}" + "x" * 200_000, 2),
+    ],
+)
+def test_kaggles_answers_with_blank_lines_or_huge_fields(solution, code, tmp_path, capsys):
+    answers = "".join(f"{name},{wnid} 1 2 3 4\n" for name, wnid in zip("abc", make.WNIDS, strict=True))
+    source = make.tree(tmp_path / "in", {f"{name}.jpg": make.encode(1) for name in "abc"})
+    listed = file(tmp_path / "LOC_val_solution.csv", solution.format(answers).encode())
+    assert make.run(source, tmp_path / "out", "--labels", listed) == code
+    assert code == 0 or "LOC_val_solution.csv" in capsys.readouterr().err
+
+
 def test_releases_are_told_by_their_number_of_classes(tmp_path):
     for count, word in ((1000, "1k"), (10450, "21k-P"), (19167, "winter21"), (21841, "fall11")):
         assert word in labels.release([f"n{number:08d}" for number in range(count)])[0]
@@ -276,6 +317,52 @@ def test_duplicate_keys_name_both(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert make.run(source, tmp_path / "out", "--key", "path") == 0
     assert set(make.samples(tmp_path / "out")) == {"a_1", "b_1", "b_2"}
+
+
+def test_a_class_folder_with_a_latin1_name_is_kept_as_it_is(tmp_path):
+    name = os.fsdecode("café".encode("latin-1"))
+    files = {f"{name}/1.jpg": make.encode(1), "dog/2.jpg": make.encode(2)}
+    for source in (make.tree(tmp_path / "in", files), file(tmp_path / "in.tar", make.tar_of(files))):
+        out = tmp_path / f"out of {source.name}"
+        assert make.run(source, out) == 0
+        assert (out / "synsets.txt").read_bytes() == b"caf\xe9\ndog\n"
+        assert make.run("--check", out) == 0
+    again = ("--split", "val", "--classes", out / "synsets.txt")
+    assert make.run(tmp_path / "in", tmp_path / "again", *again) == 0  # as a second split of the same classes is made
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "two\rlines", "two\x85lines"])
+def test_a_class_name_of_several_lines_is_refused(name, tmp_path, capsys):
+    source = make.tree(tmp_path / "in", {f"{name}/1.jpg": make.encode(1), "dog/2.jpg": make.encode(2)})
+    assert make.run(source, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert repr(name) in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["", "cat"])
+def test_a_link_to_itself_does_not_stop_the_listing(place, tmp_path):
+    source = make.tree(tmp_path / "in", {"cat/1.jpg": make.encode(1), "dog/2.jpg": make.encode(2)})
+    for name in ("loop", "loop.jpg"):
+        (source / place / name).symlink_to(name)
+    assert make.run(source, tmp_path / "out") == 0
+    assert len(make.samples(tmp_path / "out")) == 2
+    (line,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert line["source"] == str(Path(place, "loop.jpg"))
+
+
+def test_an_unreadable_source_is_named_itself(photos, tmp_path, monkeypatch, capsys):
+    source, stat = make.tree(tmp_path / "in", photos), os.stat
+
+    def refuse(path, *args, **options):
+        if str(path).startswith(f"{source}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert make.run(source, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"cannot read {source}: Permission denied" in said
 
 
 # --- hostile and broken tars -----------------------------------------------------------------------------------------

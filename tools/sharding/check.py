@@ -67,7 +67,7 @@ def _split(path: Path, workers: int) -> list[str]:
 
 def _classes(out: Path) -> list[str]:
     file = out / "synsets.txt"
-    return file.read_text().splitlines() if file.is_file() else []
+    return file.read_text("utf-8", "surrogateescape").splitlines() if file.is_file() else []
 
 
 def _quarantine(out: Path, manifest: dict) -> list[str]:

@@ -4,11 +4,14 @@ import csv
 import io
 import re
 import tarfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import SourceError
 
+_INTEGER = re.compile(r"-?\d+")
+_DIGITS = 18  # of a label; Python refuses to read very long numbers
 WNID = re.compile(r"n\d{8}")
 # Number of classes -> (what it is, the name its shards get). Names are those of timm's published shards.
 RELEASES = {
@@ -73,25 +76,44 @@ def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
         raise SourceError(f"{path} does not exist: --labels wants a csv, the devkit, or lines `<file name> <label>`")
     if path.is_dir() or tarfile.is_tarfile(path) or path.name == "ILSVRC2012_validation_ground_truth.txt":
         return _devkit(path)
-    if path.suffix == ".csv":
-        rows = list(csv.reader(io.StringIO(_text(path))))
-        rows = rows[1:] if rows and rows[0][0] == "ImageId" else rows
-        pairs = [(row[0], row[1].split()[0]) for row in rows if len(row) > 1 and row[1].split()]
-    else:
-        pairs = [(line.split()[0], line.split()[-1]) for line in _text(path).splitlines() if len(line.split()) > 1]
-    if not pairs:
+    labelled = list(_lines(path))
+    if not labelled:
         raise SourceError(f"{path} has no lines `<file name> <class name or label>`")
-    found: dict[str, str | int] = {Path(name).stem: label for name, label in pairs}
-    if len(found) < len(pairs):
+    found: dict[str, str | int] = {stem: label for _, stem, label in labelled}
+    if len(found) < len(labelled):
         raise SourceError(f"{path} labels a file twice")
-    if all(re.fullmatch(r"-?\d+", label) for _, label in pairs):
-        numbers = {stem: int(label) for stem, label in found.items()}
-        if offset is None and min(numbers.values()) == 1:
-            raise SourceError(f"{path}: labels begin at 1; say --label-offset -1 (or 0 if they really mean 1)")
-        found = {stem: label + (offset or 0) for stem, label in numbers.items()}
-        if min(label for label in found.values() if isinstance(label, int)) < 0:
-            raise SourceError(f"{path}: with --label-offset {offset or 0} a label is negative")
-    return found
+    integers = [row for row in labelled if _INTEGER.fullmatch(row[2])]
+    if not integers:
+        return found
+    if len(integers) < len(labelled):  # most lines say which kind is meant
+        words = [row for row in labelled if not _INTEGER.fullmatch(row[2])]
+        few, kind = (words, "integers") if len(words) < len(integers) else (integers, "class names")
+        number, _, label = few[0]
+        raise SourceError(f"{path}, line {number}: {label!r} stands among {kind}: correct it; labels are of one kind")
+    huge = next(((number, label) for number, _, label in labelled if len(label) > _DIGITS), None)
+    if huge:
+        raise SourceError(f"{path}, line {huge[0]}: label {huge[1]:.25} is no number of a class: correct it")
+    numbers = {stem: int(label) for _, stem, label in labelled}
+    if offset is None and min(numbers.values()) == 1:
+        raise SourceError(f"{path}: labels begin at 1; say --label-offset -1 (or 0 if they really mean 1)")
+    if min(numbers.values()) + (offset or 0) < 0:
+        raise SourceError(f"{path}: with --label-offset {offset or 0} a label is negative")
+    return {stem: label + (offset or 0) for stem, label in numbers.items()}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, file stem, label) of each line that has both; Kaggle's csv has boxes behind the label."""
+    text = _text(path)
+    lines: Iterator[tuple[int, list[str]]] = enumerate(map(str.split, text.splitlines()), 1)
+    if path.suffix == ".csv":
+        reader = csv.reader(io.StringIO(text))
+        lines = ((reader.line_num, [row[0], *row[1].split()[:1]]) for row in reader if len(row) > 1)
+    try:
+        for number, words in lines:
+            if len(words) > 1 and words[0] != "ImageId":  # the csv's heading
+                yield number, Path(words[0]).stem, words[-1]
+    except csv.Error as error:
+        raise SourceError(f"{path} is no csv file of labels: {error}") from None
 
 
 def _devkit(path: Path) -> dict[str, str | int]:
@@ -128,10 +150,8 @@ def _devkit(path: Path) -> dict[str, str | int]:
 
 
 def _text(path: Path) -> str:
-    """UTF-8, with or without a byte order mark; line ends of any system."""
+    """UTF-8, with or without a byte order mark, or names as the file system has them; line ends of any system."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SourceError(f"{path} is no UTF-8 text") from None

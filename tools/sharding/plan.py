@@ -19,6 +19,7 @@ from . import SourceError, labels
 from .sources import Listing
 
 SHARD_BYTES = 140_000_000  # what timm's 1,024 shards of ImageNet-1k average
+_FEW = 100_000  # classes, which a label file may number whatever the number of images
 _CLEAN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _ROW = np.dtype(
     [("place", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name_bytes", "<i4")]
@@ -144,6 +145,9 @@ def build(
     """Raises SourceError for what cannot be a set: duplicate keys, labels out of range, empty classes."""
     class_list = class_list or listing.class_file
     classes, label = _labels(listing, labels.read_classes(class_list) if class_list else None)
+    for one in classes:
+        if one.splitlines() != [one]:
+            raise SourceError(f"{listing.root}: class name {one!r} is no single line, as synsets.txt has it: rename it")
     kept = np.flatnonzero(label > -2)
     if not len(kept):
         raise SourceError(f"{listing.root}: no image belongs to a class of {class_list}")
@@ -252,6 +256,11 @@ def _labels_by_file(listing: Listing, class_list: list[str] | None) -> tuple[lis
     values = set(labelled.values())
     if all(isinstance(value, int) for value in values):
         top = max(value for value in values if isinstance(value, int))
+        if class_list is None and top >= max(len(stems), _FEW):
+            raise SourceError(
+                f"label {top} would mean {top + 1:,} classes for {len(stems):,} images: correct the label file, "
+                f"or name the classes with --classes FILE"
+            )
         classes = class_list or [str(number) for number in range(top + 1)]
         if top >= len(classes):
             raise SourceError(
@@ -260,9 +269,6 @@ def _labels_by_file(listing: Listing, class_list: list[str] | None) -> tuple[lis
         return classes, np.array([labelled[stem] for stem in stems])
     classes = class_list or sorted({str(value) for value in values})
     number = {name: label for label, name in enumerate(classes)}
-    unknown = sorted({str(value) for value in values} - set(classes))
-    if unknown and class_list is None:
-        raise SourceError(f"the label file mixes names and numbers, e.g. {unknown[0]!r}")
     return classes, np.array([number.get(str(labelled[stem]), -2) for stem in stems])
 
 

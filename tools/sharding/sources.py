@@ -4,6 +4,7 @@ A folder of class folders, a flat folder, Kaggle's layout, a folder of class tar
 all become the same columns, so that what follows does not know where an image came from.
 """
 
+import errno
 import os
 from array import array
 from collections import Counter
@@ -71,20 +72,23 @@ def read(
     source: Path, split: str, labels: Path | None, label_offset: int | None, unlabelled: bool, told: Told
 ) -> Listing:
     """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
-    if not source.exists():
-        raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
     mapping = source / "LOC_synset_mapping.txt"
-    source, label_file = _descend(source, split, None if unlabelled else labels, unlabelled)
     try:
+        if not source.exists():
+            raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
+        class_file = mapping if not unlabelled and mapping.is_file() else None
+        source, label_file = _descend(source, split, None if unlabelled else labels, unlabelled)
         listing = (
             _tar_file(source, told) if source.is_file() else _folder(source, unlabelled or label_file is not None, told)
         )
     except OSError as error:
-        raise SourceError(f"cannot read {error.filename or source}: {error.strerror}") from None
+        at = Path(error.filename or source)
+        while at != source and not os.path.lexists(at):  # what was merely looked for, in a folder that cannot be read
+            at = at.parent
+        raise SourceError(f"cannot read {at}: {error.strerror}") from None
     if not len(listing):
         raise SourceError(f"{source} holds no image{_ignored(listing)}")
-    if mapping.is_file() and not unlabelled:
-        listing.class_file = mapping
+    listing.class_file = class_file
     if unlabelled:
         _forget_classes(listing)
     elif label_file is not None:
@@ -108,14 +112,14 @@ def _descend(source: Path, split: str, label_file: Path | None, unlabelled: bool
         kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
-        folders = {entry.name for entry in os.scandir(top) if entry.is_dir()}
+        folders = {entry.name for entry in os.scandir(top) if _is(entry.is_dir)}
         if source == top and folders and folders <= set(_SPLITS) and not unlabelled:
             raise SourceError(
                 f"{top} holds {', '.join(sorted(folders))}, but no {split}: name the folder, or its --split"
             )
         if label_file is None and not unlabelled and aliases[0] == "val":
             found = beside(top)
-            flat = source.is_file() or not any(entry.is_dir() for entry in os.scandir(source))
+            flat = source.is_file() or not any(_is(entry.is_dir) for entry in os.scandir(source))
             label_file = found if flat else None
     elif label_file is None and not unlabelled and aliases[0] == "val":
         label_file = beside(source.parent)
@@ -150,8 +154,8 @@ def _wanted(listing: Listing, name: str) -> bool:
 def _folder(root: Path, any_depth: bool, told: Told) -> Listing:
     listing = Listing(root, "", told)
     entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
-    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file()]
+    folders = [entry.name for entry in entries if _is(entry.is_dir) and not entry.name.startswith(".")]
+    class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and _is(entry.is_file)]
     if class_tars and (root / "manifest.json").exists():
         raise SourceError(f"{root} holds finished shards, not images to make them of")
     if class_tars and not folders:
@@ -186,16 +190,26 @@ def _files(listing: Listing, root: Path, below: str, group: int, deep: bool) -> 
     folders = []
     for entry in sorted(os.scandir(root / below), key=lambda entry: os.fsencode(entry.name)):
         name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=not deep):
+        if _is(entry.is_dir, follow_symlinks=not deep):
             folders.append(name)
         elif _wanted(listing, name):
-            if entry.is_file():
+            if _is(entry.is_file):
                 listing.add(name, entry.stat().st_size, group)
             else:
                 listing.refused.append((name, "not a regular file"))
     if deep:
         for name in folders:
             _files(listing, root, name, group, deep=True)
+
+
+def _is(test: Callable[..., bool], **options: bool) -> bool:
+    """`DirEntry.is_dir` or `is_file`, False for a link that leads back to itself."""
+    try:
+        return test(**options)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
