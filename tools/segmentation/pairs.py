@@ -1,0 +1,156 @@
+"""Where each data set keeps its images and masks as downloaded, which of them are a split, how its masks are coded.
+
+A pattern is a path below SOURCE: `{split}` is the split's folder, `{key}` the sample's name, `{path}` the same with
+folders in it, `*` any one folder, and `.*` at the end the extension of any image. The folder before the first of these
+may lie in SOURCE itself or up to two folders deeper, so SOURCE may be what an archive was unpacked into.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+from sharding import SourceError
+from sharding.sources import IMAGES
+
+from .masks import Encoding
+
+Box = tuple[int, int, int, int]  # y0, x0, y1, x1
+_WILD = {"{key}": "([^/]+)", "{path}": "(.+)", "*": "[^/]+", ".*": r"\.[^./]+"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data set as downloaded."""
+
+    classes: tuple[str, ...]
+    images: tuple[str, ...]
+    masks: Mapping[str, Encoding]  # pattern -> how such a mask is coded; a sample's is the first that is there
+    splits: Mapping[str, tuple[str, int | None]]  # name -> `{split}`, and how many samples it has as published
+    lists: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)  # split -> see `_listed`
+    member: Callable[[str, str], bool] = lambda split, key: True  # of a split that neither a folder nor a list makes
+    partner: Callable[[str, str], str | None] = lambda split, key: key  # a mask's key -> its image's; None: other split
+    patch: tuple[int, int] | None = None  # side and stride of the patches that large images are cut into
+    red_green: Mapping[str, tuple[int, int]] | None = None  # split -> channels of an image that becomes R, G, (R+G)/2
+    oversized: bool = False  # a mask larger than its image is cut at the right and at the bottom
+    as_stored: bool = True  # masks were drawn on the pixels as stored, whatever EXIF says of turning; False: who knows
+    hint: str = ""  # said where a mask is missing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One sample: an image and its mask, or the same patch of both."""
+
+    key: str
+    image: str  # path below the source, as is `mask`
+    mask: str
+    encoding: int  # which of the layout's masks
+    box: Box | None = None
+
+
+def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -> list[Pair]:
+    """The samples of a split, in the order of their names; `names` is a file that lists them in the layout's place.
+
+    Raises SourceError where an image has no mask, a mask has no image, or there is no such split.
+    """
+    if split not in layout.splits:
+        raise SourceError(f"--split {split}: this layout has {', '.join(layout.splits)}")
+    folder = layout.splits[split][0]
+    images = _collect(layout.images, source, folder)
+    if not images:
+        wanted = " or ".join(layout.images).replace("{split}", folder)
+        raise SourceError(f"{source} holds no image of split {split}: this layout keeps them as {wanted}")
+    masks = _collect(layout.masks, source, folder)
+    masks = {key: found for name, found in masks.items() if (key := layout.partner(split, name)) is not None}
+    listed = _names(names) if names else _listed(layout, source, split)
+    if listed is None:
+        images = {key: found for key, found in images.items() if layout.member(split, key)}
+        if spare := sorted(key for key in masks.keys() - images.keys() if layout.member(split, key)):
+            raise SourceError(f"{source / masks[spare[0]][0]} is a mask without an image{_more(spare)}")
+    elif missing := sorted(set(listed) - images.keys()):
+        raise SourceError(f"{source} holds no image {missing[0]}, which is listed for split {split}{_more(missing)}")
+    else:
+        images = {key: images[key] for key in listed}
+    if lacking := sorted(images.keys() - masks.keys()):
+        hint = f" ({layout.hint})" if layout.hint else ""
+        raise SourceError(f"{source / images[lacking[0]][0]} is an image without a mask{_more(lacking)}{hint}")
+    found = [Pair(key, images[key][0], *masks[key]) for key in sorted(images)]
+    return [part for pair in found for part in _patches(pair, source, *layout.patch)] if layout.patch else found
+
+
+def _collect(patterns: Iterable[str], source: Path, split: str) -> dict[str, tuple[str, int]]:
+    """{key: (path below the source, number of its pattern)}; where two patterns find a key, the first one counts."""
+    found: dict[str, tuple[str, int]] = {}
+    for number, pattern in enumerate(one.replace("{split}", split) for one in patterns):
+        fixed = re.split(r"[{*]", pattern)[0].rpartition("/")[0]
+        folder = _below(source, fixed)
+        if folder is None:
+            continue
+        parts = re.split(r"(\{key\}|\{path\}|\.?\*)", pattern.removeprefix(f"{fixed}/"))
+        shape = re.compile("".join(_WILD.get(part, re.escape(part)) for part in parts))
+        mine: dict[str, tuple[str, int]] = {}
+        for path in sorted(folder.rglob("*")):
+            match = shape.fullmatch(path.relative_to(folder).as_posix())
+            if not match or path.name.startswith(".") or (parts[-2] == ".*" and path.suffix.lower() not in IMAGES):
+                continue
+            if match[1] in mine:
+                raise SourceError(f"{path} and {source / mine[match[1]][0]} have one name: remove one of them")
+            mine[match[1]] = (path.relative_to(source).as_posix(), number)
+        found = mine | found
+    return found
+
+
+def _below(source: Path, name: str) -> Path | None:
+    """The file or folder of that name in the source or up to two folders deeper."""
+    for depth in ("", "*/", "*/*/"):
+        found = sorted(source.glob(depth + name))
+        if len(found) > 1:
+            raise SourceError(f"{source} holds {name} twice, in {found[0]} and {found[1]}: name the folder you mean")
+        if found:
+            return found[0]
+    return None
+
+
+def _listed(layout: Layout, source: Path, split: str) -> list[str] | None:
+    """The names that the layout's own lists give: the first group of files that is all there, added up; those of a
+    file behind a minus are taken away.
+    """
+    for group in layout.lists.get(split, ()):
+        files = {file: path for file in group if (path := _below(source, file.lstrip("-") + ".txt"))}
+        if len(files) == len(group):
+            names: set[str] = set()
+            for file, path in files.items():
+                names = names - set(_names(path)) if file.startswith("-") else names | set(_names(path))
+            return sorted(names)
+    if split in layout.lists:
+        wanted = " or ".join(f"{group[0]}.txt" for group in layout.lists[split])
+        raise SourceError(f"{source} lacks the list of split {split}, {wanted}; or give one with --list")
+    return None
+
+
+def _names(path: Path) -> list[str]:
+    """One name a line; a path to an image or mask, and what follows a blank, are fine as well."""
+    try:
+        return [Path(line.split()[0]).stem for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read the list {path}: {error}") from None
+
+
+def _patches(pair: Pair, source: Path, side: int, stride: int) -> Iterator[Pair]:
+    """Squares row by row; the last of a row and of a column end at the image's edge."""
+    with Image.open(source / pair.image) as image:
+        width, height = image.size
+    for y in _starts(height, side, stride):
+        for x in _starts(width, side, stride):
+            box = (y, x, min(y + side, height), min(x + side, width))
+            yield replace(pair, key=f"{pair.key}_{y}_{x}", box=box)
+
+
+def _starts(length: int, side: int, stride: int) -> list[int]:
+    last = max(0, length - side)
+    return [*range(0, last, stride), last]
+
+
+def _more(keys: Sequence[str]) -> str:
+    return f" (one of {len(keys)})" if len(keys) > 1 else ""
