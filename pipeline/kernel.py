@@ -22,6 +22,7 @@ from .host import cache_folder
 
 COMPILED = ("correspondence", "cutting", "draws", "headers", "kernel", "order", "simd")  # files that go into kernels
 _UNUSED = 30 * 24 * 3600.0  # seconds after which another version's folder goes
+_config: Any = numba.config
 _lock = threading.RLock()
 
 
@@ -38,12 +39,12 @@ def kept() -> Iterator[bool]:
     Without one each process compiles for itself, which costs it some seconds and nothing else.
     """
     with _lock:
-        before, folder = numba.config.CACHE_DIR, _folder()
-        numba.config.CACHE_DIR = str(folder or "")
+        before, folder = _config.CACHE_DIR, _folder()
+        _config.CACHE_DIR = str(folder or "")
         try:
             yield folder is not None
         finally:
-            numba.config.CACHE_DIR = before
+            _config.CACHE_DIR = before
 
 
 @cache
@@ -52,7 +53,7 @@ def _folder() -> Path | None:
     digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
     for name in COMPILED:
         digest.update((here / f"{name}.py").read_bytes())
-    for place in (lambda: Path(numba.config.CACHE_DIR or here / "__pycache__"), lambda: cache_folder("kernels")):
+    for place in (lambda: Path(_config.CACHE_DIR or here / "__pycache__"), lambda: cache_folder("kernels")):
         with suppress(OSError):
             folder = place() / f"kernels-{digest.hexdigest()}"
             folder.mkdir(parents=True, exist_ok=True)
