@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .recipes import Colour as Colour
     from .recipes import Cut as Cut
     from .recipes import Recipe as Recipe
+    from .shards import ReadError as ReadError
     from .shards import ShardError as ShardError
     from .shards import ShardSet as ShardSet
 
@@ -27,6 +28,7 @@ _ROOMS = {
     "Colour": "recipes",
     "Cut": "recipes",
     "Loader": "loader",
+    "ReadError": "shards",
     "Recipe": "recipes",
     "ShardError": "shards",
     "ShardSet": "shards",

@@ -36,6 +36,8 @@ from .shards import ShardSet, Spec
 Order = Literal["global", "block"]
 
 _VERSION = 1
+_MOST = 2**31 - 1
+_MOST_THREADS = 1024  # more than this, a typing error, would abort the process
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,23 @@ class _Preparation:
         rows = self.samples.shards.table[index]
         sizes = np.stack([rows["height"], rows["width"]], axis=-1)
         windows, params = draws.draw(self._tables, self._seed, plan.epoch, index, sizes)
-        targets = self._recipe.targets(by_kind(self._recipe, windows)) if self._recipe.targets else {}
+        targets = _targets(self._recipe, windows) if self._recipe.targets else {}
         return _Prepared(plan, index, images, windows, params, targets, rows["label"].astype(np.int64))
+
+
+def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """What the recipe's targets say of a batch. Raises ValueError where it is not a row of each array per image."""
+    assert recipe.targets is not None
+    found: object = recipe.targets(by_kind(recipe, windows))
+    if not isinstance(found, dict):
+        raise ValueError(f"targets of recipe {recipe.name!r} returned {type(found).__name__}: a dict of arrays is due")
+    for name, target in found.items():
+        if not isinstance(target, np.ndarray) or target.shape[:1] != (len(windows),):
+            raise ValueError(
+                f"target {name!r} of recipe {recipe.name!r} has shape {np.shape(target)}: "
+                f"an array with a row for each of the {len(windows)} images is due"
+            )
+    return found
 
 
 def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -117,8 +134,11 @@ class Loader:
     out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the host.
 
     A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
-    is current when it is asked for, without the host waiting for the device. Raises ValueError for a number out of
-    range or a set smaller than one global batch, ShardError for too many bad samples.
+    is current when it is asked for, without the host waiting for the device.
+
+    Raises ValueError for a number out of range or a set smaller than one global batch, ShardError for too many bad
+    samples, ReadError where stored bytes cannot be had: the loader's state stays what it was, and iterating it again
+    goes on from there.
     """
 
     def __init__(
@@ -140,18 +160,19 @@ class Loader:
         prefetch: int = 2,
         form: Form | None = None,
     ):
-        batch_size, seed, rank, world_size = (operator.index(number) for number in (batch_size, seed, rank, world_size))
+        if num_threads is None:
+            num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        batch_size = _whole("batch_size", batch_size, 1, _MOST)
+        seed = _whole("seed", seed, 0, 2**63 - 1)
+        world_size = _whole("world_size", world_size, 1, _MOST)
+        rank = _whole("rank", rank, 0, world_size - 1)
+        prefetch = _whole("prefetch", prefetch, 1, _MOST_THREADS)
+        self.num_threads = _whole("num_threads", num_threads, 1, _MOST_THREADS)
         self.shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
         self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
         self.device = _device(device)
         self._seed, self._drop_last, self._shuffle, self._depth = seed, drop_last, shuffle, prefetch
         self._global = batch_size * world_size
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size} must be positive and rank {rank} one of the world_size {world_size} ranks"
-            )
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), not {seed}")
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
         if form not in (None, "fused", "operators"):
@@ -163,17 +184,12 @@ class Loader:
                 f"{len(self.shards)} samples do not fill one batch of {batch_size} on {world_size} ranks: "
                 "lower batch_size, or keep incomplete batches with drop_last=False"
             )
-        if num_threads is None:
-            num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self.num_threads = num_threads
-        if num_threads < 1 or prefetch < 1:
-            raise ValueError(f"num_threads {num_threads} and prefetch {prefetch} must be positive")
         self._build = partial(
             Graph,
             recipe,
             batch_size,
             device_id=self.device.index if self.device.type == "cuda" else None,
-            num_threads=num_threads,
+            num_threads=self.num_threads,
             form=form,
             hw_decoder_load=hw_decoder_load,
         )
@@ -383,6 +399,17 @@ class Loader:
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """`value` as an int. Raises TypeError where it is no whole number, ValueError where it is out of bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} {value} must be a whole number") from None
+    if not least <= number <= most:
+        raise ValueError(f"{name} {value} must be a whole number from {least} to {most}")
+    return number
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -70,7 +70,12 @@ class Cut:
             if not good:
                 raise ValueError(f"cut {self.kind!r}: {what}")
 
-        demand(self.count > 0 and self.size > 0 and self.grid > 0, "count, size and grid must be positive")
+        for name in ("count", "size", "grid"):
+            number = getattr(self, name)
+            demand(isinstance(number, int) and number > 0, f"{name} {number} must be a positive whole number")
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            demand(isinstance(pair, Sequence) and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
         demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
         demand(0 < self.scale[0] <= self.scale[1] <= 1, f"scale {self.scale} must be ordered within (0, 1]")
         demand(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio {self.ratio} must be ordered and positive")
@@ -78,7 +83,7 @@ class Cut:
         known = self.interpolation in ("bilinear", "bicubic")
         demand(known, f"interpolation {self.interpolation!r} is neither bilinear nor bicubic")
         demand(self.antialias or self.interpolation == "bilinear", f"{self.interpolation} needs antialias=True")
-        demand(bool(self.colours), "colours must name at least one Colour")
+        demand(_all_are(Colour, self.colours), f"colours must be a tuple of at least one Colour, not {self.colours}")
         demand(len({c.rule for c in self.colours}) <= 1, "the colours of one cut must follow one rule")
         for c in self.colours:
             demand(c.rule in get_args(Rule), f"rule {c.rule!r} is none of {get_args(Rule)}")
@@ -103,6 +108,19 @@ class Recipe:
     targets: Targets | None = field(default=None, compare=False)
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the unit range; for whoever normalises the pixels
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for cuts that no batch can hold."""
+        if not _all_are(Cut, self.cuts):
+            raise ValueError(f"recipe {self.name!r}: cuts must be a tuple of at least one Cut, not {self.cuts}")
+        kinds = [cut.kind for cut in self.cuts]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"recipe {self.name!r} has two cuts of the kind {twice!r}: give each a name of its own")
+
+
+def _all_are(kind: type, values: object) -> bool:
+    return isinstance(values, tuple) and bool(values) and all(isinstance(value, kind) for value in values)
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

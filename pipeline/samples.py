@@ -4,12 +4,14 @@ Whether a sample is bad depends on its stored bytes alone, so that every device,
 samples by the same others. Each image is checked on its way to the decoder (complete, an image, of the size that the
 table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless, damage in the
 middle of its data, is rejected then; there devices may judge differently, but a set verified when it was made has none.
-A sample known to be bad is not read again, so that a fault costs its batch once and nothing later.
+A sample known to be bad is not read again, so that a fault costs its batch once and nothing later. Bytes that cannot
+be had (a file system that fails, a shard that is gone) make no sample bad: which ones would depend on the moment.
 """
 
 import io
 import logging
 import threading
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,11 @@ from PIL import Image, UnidentifiedImageError
 
 from . import headers
 from .order import replacement
-from .shards import ShardError, ShardSet
+from .shards import ReadError, ShardError, ShardSet
 
 _log = logging.getLogger(__name__)
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between attempts to read: network file systems have bad moments
 _LISTED = 20  # bad samples that the closing error names
 
 
@@ -70,10 +73,7 @@ class Samples:
         row = self.shards.table[i]
         if row["size"] > headers.MAX_BYTES:
             return f"too large: more than {headers.MAX_BYTES} bytes"
-        try:
-            image = np.frombuffer(self._read(i), np.uint8)
-        except OSError as error:
-            return error.strerror or str(error)
+        image = np.frombuffer(self._read(i), np.uint8)
         if image.size < row["size"]:
             return f"the shard ends after {image.size} of its {row['size']} bytes"
         if image.size == 0:
@@ -89,10 +89,18 @@ class Samples:
         return image
 
     def _read(self, i: int) -> bytes:
+        for pause in _PAUSES:
+            try:
+                return self.shards.read(i)
+            except OSError:
+                time.sleep(pause)
         try:
             return self.shards.read(i)
-        except OSError:  # network file systems have bad moments
-            return self.shards.read(i)
+        except OSError as error:
+            raise ReadError(
+                f"{self.shards.shard_of(i)} cannot be read ({error.strerror or error}; {len(_PAUSES) + 1} attempts "
+                f"in {sum(_PAUSES):.0f} s): make it readable, then run it again"
+            ) from error
 
     def reject(self, i: int, reason: str) -> None:
         """Marks a sample as bad and names it, once. Raises ShardError when there are too many."""

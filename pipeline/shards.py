@@ -46,6 +46,10 @@ class ShardError(ValueError):
     """A shard set that cannot be used, and what to do about it."""
 
 
+class ReadError(OSError):
+    """Stored bytes that cannot be had: an outage, which says nothing about the images."""
+
+
 class ShardSet:
     """The images of a directory of tars, a brace pattern (``dir/x-{0000..1023}.tar``) or a list of tars, numbered.
 
@@ -78,9 +82,10 @@ class ShardSet:
         return self.paths[self.table["shard"][i]]
 
     def key(self, i: int) -> str:
-        """The WebDataset key of image `i`: its member's name up to the first dot. Reads the shard's headers."""
-        keys = _keys(self.shard_of(i), self.shard_of(i).stat().st_mtime_ns)
-        return keys.get(int(self.table["offset"][i]), f"byte {self.table['offset'][i]}")
+        """The WebDataset key of image `i`: its member's name up to the first dot. Raises OSError."""
+        row = self.table[i]
+        name = self._files.name(int(row["shard"]), int(row["offset"]))
+        return _split_name(name)[0] if name else f"byte {row['offset']}"
 
     def read(self, i: int) -> bytes:
         """The stored bytes of image `i`; fewer than the table says where the shard was cut off since. Raises
@@ -99,9 +104,10 @@ class _Files:
     """Open shards, the least recently used ones closed when there are many. Safe to use from several threads."""
 
     class _File:
-        __slots__ = ("fd",)
+        __slots__ = ("fd", "names")
 
         def __init__(self, path: Path):
+            self.names: dict[int, str] = {}  # by offset, once a walk was needed
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
         def __del__(self) -> None:  # not before the last reader lets go
@@ -123,14 +129,26 @@ class _Files:
             return file
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        file = self._file(shard)
-        data = os.pread(file.fd, size, offset)
-        while len(data) < size:  # a network file system may deliver in parts; nothing more is the end
-            more = os.pread(file.fd, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
+        file, data = self._file(shard), b""
+        try:
+            while len(data) < size:  # a network file system may deliver in parts; nothing more is the end
+                more = os.pread(file.fd, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError:  # the next attempt opens it again: a stale handle stays stale
+            with self._lock:
+                self._open.pop(shard, None)
+            raise
         return data
+
+    def name(self, shard: int, offset: int) -> str | None:
+        """The name of the member whose content starts at `offset`; None where there is no such member."""
+        file = self._file(shard)
+        name = tar.name_at(file.fd, offset)
+        if not name and not file.names:
+            file.names = {member.offset: member.name for member in tar.walk(file.fd, tar.Damage())}
+        return name or file.names.get(offset)
 
     def advise(self, shard: int, offset: int, size: int) -> None:
         try:
@@ -234,6 +252,7 @@ def _is_ours(manifest: dict) -> bool:
     return (
         {"name", "split", "num_samples"} <= manifest.keys()
         and isinstance(shards, list)
+        and len(shards) > 0
         and all(isinstance(shard, dict) and {"file", "bytes", "samples"} <= shard.keys() for shard in shards)
         and all(isinstance(shard["file"], str) and Path(shard["file"]).name == shard["file"] for shard in shards)
     )
@@ -242,7 +261,7 @@ def _is_ours(manifest: dict) -> bool:
 def _table(paths: Sequence[Path], manifest: dict | None) -> NDArray[np.void]:
     if manifest and all(path.stat().st_size == s["bytes"] for path, s in zip(paths, manifest["shards"], strict=True)):
         merged = paths[0].parent / f"{manifest['name']}-{manifest['split']}.samples.npy"
-        table = _load(merged)
+        table = _load(merged, len(paths))
         if table is not None and len(table) == manifest["num_samples"]:
             return table
     tables: list[NDArray[np.void] | None] = [_sidecar(path) for path in paths]
@@ -267,12 +286,17 @@ def _joined(tables: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
     return out
 
 
-def _load(path: Path) -> NDArray[np.void] | None:
+def _load(path: Path, shards: int) -> NDArray[np.void] | None:
+    """The table of so many shards in a file; None where there is none, or one that no walk would have given."""
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+        table = np.lib.format.open_memmap(path, mode="r")
+    except Exception:  # a torn header fails in a dozen ways
         return None
-    return table if table.dtype == SAMPLE and table.ndim == 1 else None
+    if table.dtype != SAMPLE or table.ndim != 1 or not len(table):
+        return None
+    shard = table["shard"]
+    ascending = shard[0] >= 0 and shard[-1] < shards and (shard[1:] >= shard[:-1]).all()
+    return table if ascending and table["offset"].min() >= 0 and table["size"].min() >= 0 else None
 
 
 @lru_cache(maxsize=8)
@@ -287,7 +311,7 @@ def _sidecar(path: Path) -> NDArray[np.void] | None:
         return None
     stamps = tuple(p.stat().st_mtime_ns for p in sorted(path.parent.glob("*manifest.json")))
     listed = _listed(path.parent, stamps).get(path.name)
-    table = _load(beside)
+    table = _load(beside, 1)
     if listed is None or table is None or listed["bytes"] != path.stat().st_size or listed["samples"] != len(table):
         return None
     return table
@@ -298,7 +322,7 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     stats = [path.stat() for path in paths]
     stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
     name = hashlib.blake2b(json.dumps([_SCAN, stamp]).encode(), digest_size=16).hexdigest() + ".npy"
-    cached = _cached(name)
+    cached = _cached(name, len(paths))
     if cached is not None:
         return cached
     _log.info("reading the headers of %d shards, once: their table is kept in the user's cache", len(paths))
@@ -316,9 +340,9 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     return table
 
 
-def _cached(name: str) -> NDArray[np.void] | None:
+def _cached(name: str, shards: int) -> NDArray[np.void] | None:
     try:
-        return _load(cache_folder("tables") / name)
+        return _load(cache_folder("tables") / name, shards)
     except OSError:  # no home
         return None
 
@@ -353,6 +377,7 @@ def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     twice: list[str] = []
+    beyond: list[str] = []
     with path.open("rb") as file:
         fd = file.fileno()
         for member in tar.walk(fd, damage):
@@ -374,12 +399,20 @@ def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
         for row, (key, member) in zip(rows, images.items(), strict=True):
             height, width = _image_size(fd, member)
             row["offset"], row["size"] = member.offset, min(member.size, 2**31 - 1)
-            row["height"], row["width"], row["label"] = height, width, labels.get(key, -1)
+            row["height"], row["width"], row["label"] = height, width, -1
+            if -(2**31) <= labels.get(key, -1) < 2**31:
+                row["label"] = labels.get(key, -1)
+            else:
+                beyond.append(key)
     without = [key for key in keys if key not in images]
     if without and images:
         damage.notes.append(f"{len(without)} samples without an image, the first is {without[0]!r}")
     if twice:
         damage.notes.append(f"{len(twice)} keys with a second image, which is left out, the first is {twice[0]!r}")
+    if beyond:
+        damage.notes.append(
+            f"{len(beyond)} labels beyond 32 bits, which are left out, the first is that of {beyond[0]!r}"
+        )
     return rows, damage
 
 
@@ -396,7 +429,7 @@ def _label_in(text: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     label = content.get("label") if isinstance(content, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) and abs(label) < 2**31 else None
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def _image_size(fd: int, member: tar.Member) -> tuple[int, int]:
@@ -410,9 +443,3 @@ def _image_size(fd: int, member: tar.Member) -> tuple[int, int]:
         if head.size == member.size:
             return 0, 0
         wanted = max(2 * wanted, height)  # where more is needed, the second number says how much
-
-
-@lru_cache(maxsize=4)
-def _keys(path: Path, stamp: int) -> dict[int, str]:
-    with path.open("rb") as file:
-        return {m.offset: _split_name(m.name)[0] for m in tar.walk(file.fileno(), tar.Damage())}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 BLOCK = 512
 _REGULAR = b"0\0" + b"7"
 _MAX_NAME = 1 << 16  # a longer GNU or PAX name record is damage
+_NEAR = 4096  # bytes before a member's content in which its name stands, as a rule
 _MAX_DIGITS = 19  # of a number in a PAX record; Python refuses to read very long ones
 
 
@@ -58,6 +59,32 @@ def _pax(record: bytes) -> dict[str, str]:
         fields[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         record = record[int(length) :]
     return fields
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0].decode("utf-8", "replace") + "/" + name
+    return name
+
+
+def name_at(fd: int, offset: int) -> str | None:
+    """The name of the member whose content starts at `offset`, by one read of what precedes it; None: walk to know."""
+    before = os.pread(fd, min(_NEAR, offset), max(0, offset - _NEAR))
+    header = before[-BLOCK:]
+    if not _sound(header):
+        return None
+    for start in range(0, len(before) - BLOCK, BLOCK):  # a long name's record ends where the header begins
+        record = before[start : start + BLOCK]
+        if record[257:262] == b"ustar" and record[156:157] in b"Lx" and _sound(record):
+            length, content = _number(record[124:136]), before[start + BLOCK : -BLOCK]
+            if -(-length // BLOCK) * BLOCK == len(content):
+                long = content.rstrip(b"\0").decode("utf-8", "replace") if record[156:157] == b"L" else ""
+                name = long or _pax(content[:length]).get("path")
+                if name:
+                    return name
+    cut_off = header[99] and not header[345]  # perhaps, with a record further back
+    return None if cut_off else _name(header)
 
 
 def _next_header(fd: int, position: int, size: int) -> int:
@@ -108,11 +135,7 @@ def walk(fd: int, damage: Damage) -> Iterator[Member]:
             continue
         if kind in b"Kg":  # a long link name, or fields for all members: neither moves a member
             continue
-        name = pax.get("path") or long_name
-        if not name:
-            name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-            if header[257:263] == b"ustar\0" and header[345]:
-                name = header[345:500].split(b"\0", 1)[0].decode("utf-8", "replace") + "/" + name
+        name = pax.get("path") or long_name or _name(header)
         long_name, pax = "", {}
         if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
             yield Member(name, start, length)

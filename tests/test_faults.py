@@ -11,7 +11,7 @@ import pytest
 from mapimages import encode, sample, smooth_image, still_recipe, write_set, write_tar
 from PIL import Image
 
-from pipeline import Batch, Loader, ShardError, ShardSet, draws, headers, order, samples
+from pipeline import Batch, Loader, ReadError, ShardError, ShardSet, draws, headers, order, samples
 from pipeline.graph import Graph
 
 N = 40
@@ -200,19 +200,43 @@ def test_a_shard_cut_off_while_running(tmp_path: Path, caplog: pytest.LogCapture
     assert "map-0002.tar" in caplog.text
 
 
-def test_a_shard_removed_while_running(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts to read, which are not waited for."""
+    made: list[float] = []
+    monkeypatch.setattr("time.sleep", made.append)
+    return made
+
+
+def test_a_shard_removed_while_running_stops_the_run_and_loses_nothing(tmp_path: Path, pauses: list[float]) -> None:
+    """Its samples are not bad: which ones replace them would depend on when the file system fails."""
     shards = ShardSet(write_set(tmp_path / "set", N, 4))
-    shards.paths[1].unlink()  # never opened for reading so far: its samples are gone
-    source = loader(shards)
-    seen = indices(source)
-    assert set(source.bad) == set(range(10, 20))
-    assert not set(seen) & set(range(10, 20))
-    assert "No such file" in source.bad[10]
-    assert "map-0001.tar" in caplog.text
-    shards = ShardSet(write_set(tmp_path / "open", N, 4))
+    wanted = indices(loader(shards))
+    shards = ShardSet(tmp_path / "set")  # no file is open
+    away = shards.paths[1].rename(tmp_path / "away")
+    source, seen = loader(shards), []
+    with pytest.raises(ReadError, match=r"map-0001.tar cannot be read \(No such file.*run it again"):
+        for batch in source:
+            seen += indices([batch])
+    assert set(pauses) == set(samples._PAUSES)
+    assert 10 < sum(samples._PAUSES) < 60  # seconds: a file system's bad moment
+    assert not source.bad
+    state = source.state_dict()
+    with pytest.raises(ReadError):
+        next(iter(source))
+    assert source.state_dict() == state
+    away.rename(shards.paths[1])
+    assert seen + indices(source) == wanted  # by the same loader, as by a new one:
+    resumed = loader(ShardSet(tmp_path / "set"))
+    resumed.load_state_dict(state)
+    assert seen + indices(resumed) == wanted
+
+
+def test_open_shards_stay_readable(tmp_path: Path) -> None:
+    shards = ShardSet(write_set(tmp_path / "set", N, 4))
     source = loader(shards)
     list(source)
-    for path in shards.paths:  # open files stay readable
+    for path in shards.paths:
         path.unlink()
     list(source)
     assert not source.bad
@@ -247,20 +271,45 @@ def test_a_bit_flipped_shard_loses_what_it_must(tmp_path: Path) -> None:
         assert len(source.bad) <= 1
 
 
-def test_a_disk_that_fails_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_once_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
     shards = ShardSet(write_set(tmp_path / "set", 12, 2))
     read, failed = ShardSet.read, set()
 
     def flaky(self: ShardSet, i: int) -> bytes:
-        if i == 5 or i not in failed:
+        if i == broken or i not in failed:
             failed.add(i)
             raise OSError(5, "Input/output error")
         return read(self, i)
 
     monkeypatch.setattr(ShardSet, "read", flaky)
+    broken = -1
     source = loader(shards)
-    assert len(indices(source)) == 12
-    assert source.bad == {5: "Input/output error"}
+    assert len(indices(source)) == len(pauses) == 12
+    assert not source.bad
+    broken = 5
+    with pytest.raises(ReadError, match=r"map-0000.tar cannot be read \(Input/output error"):
+        indices(loader(shards))
+
+
+def test_a_stale_handle_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
+    """As after a file server's restart: the open file fails for ever, the name leads to a good one."""
+    shards = ShardSet(write_set(tmp_path / "set", 12, 1))
+    source = loader(shards)
+    next(iter(source))
+    source.close()
+    pread = os.pread
+    (stale,) = shards._files._open.values()
+
+    def failing(fd: int, size: int, offset: int) -> bytes:
+        if shards._files._open.get(0) in (None, stale):
+            raise OSError(116, "Stale file handle")
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert len(indices(source)) == 8
+    assert not source.bad
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

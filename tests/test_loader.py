@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -340,8 +341,9 @@ def test_numbers_may_be_numpys(shards: ShardSet) -> None:
     wanted = facts(loader(shards, 4, seed=5))
     assert facts(loader(shards, np.int64(4), seed=np.int64(5), rank=np.int32(0), world_size=np.int64(1))) == wanted
     json.dumps(loader(shards, seed=np.int64(5)).state_dict())
-    with pytest.raises(TypeError):
-        loader(shards, 4.5)  # type: ignore[arg-type]
+    for options in ({"batch_size": 4.5}, {"prefetch": 1.5}, {"num_threads": "2"}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} .* must be a whole number"):
+            loader(shards, **options)
 
 
 def test_two_iterators_share_one_epoch(shards: ShardSet) -> None:
@@ -442,6 +444,7 @@ def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch:
         ({"form": "both"}, "form"),
         ({"num_threads": 0}, "num_threads"),
         ({"prefetch": 0}, "prefetch 0"),
+        ({"num_threads": 100_000}, "num_threads 100000"),
         ({"max_bad": 2.0}, "max_bad"),
         ({"hw_decoder_load": 65}, "hw_decoder_load"),
         ({"device": "mps"}, "device"),
@@ -454,6 +457,19 @@ def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch:
 def test_bad_numbers_are_named(shards: ShardSet, options: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         loader(shards, **options)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "'still' returned NoneType"),
+        ({"places": np.zeros((3, 2), np.int32)}, r"'places' of recipe 'still' has shape \(3, 2\).* 4 images"),
+        ({"places": np.int32(0)}, r"'places' .*shape \(\)"),
+    ],
+)
+def test_targets_that_are_none_of_the_batch_are_refused(shards: ShardSet, found: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        next(iter(loader(shards, recipe=replace(RECIPE, targets=lambda _: found))))
 
 
 def test_the_measure_of_shuffling(shards: ShardSet) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import draws, recipes
 from pipeline.correspondence import pair_matches, patch_targets
-from pipeline.recipes import Recipe, describe
+from pipeline.recipes import Colour, Cut, Recipe, describe
 from pipeline.windows import unflipped
 from trainer import methods
 
@@ -187,6 +187,13 @@ def test_evaluation_keeps_the_usual_share() -> None:
         (lambda: recipes.vicregl(small_scale=(0.4, 0.1)), "'small': scale"),
         (lambda: recipes.vicregl(sigma=(1.0, float("inf"))), "'large': sigma"),
         (lambda: recipes.vicregl(flip=float("nan")), "'large': flip"),
+        (lambda: Cut("image", 1, (64, 128), 4), r"'image': size \(64, 128\) .* whole number"),
+        (lambda: Cut("image", 1.0, 64, 4), r"'image': count 1.0"),
+        (lambda: Cut("image", 1, 64, 4, colours=Colour()), "'image': colours must be a tuple"),
+        (lambda: Cut("image", 1, 64, 4, scale=0.5), "'image': scale 0.5 must be a pair"),
+        (lambda: Recipe("x", "paper", Cut("image", 1, 64, 4)), "'x': cuts must be a tuple"),
+        (lambda: Recipe("x", "paper", ()), "'x': cuts must be a tuple"),
+        (lambda: Recipe("x", "paper", (Cut("a", 1, 64, 4), Cut("a", 2, 96, 6))), "'x' has two cuts of the kind 'a'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_name(make, message) -> None:

@@ -9,6 +9,7 @@ import pickle
 import resource
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,37 @@ def test_every_kind_of_tar(tmp_path: Path, form: int) -> None:
     assert found.table[["height", "width"]].tolist() == [(20 + k, 30 + k) for k in range(len(names))]
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_key_is_one_read_however_many_images_the_shard_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: int
+) -> None:
+    names = ["p" * 80 + "/" + "n" * 95, *(NAMES[:4] if form == tarfile.USTAR_FORMAT else NAMES)]
+    write_tar(tmp_path / "x.tar", [m for k, name in enumerate(names) for m in sample(name, image(k), k)], form)
+    found, reads = ShardSet(tmp_path), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: reads.append(size) or pread(fd, size, offset))
+    assert [found.key(i) for i in range(len(names))] == names
+    assert len(reads) == len(names) and max(reads) <= 4096
+
+
+def test_a_key_that_the_nearest_headers_cannot_tell(tmp_path: Path) -> None:
+    names = ["n" * 96, "x", "l" * 5000, "y"]  # cut off at 100 with its extension, or not; a record of 5 kB
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        members = [(f"{name}.jpg", image(1)) for name in names[: 2 if form == tarfile.USTAR_FORMAT else 4]]
+        found = ShardSet(write_tar(tmp_path / f"{form}.tar", members, form))
+        assert [found.key(i) for i in range(len(found))] == names[: len(found)]
+
+
+def test_a_key_without_a_header_is_named_by_its_place(tmp_path: Path) -> None:
+    found = ShardSet(write_set(tmp_path, 6, 1))
+    at = int(found.table["offset"][3])
+    with found.paths[0].open("r+b") as file:
+        file.seek(at - 512)
+        file.write(b"x" * 512)
+    assert found.key(3) == f"byte {at}"
+    assert found.key(4) == "image-00004"
+
+
 def test_directory_pattern_and_list_are_one_set(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "a set", 10, 3)
     pattern = f"{folder}/map-{{0000..0002}}.tar"
@@ -94,6 +126,20 @@ def test_labels_from_cls_then_json_then_none(tmp_path: Path) -> None:
         "e": -1,
         "g": -1,
     }
+
+
+def test_a_label_that_no_table_can_hold_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = {"a": b"2147483647", "b": b"2147483648", "c": b"-9", "d": b"-99999999999"}
+    members = [m for k, text in labels.items() for m in ((f"{k}.jpg", image(1)), (f"{k}.cls", text))]
+    members += [
+        ("e.jpg", image(1)),
+        ("e.json", b'{"label": 1e3}'),
+        ("f.jpg", image(1)),
+        ("f.json", b'{"label": 1234567890123}'),
+    ]
+    found = ShardSet(write_tar(tmp_path / "x.tar", members))
+    assert found.table["label"].tolist() == [2**31 - 1, -1, -9, -1, -1, -1]
+    assert "3 labels beyond 32 bits, which are left out, the first is that of 'b'" in warned(caplog)
 
 
 def test_an_index_file_is_never_believed(tmp_path: Path) -> None:
@@ -347,6 +393,32 @@ def test_members_that_do_not_belong_together_are_told(tmp_path: Path, caplog: py
     assert "second image" in warned(caplog)
 
 
+def other_rows(column: str, value: int) -> Callable[[bytes], bytes]:
+    """The table with one number changed in its middle."""
+
+    def changed(data: bytes) -> bytes:
+        table = np.load(io.BytesIO(data))
+        table[column][len(table) // 2] = value
+        out = io.BytesIO()
+        np.save(out, table)
+        return out.getvalue()
+
+    return changed
+
+
+DAMAGED_TABLES: list[Callable[[bytes], bytes]] = [
+    lambda data: b"",
+    lambda data: data[:9],
+    lambda data: data[:-1],
+    lambda data: b"rubbish",
+    lambda data: b"PK\3\4" + data,
+    other_rows("shard", 1000),
+    other_rows("shard", -1),
+    other_rows("offset", -5),
+    other_rows("size", -5),
+]
+
+
 def test_foreign_tables_are_kept_and_renewed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_set(tmp_path, 9, 3)
     first = ShardSet(folder).table.copy()
@@ -362,9 +434,12 @@ def test_foreign_tables_are_kept_and_renewed(tmp_path: Path, cache: Path, monkey
     monkeypatch.setattr(shards, "_scan", scan)
     write_tar(folder / "map-0001.tar", sample("new", image(99), 5))
     assert len(ShardSet(folder)) == 7
-    for kept in (cache / "dense-ssl" / "tables").iterdir():
-        kept.write_bytes(b"rubbish")
-    assert len(ShardSet(folder)) == 7
+    tables = {path: path.read_bytes() for path in (cache / "dense-ssl" / "tables").iterdir()}
+    for damaged in DAMAGED_TABLES:
+        for path, content in tables.items():
+            path.write_bytes(damaged(content))
+        again = ShardSet(folder)
+        assert len(again) == 7 and again.read(6)
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")  # cannot be written, even by root
     assert len(ShardSet(folder)) == 7
@@ -413,6 +488,27 @@ def test_our_tables_are_used_while_they_are_true(tmp_path: Path, monkeypatch: py
     assert scanned == [folder / "map-train-0001.tar"]
     assert [mixed.key(i) for i in range(len(mixed))] == ["k0", "k1", "k2", "k3", "other"]
     assert mixed.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_TABLES)
+def test_a_damaged_table_of_ours_is_made_again(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+    folder = ours(tmp_path / "set")
+    whole = ShardSet(folder).table.copy()
+    for pattern in ("map-train.samples.npy", "map-train-*.samples.npy"):  # the set's, then the shards' as well
+        for path in folder.glob(pattern):
+            path.write_bytes(damaged(path.read_bytes()))
+        assert np.array_equal(ShardSet(folder).table, whole)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"", b'{"a":' * 100_000, b'{"format": 1, "name": "map", "split": "train", "num_samples": 7, "shards": []}'],
+    ids=["empty", "deep", "no shards"],
+)
+def test_a_damaged_manifest_costs_a_scan(tmp_path: Path, manifest: bytes) -> None:
+    folder = ours(tmp_path / "set")
+    (folder / "manifest.json").write_bytes(manifest)
+    assert [ShardSet(folder).key(i) for i in range(7)] == [f"k{i}" for i in range(7)]
 
 
 def test_a_second_split_must_be_named(tmp_path: Path) -> None:
