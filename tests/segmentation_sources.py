@@ -95,7 +95,7 @@ def renumbered(mask: NDArray[np.uint8], numbers: list[int], void: int) -> NDArra
 def folders(root: Path) -> dict[str, Truth]:
     truth = {"a": labels(1, 3), "deep_b": labels(2, 3)}
     put(root, {"classes.txt": "sky\nroad\ncar\n", "images/train/a.jpg": photo(1, truth["a"])})
-    put(root, {"images/train/deep/b.PNG": photo(2, truth["deep_b"], "PNG"), "images/train/.DS_Store": b"junk"})
+    put(root, {"images/train/deep/b.PNG": photo(2, truth["deep_b"], "PNG"), "images/train/._a.jpg": b"a Mac's"})
     put(root, {"masks/train/a.png": saved(truth["a"]), "masks/train/deep/b.png": saved(truth["deep_b"])})
     return {"train": truth}
 
@@ -267,9 +267,9 @@ def idd(root: Path, ids: str = "level3Ids", classes: int = 26) -> dict[str, Trut
 def sunrgbd(root: Path) -> dict[str, Truth]:
     """One archive of labels: the 5,050 test images first, then those of training; the images begin at 1 twice."""
     found: dict[str, Truth] = {}
-    for split, offset in (("train", 5050), ("test", 0)):
-        found[split] = {f"img-{n:06d}": labels(n + offset, 37) for n in (1, 2)}
-        for n, (key, mask) in enumerate(found[split].items(), 1):
+    for split, numbers, offset in (("train", (1, 5050), 5050), ("test", (1, 5050), 0)):
+        found[split] = {f"img-{n:06d}": labels(n + offset, 37) for n in numbers}
+        for n, (key, mask) in zip(numbers, found[split].items(), strict=True):
             coded = saved(renumbered(mask, list(range(1, 38)), 0))
             put(root, {f"SUNRGBD-{split}_images/{key}.jpg": photo(7, mask)})
             put(root, {f"sunrgbd_train_test_labels/img-{n + offset:06d}.png": coded})

@@ -97,6 +97,29 @@ def test_class_lists_are_complete() -> None:
     assert set(voc) - set(context) == {"diningtable"}  # there it is "table"
 
 
+def test_camvids_colours_are_merged_as_by_segnets_authors() -> None:
+    merged = {
+        "sky": "Sky",
+        "building": "Archway Bridge Building Tunnel Wall",
+        "pole": "Column_Pole TrafficCone",
+        "road": "LaneMkgsDriv LaneMkgsNonDriv Road",
+        "pavement": "ParkingBlock RoadShoulder Sidewalk",
+        "tree": "Tree VegetationMisc",
+        "sign": "Misc_Text SignSymbol TrafficLight",
+        "fence": "Fence",
+        "car": "Car OtherMoving SUVPickupTruck Train Truck_Bus",
+        "pedestrian": "Animal CartLuggagePram Child Pedestrian",
+        "bicyclist": "Bicyclist MotorcycleScooter",
+    }
+    eleven, all32 = (layouts.LAYOUTS[name] for name in ("camvid_raw", "camvid32"))
+    ((colours,), (names,)) = (layout.masks.values() for layout in (eleven, all32))
+    found: dict[int, set[str]] = {}
+    for colour, label in colours.table.items():
+        found.setdefault(label, set()).add(all32.classes[names.table[colour]])
+    wanted = {eleven.classes.index(name): set(parts.split()) for name, parts in merged.items()}
+    assert found == wanted | {VOID: {"Void"}}
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,9 @@ LAYOUTS: dict[str, Layout] = {
     "isprs": replace(  # one city to learn from, the other to be judged by, in the channels that both have
         _potsdam,
         images=("{split}/2_Ortho_RGB/top_{key}_RGB.tif", "{split}/top/top_mosaic_09cm_{key}.tif"),
-        masks={"{split}/" + mask.replace("top_potsdam", "top"): _ISPRS for mask in _potsdam.masks | _vaihingen.masks},
+        masks={
+            "{split}/" + mask.replace("top_potsdam", "top"): _ISPRS for mask in (*_potsdam.masks, *_vaihingen.masks)
+        },
         splits={"train": ("Potsdam", 3800), "val": ("Vaihingen", None)},
         member=_all,
         patch=(800, 600),
