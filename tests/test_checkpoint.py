@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from trainer import checkpoint
+from trainer import checkpoint, export
+from trainer.methods import loca
 
 
 def payload(step: int) -> checkpoint.Payload:
-    return {"step": step, "method": "loca", "model": {"w": torch.full((3,), float(step))}}
+    return {"step": step, "method": "loca", "config": "", "model": {"w": torch.full((3,), float(step))}}
 
 
 def write(folder: Path, *steps: int, keep_last: int = 3, keep_every: int | None = None) -> None:
@@ -74,4 +76,93 @@ def test_a_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest
         assert not checkpoint.save(tmp_path, payload(2), keep_last=1, keep_every=None)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_000000001.pt"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+TINY = {"backbone": "vit_pico_patch16", "hidden": 8, "prototypes": 4}
+
+
+@pytest.fixture(scope="module")
+def whole() -> checkpoint.Payload:
+    """A checkpoint that is what it says."""
+    model = loca.Method(loca.Config(**TINY)).state_dict()
+    return {"step": 3, "method": "loca", "config": yaml.safe_dump({"method": "loca", "loca": TINY}), "model": model}
+
+
+LIES = {
+    "no step": ({"step": None}, "'step'"),
+    "step a text": ({"step": "3"}, "'step'"),
+    "step below 0": ({"step": -1}, "'step'"),
+    "no method": ({"method": None}, "'method'"),
+    "method a number": ({"method": 5}, "'method'"),
+    "method unknown": ({"method": "lorca"}, "'lorca'.*loca, vicregl"),
+    "method a file of the folder": ({"method": "__init__"}, "'__init__'"),
+    "method a path": ({"method": "../evaluate"}, "evaluate"),
+    "another method": ({"method": "vicregl"}, "vicregl"),
+    "no config": ({"config": None}, "'config'"),
+    "config a mapping": ({"config": TINY}, "'config'"),
+    "config a text": ({"config": "hello"}, "settings"),
+    "config tagged": ({"config": "loca: !!python/object/apply:os._exit [66]"}, "settings"),
+    "config broken": ({"config": "loca: {"}, "settings"),
+    "config of nothing": ({"config": "optim: {}"}, "settings.*loca"),
+    "settings a list": ({"config": "loca: [1]"}, "settings"),
+    "settings unknown": ({"config": "loca: {hiden: 8}"}, "hiden"),
+    "settings of another type": ({"config": "loca: {hidden: wide}"}, "hidden"),
+    "settings out of range": ({"config": "loca: {eta: 2}"}, "eta is 2"),
+    "settings of other sizes": (
+        {"config": "loca: {backbone: vit_pico_patch16, hidden: 9, prototypes: 4}"},
+        "hidden|size",
+    ),
+    "no model": ({"model": None}, "'model'"),
+    "model a list": ({"model": [1]}, "'model'"),
+    "model empty": ({"model": {}}, "'model'"),
+    "model of numbers": ({"model": {"w": 3}}, "'model'"),
+    "model of another network": ({"model": {"w": torch.zeros(3)}}, "weights"),
+    "optimizer a list": ({"optimizer": [1]}, "'optimizer'"),
+    "loader a text": ({"loader": "x"}, "'loader'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_checkpoint_that_lies_is_one_sentence(
+    tmp_path: Path, whole: checkpoint.Payload, lie: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In export, in evaluate, and for whoever restores it. None stands for a key that is missing."""
+    change, sentence = LIES[lie]
+    for path, saved in (
+        ("lie.pt", {**whole, **change}),
+        ("gap.pt", {k: v for k, v in whole.items() if k not in change}),
+    ):
+        checkpoint.write(tmp_path / path, saved)
+    files = ["lie.pt", "gap.pt"] if None in change.values() else ["lie.pt"]
+    for path in files:
+        with pytest.raises(ValueError, match=sentence) as error:
+            checkpoint.restore(checkpoint.load(tmp_path / path))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+        assert export.main([str(tmp_path / path), str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizer_s_lies_are_one_sentence(whole: checkpoint.Payload) -> None:
+    method = loca.Method(loca.Config(**TINY))
+    optimizer = torch.optim.AdamW(method.parameter_groups(0.1))
+    state = checkpoint.state(method, optimizer)
+    checkpoint.set_state(method, optimizer, state)
+    for lie in ({}, None, {"state": 3, "param_groups": []}, {"state": {}, "param_groups": []}):
+        with pytest.raises(ValueError, match="other settings of the method") as error:
+            checkpoint.set_state(method, optimizer, {**state, "optimizer": lie})
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_unreadable_ones_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A run must not begin anew where it has been, and put its first steps in the place of its last."""
+    (tmp_path / "step_000000007.pt").write_text("<html>")
+    with pytest.warns(UserWarning, match="step_000000007"), pytest.raises(ValueError, match="holds no readable"):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_killed_writers_file_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "step_000000001.pt.0f0f0f0f.part").write_bytes(b"half")
+    write(tmp_path, 2)
     assert not list(tmp_path.glob("*.part"))

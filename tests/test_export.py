@@ -1,6 +1,7 @@
 """What is exported, timm loads, and computes the same with it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_a_vicregl_run_is_exported(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "run.pt", payload | {"model": method.state_dict()})
     assert export.main([str(tmp_path / "run.pt"), str(tmp_path / "out")]) == 0
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["norm.weight"], method.encoder.norm.weight)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export.export(vit("vit_pico_patch16"), tmp_path, MEAN, STD)
+    finally:
+        os.umask(before)
+    assert {(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        ("model.safetensors", 0o640),
+        ("config.json", 0o640),
+    }
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

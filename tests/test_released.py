@@ -191,7 +191,7 @@ def test_loca_computes_what_flax_computes(tmp_path: Path, names: str, capsys: py
         content = packed(state(student_weights=as_older(student), teacher_weights=as_older(teacher)), chunked="kernel")
     method = converted(tmp_path, content, "--method", "loca")
     said = capsys.readouterr().out
-    assert "vit_pico_patch16: backbone, clusters, cross, norm, head" in said and "anew" not in said
+    assert "vit_pico_patch16: backbone, clusters, cross, norm, head" in said and "random" not in said
 
     images = np.float32(np.random.default_rng(2).standard_normal((2, GRID * PATCH, GRID * PATCH, 3)))
     for tree, branch in ((student, method.student), (teacher, method.teacher)):
@@ -226,7 +226,7 @@ def test_one_tree_serves_as_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "decayed", "left out"])
-def test_a_head_that_is_not_there_is_drawn_anew(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_is_not_there_is_initialised(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = loca_tree(0), loca_tree(1)
     head = "projection_head_for_clustering_prediction"
     if how == "missing":
@@ -237,7 +237,7 @@ def test_a_head_that_is_not_there_is_drawn_anew(tmp_path: Path, how: str, capsys
     options = ("--method", "loca", *(("--backbone-only",) if how == "left out" else ()))
     method = converted(tmp_path, packed({"params": student, "ema_params": teacher}), *options)
     anew = {"missing": "clusters, norm", "decayed": "clusters", "left out": "clusters, cross, norm, head"}[how]
-    assert f"drawn anew: {anew}\n" in capsys.readouterr().out
+    assert f"initialised at random: {anew}\n" in capsys.readouterr().out
     weight = method.student.clusters.prototypes.weight
     assert torch.equal(weight, method.teacher.clusters.prototypes.weight)
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))  # as a run would draw them
@@ -298,9 +298,12 @@ def test_a_weight_that_does_not_fit_is_named(
     assert re.search(sentence, fails(tmp_path, capsys, "loca"))
 
 
-def flat_query() -> Tree:
-    tree = loca_tree(0)
-    tree["encoderblock_0"]["MultiHeadDotProductAttention_0"]["query"]["kernel"] = np.zeros(9, np.float32)
+def flat(*path: str) -> Tree:
+    """A tree in which one array, of those that say how large the network is, has one axis."""
+    tree = found = loca_tree(0)
+    for key in path:
+        found = found[key]
+    found["kernel"] = np.zeros(9, np.float32)
     return tree
 
 
@@ -311,7 +314,20 @@ class Evil:
 
 @pytest.mark.parametrize("method", ["loca", "vicregl"])
 @pytest.mark.parametrize(
-    "content", ["truncated", "empty", "text", "pickle", "absent", "no weights", "no size", "number", "flat"]
+    "content",
+    [
+        "truncated",
+        "empty",
+        "text",
+        "pickle",
+        "absent",
+        "no weights",
+        "no size",
+        "number",
+        "flat",
+        "other keys",
+        "too large",
+    ],
 )
 def test_a_file_that_is_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, content: str
@@ -324,6 +340,11 @@ def test_a_file_that_is_something_else(
         whole = file.read_bytes()
     if content == "no size" and method == "vicregl":
         torch.save({"model": {"module.norm.weight": torch.zeros(3)}}, file)
+    elif content == "other keys" and method == "vicregl":
+        torch.save({"model": {3: torch.zeros(3)}}, file)
+    elif content == "too large" and method == "vicregl":
+        wide = torch.zeros(1).expand(10**9)  # a few bytes in the file
+        torch.save({"layer1.0.conv1.weight": wide, **{f"projector.{i}.weight": wide for i in (0, 3, 6)}}, file)
     elif content == "pickle" and method == "vicregl":
         torch.save({"model": Evil()}, file)
     elif content == "no weights" and method == "vicregl":
@@ -337,7 +358,9 @@ def test_a_file_that_is_something_else(
             "no weights": packed({"step": 3}),
             "no size": packed({"params": {"w": np.zeros(3, np.float32)}}),
             "number": packed({"params": {"ToTokenSequence_0": {"embedding": {"kernel": 3}}}}),
-            "flat": packed({"params": flat_query()}),
+            "flat": packed({"params": flat("encoderblock_0", "MultiHeadDotProductAttention_0", "query")}),
+            "other keys": packed({"params": [1, 2]}),
+            "too large": packed({"params": flat("ToTokenSequence_0", "embedding")}),
         }
         file.write_bytes(made[content])
     else:
@@ -498,7 +521,7 @@ def test_vicregl_resnet_without_a_local_projector(tmp_path: Path, capsys: pytest
     backbone = resnet_file()
     full_file(tmp_path, backbone, projector=(expander := head_file(2048, batch_norm=True)))
     method = converted(tmp_path, (tmp_path / "released").read_bytes(), "--method", "vicregl")
-    assert capsys.readouterr().out.endswith("resnet50: encoder, expander; drawn anew: projector\n")
+    assert capsys.readouterr().out.endswith("resnet50: encoder, expander; initialised at random: projector\n")
     features(method, lambda x: resnet(backbone, x))
     assert torch.equal(method.expander[4].running_var, expander["4.running_var"])
     assert method.cfg.small == 0
@@ -510,7 +533,7 @@ def test_vicregl_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     backbone = resnet_file()
     torch.save(backbone, tmp_path / "released")
     payload, told = released.convert(tmp_path / "released", "vicregl", False)
-    assert told == "resnet50: encoder; drawn anew: expander, projector"
+    assert told == "resnet50: encoder; initialised at random: expander, projector"
     assert torch.equal(payload["model"]["encoder.layer4.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
 
 

@@ -246,6 +246,20 @@ def test_a_refused_run_leaves_the_folder_as_it_was(run: Callable[..., int], tmp_
         assert (out / "config.yaml").read_text() == before
 
 
+@pytest.mark.filterwarnings("ignore:.*trying the one before it")
+@pytest.mark.parametrize(
+    "lie", [{"model": None}, {"model": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"step": "6"}]
+)
+def test_a_checkpoint_that_lies_does_not_begin_a_new_run(
+    run: Callable[..., int], tmp_path: Path, whole: Path, lie: dict
+) -> None:
+    out = tmp_path / "out"
+    checkpoint.write(out / "checkpoints" / "step_000000006.pt", final(whole) | lie)
+    with pytest.raises(UsageError, match="checkpoint"):
+        run("--out", str(out), "--steps", "8")
+    assert not (out / "log.jsonl").exists()
+
+
 def test_a_dry_run_tells_and_writes_nothing(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

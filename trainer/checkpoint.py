@@ -1,14 +1,16 @@
 """Checkpoints: one file a step, whole or absent.
 
-Written beside, flushed to the disk, renamed; `last` links to the newest. A file that cannot be read is passed over,
-with a warning, for the one before it. Nothing is unpickled: tensors and plain values only (`weights_only=True`).
+`last` links to the newest. A file that cannot be read is passed over, with a warning, for the one before it. Nothing is
+unpickled: tensors and plain values only (`weights_only=True`).
 """
 
-import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import torch
 import yaml
 from torch import nn
@@ -19,26 +21,30 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from pipeline import host
 from trainer import methods
 from trainer.method import Method
 
 FORMAT = 1
-Payload = dict[str, Any]  # format, step, method, config (YAML), model, optimizer, loader, and scaler if there is one
+Payload = dict[str, Any]
+NEEDED = {"step": int, "method": str, "config": str, "model": dict}  # the config is YAML
+OPTIONAL = {"optimizer": dict, "loader": dict, "scaler": dict}  # what a run needs to go on
 
 
 def save(folder: Path, payload: Payload, *, keep_last: int, keep_every: int | None) -> bool:
     """Writes `payload` as ``folder/step_XXXXXXXXX.pt`` and removes what need not be kept. False if the disk refused.
 
-    A full disk costs this checkpoint, not the run and not the checkpoints before it.
+    A full disk costs this checkpoint, not the run and not the checkpoints before it. One process at a time may save.
     """
     target = folder / f"step_{payload['step']:09d}.pt"
     try:
+        for part in folder.glob("*.part"):  # of a writer that was killed
+            part.unlink()
         write(target, payload)
         link = folder / "last.part"
-        link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(folder / "last")
-        _sync_folder(folder)
+        host.sync_folder(folder)
     except OSError as error:
         warnings.warn(f"no checkpoint at step {payload['step']}: {error}; the ones before it are kept", stacklevel=2)
         return False
@@ -50,19 +56,11 @@ def save(folder: Path, payload: Payload, *, keep_last: int, keep_every: int | No
 
 def write(path: Path, payload: Payload) -> None:
     """Writes one file, whole or not at all. Raises OSError."""
-    beside = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            torch.save({"format": FORMAT, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
-        reason = error.__context__ or error  # torch hides a full disk behind a RuntimeError of its own
-        raise reason if isinstance(reason, OSError) else OSError(str(error)) from None
+        host.write_atomic(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
+    except RuntimeError as error:  # torch hides a full disk behind one of its own
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
 def load(path: Path) -> Payload:
@@ -79,30 +77,61 @@ def load(path: Path) -> Payload:
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise ValueError(f"{path}: not a checkpoint of format {FORMAT} (found {found})")
+    for key, kind in (NEEDED | {key: kind for key, kind in OPTIONAL.items() if key in payload}).items():
+        if not isinstance(payload.get(key), kind):
+            raise ValueError(f"{path}: not a whole checkpoint, its {key!r} is no {kind.__name__}")
+    weights = payload["model"].values()
+    if payload["step"] < 0 or not weights or not all(isinstance(value, torch.Tensor) for value in weights):
+        raise ValueError(f"{path}: not a whole checkpoint, its 'step' is below 0 or its 'model' holds no tensors")
     return payload
 
 
 def latest(folder: Path) -> Payload | None:
-    """The newest checkpoint in `folder` that can be read, or None."""
+    """The newest checkpoint in `folder` that can be read; None where there is none.
+
+    Raises ValueError where there are some and none can be read: whoever goes on without would overwrite them.
+    """
     for path in _paths(folder):
         try:
             return load(path)
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    if _paths(folder):
+        raise ValueError(f"{folder}: holds no readable checkpoint, only damaged ones; move them away to start over")
     return None
 
 
 def restore(payload: Payload) -> Method:
     """The method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
-    room = methods.load(payload["method"])
-    settings = yaml.safe_load(payload["config"])[payload["method"]]
-    cfg = room.Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
-    method: Method = room.Method(cfg)
-    try:
+    name = payload["method"]
+    if name not in methods.names():
+        raise ValueError(f"the checkpoint is of method {name!r}, which is none of {', '.join(methods.names())}")
+    module = methods.load(name)
+    with _one_sentence(f"the checkpoint's settings of {name} cannot be used"):
+        method: Method = module.Method(_settings(payload["config"], name, module.Config))
+    with _one_sentence("the checkpoint's weights do not fit its settings"):
         method.load_state_dict(payload["model"])
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint's weights do not fit its settings: {' '.join(str(error).split())}") from None
     return method
+
+
+def _settings(text: str, name: str, kind: type) -> Any:
+    """The method's Config in a run's YAML. Raises TypeError, ValueError, YAMLError, ArgumentError."""
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict) or not isinstance(found.get(name), dict):
+        raise ValueError(f"they hold no mapping {name!r}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, name)
+    return parser.instantiate(parser.parse_object({name: found[name]}))[name]
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Whatever a lying file leads to becomes a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # a file can lie in more ways than errors have types
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{what}: {reason}") from None
 
 
 def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
@@ -116,20 +145,25 @@ def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
 
 
 def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
-    """The way back. Raises RuntimeError where names or shapes do not fit."""
+    """The way back. Raises ValueError where names or shapes do not fit."""
     options = StateDictOptions(full_state_dict=True, strict=True)
-    set_state_dict(
-        method,
-        optimizer,
-        model_state_dict=payload["model"],
-        optim_state_dict=payload["optimizer"],
-        options=options,
-    )
+    trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    with _one_sentence("the checkpoint was made with other settings of the method or the optimizer"):
+        if lacking := trainable - set(payload["optimizer"]["state"]):  # torch would take its absence for a fresh start
+            raise KeyError(min(lacking))
+        set_state_dict(
+            method,
+            optimizer,
+            model_state_dict=payload["model"],
+            optim_state_dict=payload["optimizer"],
+            options=options,
+        )
 
 
 def set_weights(method: nn.Module, payload: Payload) -> None:
-    """The weights alone, to begin with. Raises RuntimeError where names or shapes do not fit."""
-    set_model_state_dict(method, payload["model"], options=StateDictOptions(full_state_dict=True, strict=True))
+    """The weights alone, to begin with. Raises ValueError where names or shapes do not fit."""
+    with _one_sentence("the checkpoint's weights do not fit the method's settings"):
+        set_model_state_dict(method, payload["model"], options=StateDictOptions(full_state_dict=True, strict=True))
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -138,11 +172,3 @@ def _paths(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 from torch import nn
 
+from pipeline import host
 from trainer import checkpoint
 from trainer.backbones import ConvNeXt, ResNet, VisionTransformer
+from trainer.command import command
 
 # The nearest of timm's architectures; what differs from it goes into model_args.
 VITS = {(768, 12, 12): "base", (1024, 24, 16): "large", (1280, 32, 16): "huge", (384, 12, 6): "small"}
@@ -71,7 +73,8 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
     if isinstance(backbone, ConvNeXt):
         bias = ".mlp.fc2.bias"
         weights |= {key.replace(bias, ".gamma"): torch.ones_like(weights[key]) for key in weights if key.endswith(bias)}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    content = safetensors.save(weights, metadata={"format": "pt"})  # its save_file makes a file that only we may read
+    host.write_atomic(out / "model.safetensors", lambda file: file.write(content))
     side = arguments.get("img_size", 224)
     config = {
         "architecture": name,
@@ -90,23 +93,19 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def main(argv: list[str]) -> int:
+@command("trainer.export")
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest one")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--student", action="store_true", help="the student's weights, where there is a teacher")
     args = parser.parse_args(argv)
-    try:
-        method = checkpoint.restore(checkpoint.load(args.checkpoint))
-        if args.student and getattr(method, "student", None) is None:
-            raise ValueError("--student: this method has no teacher beside its student")
-        backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr]
-        export(backbone, args.out, method.mean, method.std)
-    except (ValueError, OSError) as error:
-        print(f"trainer.export: {error}", file=sys.stderr)
-        return 2
+    method = checkpoint.restore(checkpoint.load(args.checkpoint))
+    if args.student and getattr(method, "student", None) is None:
+        raise ValueError("--student: this method has no teacher beside its student")
+    backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr]
+    export(backbone, args.out, method.mean, method.std)
     print(f"{args.out}: {sum(p.numel() for p in backbone.parameters()):,} weights")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ OUT is one file. `python -m trainer.evaluate OUT` and `python -m trainer.export 
 starts from it. Nothing in FILE is executed: msgpack is data, and torch is allowed tensors only.
 
 Sizes are read off the weights. Every weight must then be there in its shape, and nothing else may be. Only a head may
-be missing whole, or have decayed to nothing (as the projector of a released LOCA did): it is drawn anew, from seed 0,
-and named. The optimizer's state is not taken over.
+be missing whole, or have decayed to nothing (as the projector of a released LOCA did): it is initialised at random,
+from seed 0, and named. The optimizer's state is not taken over.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trainer import checkpoint, methods
 from trainer.backbones import CONVNEXT_SIZES, VIT_SIZES
+from trainer.command import command
 
 # Our modules and flax's; names joined by | are stacked in ours.
 FLAX = (
@@ -119,6 +120,8 @@ def _array(code: int, data: bytes) -> Tensor:
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> Weights:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix} is no tree of arrays")
     if "__msgpack_chunked_array__" in tree:  # an array above flax's limit of a gibibyte
         shape, chunks = ([tree[name][str(i)] for i in range(len(tree[name]))] for name in ("shape", "chunks"))
         return {prefix: torch.cat(chunks).reshape(shape)}
@@ -141,7 +144,8 @@ def torch_weights(path: Path) -> Weights:
         reason = f"it refers to {code[1]}, which is code" if code else type(error).__name__
         raise ValueError(f"not a readable file of tensors ({reason})") from None
     found = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+    if not named:
         raise ValueError("holds something other than named weights")
     return found
 
@@ -193,7 +197,8 @@ def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]
         top, slash, rest = key.partition("/")
         return (OLDER.get(top, top) if older else top) + slash + rest
 
-    patch, _, _, width = found[f"{tree}/ToTokenSequence_0/embedding/kernel"].shape
+    embedding = found[f"{tree}/ToTokenSequence_0/embedding/kernel"].shape
+    patch, width = embedding[0], embedding[3]
     query = found[f"{tree}/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"]
     blocks = len({key.split("/")[1] for key in found if key.startswith(f"{tree}/encoderblock_")})
     shape = (width, blocks, query.shape[1])
@@ -260,22 +265,25 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
         raise ValueError(f"{error.args[0]} is missing: the sizes cannot be told without it") from None
     except IndexError:
         raise ValueError(f"the weights that tell the sizes have other axes than those of {method_name}") from None
-    room = methods.load(method_name)
-    cfg = room.Config(**settings)
+    module = methods.load(method_name)
+    cfg = module.Config(**settings)
     torch.manual_seed(0)
-    method = room.Method(cfg)
+    try:
+        method = module.Method(cfg)
+    except RuntimeError as error:  # of torch's allocator
+        raise ValueError(f"its sizes ask for too large a network ({error})") from None
     ours = method.state_dict()
-    modules: dict[str, list[str]] = {}  # "backbone", "clusters"...: in LOCA those of student and teacher together
+    parts: dict[str, list[str]] = {}  # "backbone", "clusters"...: in LOCA those of student and teacher together
     for name in ours:
-        modules.setdefault(re.sub(r"^(student|teacher)\.", "", name).partition(".")[0], []).append(name)
-    backbone = next(iter(modules))
+        parts.setdefault(re.sub(r"^(student|teacher)\.", "", name).partition(".")[0], []).append(name)
+    backbone = next(iter(parts))
     used: set[str] = set()
     fresh = []
-    for module, names in modules.items():
+    for part, names in parts.items():
         places = {name: place(name, ours[name]) for name in names}
         keys = [key for there in places.values() for key in there.keys]
-        if module != backbone and (backbone_only or not found.keys() & keys):
-            fresh.append(module)
+        if part != backbone and (backbone_only or not found.keys() & keys):
+            fresh.append(part)
             continue
         for there in places.values():
             for key in there.keys:
@@ -286,27 +294,29 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
         used.update(keys)
         largest: dict[str, float] = {}  # of student and teacher each
         for name, there in places.items():
-            part = name.partition(".")[0]
-            largest[part] = max(largest.get(part, 0.0), *(found[key].abs().max().item() for key in there.keys))
-        if module != backbone and min(largest.values()) < 1e-12:
-            fresh.append(module)
+            branch = name.partition(".")[0]
+            largest[branch] = max(largest.get(branch, 0.0), *(found[key].abs().max().item() for key in there.keys))
+        if part != backbone and min(largest.values()) < 1e-12:
+            fresh.append(part)
             continue
         for name, there in places.items():
-            parts = [there.ours(found[key]) for key in there.keys]
-            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            weights = [there.ours(found[key]) for key in there.keys]
+            ours[name] = torch.cat(weights) if len(weights) > 1 else weights[0]
     for extra, value in () if backbone_only else found.items():
         if extra not in used:
             raise ValueError(
                 f"{extra} of shape {tuple(value.shape)} has no place here; --backbone-only takes the backbone alone"
             )
     method.load_state_dict(ours)
-    taken = ", ".join(module for module in modules if module not in fresh)
-    told = f"{cfg.backbone}: {taken}" + (f"; drawn anew: {', '.join(fresh)}" if fresh else "")
+    summary = f"{cfg.backbone}: {', '.join(part for part in parts if part not in fresh)}"
+    if fresh:
+        summary += f"; initialised at random: {', '.join(fresh)}"
     text = yaml.safe_dump({"method": method_name, method_name: vars(cfg)})
-    return {"step": 0, "method": method_name, "config": text, "model": method.state_dict()}, told
+    return {"step": 0, "method": method_name, "config": text, "model": method.state_dict()}, summary
 
 
-def main(argv: list[str]) -> int:
+@command("trainer.released")
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trainer.released", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="released weights")
     parser.add_argument("out", type=Path, help="the checkpoint to write")
@@ -314,17 +324,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--backbone-only", action="store_true", help="leave everything else in the file where it is")
     args = parser.parse_args(argv)
     try:
-        payload, told = convert(args.file, args.method, args.backbone_only)
-    except (ValueError, OSError) as error:
-        print(f"trainer.released: {args.file}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
-        checkpoint.write(args.out, payload)
-    except OSError as error:
-        print(f"trainer.released: {args.out}: cannot be written ({error})", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {told}")
-    return 0
+        payload, summary = convert(args.file, args.method, args.backbone_only)
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from None
+    checkpoint.write(args.out, payload)
+    print(f"{args.out}: {summary}")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,11 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------- where were we
     start = 0
-    if (saved := checkpoint.latest(out / "checkpoints")) is not None:
+    try:
+        saved = checkpoint.latest(out / "checkpoints")
+    except ValueError as error:
+        raise config.UsageError(f"--out {out}: {error}") from None
+    if saved is not None:
         if saved["method"] != cfg.method:
             raise config.UsageError(f"--out {out}: holds a run of {saved['method']!r}; name another folder")
         try:
@@ -136,14 +140,14 @@ def main(argv: list[str]) -> int:
             training_step.scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
         except (KeyError, RuntimeError, ValueError) as error:
-            lacks = "made with other settings of the method or of optim, it lacks " * isinstance(error, KeyError)
+            lacks = "it lacks " * isinstance(error, KeyError)
             reason = lacks + " ".join(str(error).split())[:300]
             raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
         start = saved["step"]
     elif cfg.init:
         try:
             checkpoint.set_weights(method, checkpoint.load(Path(cfg.init)))
-        except (RuntimeError, ValueError) as error:
+        except ValueError as error:
             raise config.UsageError(f"--init {cfg.init}: {' '.join(str(error).split())[:300]}") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
