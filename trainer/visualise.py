@@ -1,4 +1,4 @@
-"""A picture of what LOCA has learnt: query windows, where the model places their patches, and where they are."""
+"""A picture of what LOCA has learned: query windows, where the model places their patches, and where they are."""
 
 import colorsys
 from pathlib import Path
@@ -13,19 +13,22 @@ from pipeline import Batch
 SIDE, GAP, CAPTION = 448, 12, 22  # pixels of a panel, between panels, of the line above
 
 
-def placements(path: Path, batch: Batch, predicted: dict[str, Tensor], visible: Tensor, *, rows: int = 3) -> None:
+def placements(
+    path: Path, batch: Batch, predicted: dict[str, Tensor], visible: Tensor, *, grid: int, rows: int = 3
+) -> None:
     """Writes a PNG with a row for each of the first `rows` images of the batch: the reference view with the windows of
     all queries; the queries; the places the model gives to the patches of each query, tied to where they belong.
 
     `predicted` has, by kind of query, the reference patch given to every query patch, i64 (B, V, n); `visible`, i64
-    (1 or B, m), names the reference patches that the model could look at: they stay bright in the third picture.
+    (1 or B, m), names the reference patches that the model could look at: they stay bright in the third picture. The
+    reference has `grid` patches a side.
     """
     rows = min(rows, batch.label.shape[0])
     picture = Image.new("RGB", (3 * SIDE + 4 * GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
     for row in range(rows):
         top = GAP + row * (SIDE + CAPTION + GAP)
         for column, (caption, panel) in enumerate(
-            _panels(batch, predicted, visible.expand(len(batch.label), -1)[row].tolist(), row)
+            _panels(batch, predicted, visible.expand(len(batch.label), -1)[row].tolist(), grid, row)
         ):
             left = GAP + column * (SIDE + GAP)
             ImageDraw.Draw(picture).text((left, top + 4), caption, fill="black", font_size=13)
@@ -33,7 +36,9 @@ def placements(path: Path, batch: Batch, predicted: dict[str, Tensor], visible: 
     picture.save(path)
 
 
-def _panels(batch: Batch, predicted: dict[str, Tensor], visible: list[int], row: int) -> list[tuple[str, Image.Image]]:
+def _panels(
+    batch: Batch, predicted: dict[str, Tensor], visible: list[int], grid: int, row: int
+) -> list[tuple[str, Image.Image]]:
     reference = Image.fromarray(batch.views["reference"].pixels[row, 0].cpu().numpy()).resize((SIDE, SIDE))
     window = batch.views["reference"].window[row, 0].numpy()
     queries = [(kind, v) for kind in predicted for v in range(predicted[kind].shape[1])]
@@ -43,8 +48,8 @@ def _panels(batch: Batch, predicted: dict[str, Tensor], visible: list[int], row:
 
     outlines, places = reference.copy(), reference.point(lambda level: round(0.3 * level))
     for patch in visible:
-        x, y = _centre(patch)
-        half = SIDE / 28
+        x, y = _centre(patch, grid)
+        half = SIDE / grid / 2
         box = (round(x - half), round(y - half), round(x + half), round(y + half))
         places.paste(reference.crop(box).point(lambda level: round(0.7 * level)), box)
     on_outlines, on_places = ImageDraw.Draw(outlines), ImageDraw.Draw(places)
@@ -65,7 +70,7 @@ def _panels(batch: Batch, predicted: dict[str, Tensor], visible: list[int], row:
         right += int(((guess == truth) & (truth >= 0)).sum())
         valid += int((truth >= 0).sum())
         for there, here in zip(guess[truth >= 0], truth[truth >= 0], strict=True):
-            a, b = _centre(int(there)), _centre(int(here))
+            a, b = _centre(int(there), grid), _centre(int(here), grid)
             on_places.line((*a, *b), fill=colours[i], width=1)
             on_places.ellipse((a[0] - 4, a[1] - 4, a[0] + 4, a[1] + 4), fill=colours[i])
             on_places.rectangle((b[0] - 2, b[1] - 2, b[0] + 2, b[1] + 2), outline="white")
@@ -84,6 +89,6 @@ def _in_reference(reference: NDArray[np.float32], window: NDArray[np.float32]) -
     return float(xs[0]), float(ys[0]), float(xs[1]), float(ys[1])
 
 
-def _centre(patch: int, grid: int = 14) -> tuple[float, float]:
+def _centre(patch: int, grid: int) -> tuple[float, float]:
     step = SIDE / grid
     return (patch % grid + 0.5) * step, (patch // grid + 0.5) * step

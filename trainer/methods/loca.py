@@ -380,7 +380,7 @@ class Method(method.Method):
         loss = self.average(cross_entropy, rows >= 0, lengths)
 
         mean = mean_over_ranks(prediction.exp().mean(dim=(0, 1)))
-        negative_entropy = (mean * mean.log()).sum()
+        negative_entropy = (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()  # 0 has no logarithm
         used = scores.new_zeros(cfg.prototypes).scatter_(0, assigned.argmax(-1).flatten(), 1.0)
         return loss + cfg.me_max * negative_entropy, {
             "cluster_loss": loss,
@@ -445,7 +445,7 @@ class Method(method.Method):
         """Query windows, where the model places their patches, and where they belong."""
         places, visible = self.place(batch)
         if places:  # not every variant locates patches
-            visualise.placements(path, batch, places, visible)
+            visualise.placements(path, batch, places, visible, grid=self.student.backbone.grid)
         return bool(places)
 
     @torch.no_grad()
@@ -495,6 +495,6 @@ def sinkhorn(p: Tensor, iterations: int) -> Tensor:
         return p
     rows = p.new_ones(len(p), 1)
     for _ in range(iterations):
-        columns = 1 / sum_over_ranks_((p * rows).sum(0))
+        columns = 1 / sum_over_ranks_((p * rows).sum(0)).clamp(min=torch.finfo(p.dtype).tiny)  # of an unused cluster
         rows = 1 / (p * columns).sum(1, keepdim=True)
     return p * columns * rows
