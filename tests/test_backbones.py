@@ -1,6 +1,7 @@
 """Backbones: sizes, positions, token dropping, initialisation, and timm's names."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from trainer.backbones import (
     VisionTransformer,
     feature_map,
     normalise,
+    recompute_,
     stride,
     take,
     timm_backbone,
@@ -318,3 +320,18 @@ def test_take() -> None:
     index = torch.tensor([[1], [3]])
     assert take(tokens, index).tolist() == [[tokens[0, 1].tolist()], [tokens[1, 3].tolist()]]
     assert take(tokens[..., 0], index).tolist() == [[3], [21]]
+
+
+def test_activations_computed_again_count_once_in_running_statistics() -> None:
+    torch.manual_seed(0)
+    plain = ResNet((1, 1, 1, 1))
+    recomputed = deepcopy(plain)
+    recompute_(recomputed)
+    pixels = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for network in (plain, recomputed):
+        loss = network(pixels).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for (name, a), b in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
+        assert torch.equal(a, b), name

@@ -571,6 +571,17 @@ def test_me_max_is_never_negative() -> None:
     assert method(batch, START)[1]["me_max"] >= 0
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_low_temperature_leaves_everything_finite(side: str) -> None:
+    """Prototypes that nothing resembles get a probability of 0, whose logarithm is none."""
+    method = build(tiny(prototypes=512, **{f"{side}_temperature": 0.001}))
+    batch = random_batch(tiny())
+    loss, metrics = method(batch, START)
+    loss.backward()
+    assert all(torch.isfinite(value) for value in (loss, *metrics.values()))
+    assert all(torch.isfinite(p.grad).all() for p in method.student.parameters())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

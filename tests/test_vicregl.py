@@ -463,7 +463,10 @@ def test_spread_is_what_it_says():
     x = features(TINY, 30, 7)[:, 0]
     std, correlation = spread(x)
     unit = x / x.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(std, unit.std(0, correction=0).mean())
+    torch.testing.assert_close(std, unit.std(0).mean())  # as the loss has it: over n - 1
+    few = spread(x[:2])[0]
+    torch.testing.assert_close(few, unit[:2].std(0).mean())
+    assert float(spread(x[:1])[0]) == 0
     matrix = np.corrcoef(x.numpy().T)
     assert float(correlation) == pytest.approx((matrix.sum() - 7) / 42, abs=1e-4)
     collapsed = spread(torch.ones(8, 5))

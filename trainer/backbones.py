@@ -5,7 +5,8 @@ model of the same shape as it is.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +40,27 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def recompute_(module: nn.Module) -> None:
     """Makes every block drop its activations and compute them again in the backward pass."""
     for block in blocks(module):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if torch.compiler.is_compiling():  # a graph's mutations are not computed again
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    contexts = lambda: (nullcontext(), _statistics_at_rest(block))  # noqa: E731 - of the first and the second pass
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Batch norms in `block` normalise as in training and leave their running statistics alone."""
+    momenta = {m: m.momentum for m in block.modules() if isinstance(m, BatchNorm)}
+    for norm in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
 
 
 def stride(backbone: Any) -> int:
@@ -351,12 +372,12 @@ class BatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass  # both shapes are welcome
-
     def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(self.momentum > 0)
         if not self.training or world_size() == 1:
-            return super().forward(input)
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(input, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
         axes = [0, *range(2, input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         each = gather(torch.stack(torch.var_mean(x, axes, correction=0))[None])  # (ranks, variance and mean, D)
@@ -366,7 +387,6 @@ class BatchNorm(nn.BatchNorm2d):
             count = input.numel() // input.shape[1] * world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
-            self.num_batches_tracked.add_(1)
         scale = self.weight * (var + self.eps).rsqrt()
         shape = (-1, *(1,) * (input.ndim - 2))
         return ((x - mean.reshape(shape)) * scale.reshape(shape) + self.bias.reshape(shape)).to(input.dtype)

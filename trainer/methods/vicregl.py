@@ -317,7 +317,7 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
     0 and 1 say collapse. The sum over all pairs of channels is the square of a sum, so that no D x D matrix is needed.
     """
     x = full(x.detach())
-    std = F.normalize(x, dim=1).std(0, correction=0).mean()
+    std = F.normalize(x, dim=1).std(0, correction=min(len(x) - 1, 1)).mean()
     x = x - x.mean(0)
     x = x / (x.square().mean(0).sqrt() + 1e-5)
     pairs = x.shape[1] * max(x.shape[1] - 1, 1)
