@@ -38,6 +38,7 @@ Order = Literal["global", "block"]
 _VERSION = 1
 _MOST = 2**31 - 1
 _MOST_THREADS = 1024  # more than this, a typing error, would abort the process
+_STORED_AHEAD = 4  # shards of a remote set that are fetched ahead where they are read one after the other
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ class _Preparation:
             return orders.block_positions(self._seed, epoch, start, stop, self.samples.shards.first)
         return orders.positions(self._seed, epoch, start, stop, len(self.samples.shards))
 
+    def next_shards(self, epoch: int, position: int) -> tuple[list[int], int]:
+        """The shards in the order of their next use, and how many of them are wanted now."""
+        first = self.samples.shards.first
+        if self._order == "block":
+            order, ahead = orders.next_shards(self._seed, epoch, position, first)
+            return order.tolist(), ahead
+        if self._order is None:  # as stored, and then from the start
+            now = int(np.searchsorted(first, position, side="right")) - 1
+            return [*range(now, len(first) - 1), *range(now)], _STORED_AHEAD
+        return list(range(len(first) - 1)), len(first) - 1
+
     def __call__(self, plan: _Plan) -> _Prepared:
         index, images = self.samples.load(plan.epoch, self.positions(plan.epoch, plan.start, plan.stop))
         rows = self.samples.shards.table[index]
@@ -128,10 +140,11 @@ class Loader:
     moves on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
     incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may
     get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
-    storage. `num_threads` are DALI's (default: the cores that this process may use, shared among the ranks of the
-    machine), `max_bad` as in `samples.Samples`, `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's).
-    `form` picks the graph's form, for comparisons. `prefetch` is how many batches DALI works on ahead of the one handed
-    out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the host.
+    storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
+    that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
+    `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` picks the graph's form, for
+    comparisons. `prefetch` is how many batches DALI works on ahead of the one handed out: each costs its decoded images
+    and its views, on the device, and two more batches of stored bytes on the host.
 
     A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
     is current when it is asked for, without the host waiting for the device.
@@ -154,7 +167,7 @@ class Loader:
         num_threads: int | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
-        order: Order = "global",
+        order: Order | None = None,
         max_bad: float | None = None,
         hw_decoder_load: float | None = None,
         prefetch: int = 2,
@@ -173,6 +186,8 @@ class Loader:
         self.device = _device(device)
         self._seed, self._drop_last, self._shuffle, self._depth = seed, drop_last, shuffle, prefetch
         self._global = batch_size * world_size
+        if order is None:
+            order = "block" if self.shards.remote else "global"
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
         if form not in (None, "fused", "operators"):
@@ -203,6 +218,7 @@ class Loader:
         self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
+        self._announced: tuple[list[int], int] | None = None
         self._built: Graph | None = None
         self._ahead: deque[Future[_Prepared]] = deque()
         self._runs: deque[_Run] = deque()
@@ -296,6 +312,7 @@ class Loader:
         """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
         if self._pool is None:
             self._pool, self._process = ThreadPoolExecutor(2 * self._depth, thread_name_prefix="loader"), os.getpid()
+        self._announce()
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
             while len(self._ahead) < 2 * self._depth and (self._shuffle or self._front[0] == self._epoch):
@@ -307,6 +324,15 @@ class Loader:
             prepared = self._ahead.popleft().result()
             self._runs.append(_Run(prepared))
             self._submit(prepared)
+
+    def _announce(self) -> None:
+        """Tells a remote set which shards come next, once a window."""
+        if not self.shards.remote:
+            return
+        order, ahead = self._prepare.next_shards(self._epoch, self._position)
+        if (order, ahead) != self._announced:
+            self._announced = (order, ahead)
+            self.shards.expect(order, ahead)
 
     def _submit(self, prepared: _Prepared) -> None:
         if prepared.images:  # a rank's share of an epoch's end may be empty

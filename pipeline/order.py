@@ -129,6 +129,30 @@ def block_positions(
 
 
 @kernel
+def _shards(seed, epoch, shards):
+    out = np.empty(shards, np.int64)
+    key, bits = _key(seed, epoch, 1), _bits(shards)
+    for s in range(shards):
+        out[s] = _permute(s, shards, bits, key)
+    return out
+
+
+def next_shards(
+    seed: int, epoch: int, position: int, first: NDArray[np.int64], window: int = 16
+) -> tuple[NDArray[np.int64], int]:
+    """The shards as `block_positions` needs them from the window of `position` on, to the end of the next epoch: i64,
+    some of them twice; and how many of these belong to that window or the one behind it.
+    """
+    first = np.ascontiguousarray(first, dtype=np.int64)
+    shards = first.size - 1
+    this, following = (_shards(seed, e, shards) for e in (epoch, epoch + 1))
+    ends = np.cumsum(np.diff(first)[this])
+    left = int(np.searchsorted(ends, position, side="right")) // window * window
+    rest = this[left:]
+    return np.concatenate([rest, following]), min(2 * window, rest.size if rest.size > window else rest.size + window)
+
+
+@kernel
 def _replacement(seed, epoch, index, attempt, n):
     return np.int64(_mix(_key(seed, epoch, index) ^ (np.uint64(attempt) * _GOLDEN)) % np.uint64(n))
 

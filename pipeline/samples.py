@@ -92,6 +92,8 @@ class Samples:
         for pause in _PAUSES:
             try:
                 return self.shards.read(i)
+            except ReadError:  # says itself what was tried
+                raise
             except OSError:
                 time.sleep(pause)
         try:

@@ -15,11 +15,13 @@ import resource
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +29,15 @@ from numpy.typing import NDArray
 from . import headers, tar
 from .host import cache_folder, read_json, write_atomic
 
+if TYPE_CHECKING:
+    from .remote import Object
+    from .shard_cache import Figures, RemoteFiles
+
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
 )
+CACHE_SIZE = 16.0
+"""GB of a remote set that are kept on this machine's disk, unless told: two windows of the block order and more."""
 IMAGES = ("jpg", "jpeg", "png", "webp")
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -37,6 +45,7 @@ _SCAN = 1  # counts up when a scan of the same bytes would give another table
 _HEAD = 2048  # bytes read for an image's size; a long EXIF or ICC segment asks for more
 _LARGEST_JSON = 1 << 20
 _MOST_SHARDS = 1_000_000  # in a range of a pattern
+_SCHEMES = ("s3://", "gs://", "az://", "http://", "https://")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _log = logging.getLogger(__name__)
@@ -53,32 +62,63 @@ class ReadError(OSError):
 class ShardSet:
     """The images of a directory of tars, a brace pattern (``dir/x-{0000..1023}.tar``) or a list of tars, numbered.
 
+    Of a directory with several splits, `split` names one, as ``DIRECTORY:SPLIT`` does. Each may be an address, too:
+    ``s3://``, ``gs://``, ``az://``, ``http(s)://``. Then `paths` are objects whose text is their address, and up to
+    `cache_size` GB (1e9 bytes; 0: none) of shards are kept in the folder `cache` (default: "shards" in the user's cache
+    folder) by all processes of this machine.
+
     `table` holds one SAMPLE row per image, memory-mapped where one file holds them all; `fingerprint` names the set by
     its shards' names, lengths and counts, wherever it lies. Images that cannot be decoded are listed too. Raises
-    ShardError for a set that is missing, empty, no tar, without images, ambiguous, or not a local file.
+    ShardError for a set that is missing, denied, empty, no tar, without images or ambiguous, ReadError where a server
+    does not answer.
     """
 
-    def __init__(self, spec: Spec):
-        self.paths, manifest = _resolve(spec)
-        self.table = _table(self.paths, manifest)
+    def __init__(
+        self,
+        spec: Spec,
+        split: str | None = None,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        cache_size: float = CACHE_SIZE,
+    ):
+        entries = [os.fspath(spec)] if isinstance(spec, str | os.PathLike) else [os.fspath(entry) for entry in spec]
+        if split is None and len(entries) == 1:
+            entries[0], split = _with_split(entries[0])
+        self.paths: Sequence[Path | Object]
+        self._files: _Files | RemoteFiles
+        self._made_by = partial(ShardSet, cache=cache, cache_size=cache_size)
+        self.remote = any(is_address(entry) for entry in entries)
+        """Whether the shards lie elsewhere: then `figures` says what reading them costs."""
+        if self.remote:
+            local = next((entry for entry in entries if not is_address(entry)), None)
+            if local:
+                raise ShardError(f"{local!r} is a file among addresses: name one or the other")
+            from .remote_set import open_set
+
+            root = Path(cache) if cache is not None else cache_folder("shards")
+            self.paths, self.table, self._files = open_set(entries, split, root, int(cache_size * 1e9))
+            files = [(found.name, found.size) for found in self.paths]
+        else:
+            paths, manifest = _resolve(entries, split)
+            self.paths, self.table, self._files = paths, _table(paths, manifest), _Files(paths)
+            files = [(path.name, path.stat().st_size) for path in paths]
         if not len(self.table):
             raise ShardError(f"{_name(self.paths)} holds no images: members must be named KEY.{'|'.join(IMAGES)}")
         shard = self.table["shard"]
         self.first = np.array([bisect_left(shard, s) for s in range(len(self.paths) + 1)], dtype=np.int64)
         """i64 (shards + 1,): the first image of each shard and, last, the number of images."""
         counts = np.diff(self.first).tolist()
-        content = [[path.name, path.stat().st_size, count] for path, count in zip(self.paths, counts, strict=True)]
+        content = [[*file, count] for file, count in zip(files, counts, strict=True)]
         self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-        self._files = _Files(self.paths)
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __reduce__(self) -> tuple[type["ShardSet"], tuple[list[Path]]]:
-        return ShardSet, (self.paths,)
+    def __reduce__(self) -> "tuple[Callable[..., ShardSet], tuple[list[str]]]":
+        return self._made_by, ([str(path) for path in self.paths],)
 
-    def shard_of(self, i: int) -> Path:
-        """The tar that holds image `i`."""
+    def shard_of(self, i: int) -> "Path | Object":
+        """The tar that holds image `i`; as a string, its path or address."""
         return self.paths[self.table["shard"][i]]
 
     def key(self, i: int) -> str:
@@ -96,8 +136,32 @@ class ShardSet:
 
     def advise(self, indices: NDArray[np.int64]) -> None:
         """Asks the system to fetch these images, all at once, before they are read one by one."""
-        for row in self.table[indices]:
-            self._files.advise(int(row["shard"]), int(row["offset"]), int(row["size"]))
+        self._files.advise(self.table[indices])
+
+    def expect(self, order: Sequence[int], ahead: int) -> None:
+        """The order in which shards will be read. Of a remote set the first `ahead` are fetched whole, for which others
+        may leave the cache.
+        """
+        self._files.expect(order, ahead)
+
+    @property
+    def figures(self) -> "Figures | None":
+        """What reading a remote set has cost this process so far; None for a local one."""
+        return self._files.figures
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` names something in a bucket or on a web server."""
+    return text.lower().startswith(_SCHEMES)
+
+
+def _with_split(entry: str) -> tuple[str, str | None]:
+    """``DIRECTORY:SPLIT`` in two; a path that exists, a pattern or an address with a port is left alone."""
+    spec, _, split = entry.rpartition(":")
+    has_path = is_address(spec) and spec.count("/") > 2
+    if "/" in split or "}" in split or Path(entry).exists() or not (has_path or Path(spec).is_dir()):
+        return entry, None
+    return spec, split
 
 
 class _Files:
@@ -118,6 +182,7 @@ class _Files:
         self._paths = paths
         self._open: OrderedDict[int, _Files._File] = OrderedDict()
         self._lock = threading.Lock()
+        self.figures = None
         self._most = max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16) // 2)
 
     def _file(self, shard: int) -> "_Files._File":
@@ -150,14 +215,16 @@ class _Files:
             file.names = {member.offset: member.name for member in tar.walk(file.fd, tar.Damage())}
         return name or file.names.get(offset)
 
-    def advise(self, shard: int, offset: int, size: int) -> None:
-        try:
-            os.posix_fadvise(self._file(shard).fd, offset, size, os.POSIX_FADV_WILLNEED)
-        except OSError:  # the read that follows says what is wrong
-            return
+    def advise(self, rows: NDArray[np.void]) -> None:
+        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            with suppress(OSError):  # the read that follows says what is wrong
+                os.posix_fadvise(self._file(shard).fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def expect(self, order: Sequence[int], ahead: int) -> None:
+        """The system's own read-ahead does as well."""
 
 
-def _name(paths: Sequence[Path]) -> str:
+def _name(paths: Sequence[object]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
@@ -178,16 +245,16 @@ def _expand(pattern: str) -> list[str]:
     return list(chain.from_iterable(_expand(pattern[: found.start()] + c + pattern[found.end() :]) for c in choices))
 
 
-def _resolve(spec: Spec) -> tuple[list[Path], dict | None]:
-    """The tars that `spec` names, and the manifest of the split that they are, where there is one."""
-    entries = [os.fspath(spec)] if isinstance(spec, str | os.PathLike) else [os.fspath(entry) for entry in spec]
+def _resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:
+    """The tars that `entries` name, and the manifest of the split that they are, where there is one."""
     for entry in entries:
         if _ADDRESS.match(entry) and not Path(entry).exists():
             raise ShardError(
-                f"{entry!r} is an address or a command: shards are read from local files only, so copy them to a disk"
+                f"{entry!r} is an address or a command that cannot be read image by image: name files, or an address "
+                f"that begins with {', '.join(_SCHEMES)}"
             )
     if len(entries) == 1 and Path(entries[0]).is_dir():
-        return _in_directory(Path(entries[0]))
+        return _in_directory(Path(entries[0]), split)
     paths = [Path(path) for entry in entries for path in ([entry] if Path(entry).exists() else _expand(entry))]
     if not paths:
         raise ShardError("an empty list of shards: name a directory, a brace pattern or tars")
@@ -208,33 +275,56 @@ def _resolve(spec: Spec) -> tuple[list[Path], dict | None]:
     return paths, None
 
 
-def _in_directory(folder: Path) -> tuple[list[Path], dict | None]:
+def _in_directory(folder: Path, split: str | None) -> tuple[list[Path], dict | None]:
     manifests = _manifests(folder)
-    if len(manifests) > 1:
-        patterns = " or ".join(f"{folder}/{m['name']}-{split}-{{...}}.tar" for split, m in manifests.items())
-        raise ShardError(f"{folder} holds the splits {', '.join(manifests)}: name one by its pattern, {patterns}")
-    for manifest in manifests.values():
-        paths = [folder / shard["file"] for shard in manifest["shards"]]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise ShardError(
-                f"{missing[0]} is missing ({len(missing)} of the {len(paths)} shards that the manifest lists): "
-                "restore it, or name the remaining tars one by one"
-            )
-        return paths, manifest
+    if manifests:
+        manifest = manifests[_one(str(folder), list(manifests), split)]
+        return _listed_files(folder, [shard["file"] for shard in manifest["shards"]], "the manifest"), manifest
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
     odd = next((path for path in paths if not path.is_file()), None)
     if odd:  # opening a pipe would wait for ever
         raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
-    info = next((folder / name for name in ("_info.json", "info.json") if (folder / name).is_file()), None)
-    splits = (read_json(info) or {}).get("splits", {}) if info else {}
-    if isinstance(splits, dict) and len(splits) > 1:
+    infos = (folder / name for name in ("_info.json", "info.json"))
+    info = next((info for path in infos if (info := read_json(path))), {})
+    splits = _timm_splits(info)
+    if split is None and len(splits) <= 1:
+        return paths, None
+    return _listed_files(folder, splits[_one(str(folder), list(splits), split)], "_info.json"), None
+
+
+def _one(folder: str, splits: Sequence[str], split: str | None) -> str:
+    """The split that is meant. Raises ShardError where that is not clear."""
+    if split is None and len(splits) > 1:
+        choices = " or ".join(f"{folder}:{name}" for name in splits)
+        raise ShardError(f"{folder} holds the splits {', '.join(splits)}: name one, {choices}")
+    if split is not None and split not in splits:
+        raise ShardError(f"{folder} has no split {split!r}: it holds {', '.join(splits) or 'none that has a name'}")
+    return splits[0] if split is None else split
+
+
+def _listed_files(folder: Path, names: Sequence[str], where: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    if not paths:
+        raise ShardError(f"{folder}: {where} does not say which tars are this split: name them by a pattern")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
         raise ShardError(
-            f"{folder} holds the splits {', '.join(splits)}: name one by a pattern, {folder}/NAME-{{0000..0099}}.tar"
+            f"{missing[0]} is missing ({len(missing)} of the {len(paths)} shards that {where} lists): "
+            "restore it, or name the remaining tars one by one"
         )
-    return paths, None
+    return paths
+
+
+def _timm_splits(info: dict) -> dict[str, list[str]]:
+    """The tars by split, as timm's _info.json says it; none of a split of which it does not."""
+    splits, found = info.get("splits"), {}
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        files = split.get("filenames") if isinstance(split, dict) else None
+        named = isinstance(files, list) and all(isinstance(file, str) and Path(file).name == file for file in files)
+        found[str(name)] = files if named else []
+    return found
 
 
 def _manifests(folder: Path) -> dict[str, dict]:
@@ -329,15 +419,20 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
         scans = list(pool.map(_scan_named, paths))
     for path, (_, damage) in zip(paths, scans, strict=True):
-        if not damage.is_tar and (len(paths) == 1 or path.stat().st_size >= tar.BLOCK):
-            what = "is empty" if path.stat().st_size == 0 else "is not a tar"
-            raise ShardError(f"{path} {what}: remove it from the set, or fetch it again")
-        if damage.notes:
-            _log.warning("%s: %s; the rest of it is used", path, "; ".join(damage.notes))
+        _complain(str(path), path.stat().st_size, damage, alone=len(paths) == 1)
     table = _joined([rows for rows, _ in scans])
     if len(table) and not any(damage.notes for _, damage in scans):  # a damaged set is scanned, and named, every time
         _keep(table, name)
     return table
+
+
+def _complain(path: str, size: int, damage: tar.Damage, *, alone: bool) -> None:
+    """Says what a walk found wrong with a shard; where it's everything, raises ShardError."""
+    if not damage.is_tar and (alone or size >= tar.BLOCK):
+        what = "is empty" if size == 0 else "is not a tar"
+        raise ShardError(f"{path} {what}: remove it from the set, or fetch it again")
+    if damage.notes:
+        _log.warning("%s: %s; the rest of it is used", path, "; ".join(damage.notes))
 
 
 def _cached(name: str, shards: int) -> NDArray[np.void] | None:

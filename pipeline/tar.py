@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 BLOCK = 512
 _REGULAR = b"0\0" + b"7"
 _MAX_NAME = 1 << 16  # a longer GNU or PAX name record is damage
-_NEAR = 4096  # bytes before a member's content in which its name stands, as a rule
+NEAR = 4096  # bytes before a member's content in which its name stands, as a rule
 _MAX_DIGITS = 19  # of a number in a PAX record; Python refuses to read very long ones
 
 
@@ -70,7 +70,11 @@ def _name(header: bytes) -> str:
 
 def name_at(fd: int, offset: int) -> str | None:
     """The name of the member whose content starts at `offset`, by one read of what precedes it; None: walk to know."""
-    before = os.pread(fd, min(_NEAR, offset), max(0, offset - _NEAR))
+    return name_before(os.pread(fd, min(NEAR, offset), max(0, offset - NEAR)))
+
+
+def name_before(before: bytes) -> str | None:
+    """Likewise, from the bytes that precede the content, up to NEAR of them."""
     header = before[-BLOCK:]
     if not _sound(header):
         return None

@@ -213,9 +213,8 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         str(tmp_path / "nothing.tar"): "is empty",
         str(tmp_path / "labels.tar"): "no images",
         str(tmp_path / "void.tar"): "no images",
-        "pipe:cat x.tar": "local files",
-        "https://host/x-{0000..0003}.tar": "local files",
-        "s3://bucket/x.tar": "local files",
+        "pipe:cat x.tar": "cannot be read image by image",
+        "gopher://host/x-{0000..0003}.tar": "cannot be read image by image",
         f"{folder}/map-{{0000-0001}}.tar": "neither a range",
         f"{folder}/map-{{0..99999999}}.tar": "100000000 shards",
     }
@@ -594,3 +593,17 @@ def anonymous() -> int:
     """Bytes of memory of this process that no file stands behind."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def test_a_split_is_named_behind_its_folder(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set: a", 6, 3)
+    names = [path.name for path in sorted(folder.glob("*.tar"))]
+    splits = {"train": {"filenames": names[:2]}, "val": {"filenames": names[2:]}, "test": {}}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    assert ShardSet(f"{folder}:train").fingerprint == ShardSet(folder, "train").fingerprint
+    assert ShardSet(f"{folder}:val").paths == [folder / names[2]]
+    for split, sentence in {"none": "has no split 'none': it holds train, val, test", "test": "does not say"}.items():
+        with pytest.raises(ShardError, match=sentence):
+            ShardSet(f"{folder}:{split}")
+    with pytest.raises(ShardError, match=f"holds the splits train, val, test: name one, {folder}:train or"):
+        ShardSet(folder)

@@ -1,0 +1,299 @@
+"""Objects in buckets and on web servers: listed, and read by byte ranges, through obstore.
+
+All requests of a process run on one event loop in a thread of its own, so that hundreds may be under way, each can be
+waited for with Ctrl-C at work, and nothing holds up the end of the process. obstore retries what may pass (resets,
+bodies cut off, stalls, 408, 429, 5xx); what is left is one sentence that names the address, never a header or a secret.
+"""
+
+import asyncio
+import atexit
+import os
+import re
+import threading
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from .shards import ReadError, ShardError
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, RetryConfig
+
+PART = 8 << 20
+"""Bytes of a part, where a whole object is fetched: the size at which object stores reach their full speed."""
+
+_CLIENT: "ClientConfig" = {"timeout": timedelta(seconds=120), "read_timeout": timedelta(seconds=30)}
+_RUNNING: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+_STARTING: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}  # a mistyped address is said soon
+_REQUESTS = 64  # under way at a time, of this process
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with boto3 installed, "
+    "or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+_PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of their variables in the environment
+_HUB = "https://huggingface.co/"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Object:
+    """A file of a bucket or a web server, as it was when it was asked for. As a string, its address."""
+
+    folder: "Folder"
+    name: str
+    size: int
+    version: str | None
+    """The server's ETag, or else the time of the last change; None where it says neither."""
+
+    def __str__(self) -> str:
+        return f"{self.folder.url}/{self.name}"
+
+    async def read(self, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` (exclusive), fewer where the object ends. Raises ReadError, also where the object is
+        gone, denied or no longer what it was.
+        """
+        stop = min(stop, self.size)
+        return await self.folder.get(self, start, stop) if start < stop else b""
+
+
+class Folder:
+    """The objects directly below an address, without a slash at its end. Making one sends nothing."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        parts = urlsplit(self.url)
+        self.scheme = parts.scheme.lower()
+        if parts.query or parts.fragment or "@" in parts.netloc:
+            clean = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+            raise ShardError(
+                f"{clean}: an address with a password, a signature or a query is not read, since logs would show it: "
+                "give credentials by the environment"
+            )
+        self._starting, self._running = self._store(_STARTING), self._store(_RUNNING)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.url,)
+
+    @property
+    def lists(self) -> bool:
+        """Whether it can be asked what it holds: buckets can, web servers cannot."""
+        return not self.scheme.startswith("http")
+
+    def _store(self, retries: "RetryConfig") -> Any:
+        try:
+            from obstore.store import from_url
+        except ImportError:
+            raise ShardError(f'{self.url}: reading it needs obstore: pip install -e ".[remote]"') from None
+        client: ClientConfig = {**_CLIENT}
+        options: dict[str, Any] = {}
+        client["allow_http"] = self.scheme == "http" or _says_yes(f"{_PREFIXES.get(self.scheme, '')}_ALLOW_HTTP")
+        if self.url.startswith(_HUB) and os.environ.get("HF_TOKEN"):
+            client["default_headers"] = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"}
+        if self.scheme == "s3" and os.environ.get("AWS_PROFILE") and not os.environ.get("AWS_ACCESS_KEY_ID"):
+            options["credential_provider"] = self._profile()
+        try:
+            return from_url(self.url, client_options=client, retry_config=retries, **options)
+        except Exception as error:  # obstore's errors have no base of their own that ValueError shares
+            raise self._explained(error, self.url) from None
+
+    def _profile(self) -> Any:
+        try:
+            from obstore.auth.boto3 import Boto3CredentialProvider
+        except ImportError:
+            raise ShardError(
+                f"{self.url}: AWS_PROFILE is read by boto3, which is not installed: pip install boto3, or set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from None
+        try:
+            return Boto3CredentialProvider()
+        except Exception as error:  # whatever a profile can lack
+            raise ShardError(
+                f"{self.url}: the profile {os.environ['AWS_PROFILE']!r} gives no credentials: {error}"
+            ) from None
+
+    async def list(self) -> dict[str, Object]:
+        """Its objects by name."""
+        import obstore
+
+        try:
+            found = await obstore.list_with_delimiter_async(self._starting)
+        except Exception as error:
+            raise self._explained(error, self.url) from None
+        prefix = self._starting.prefix
+        objects = {}
+        for meta in found["objects"]:
+            name = str(meta["path"]).removeprefix(f"{prefix}/" if prefix else "")
+            objects[name] = self._object(name, meta)
+        return objects
+
+    async def head(self, name: str) -> Object | None:
+        """The object of that name; None where there is none."""
+        import obstore
+
+        try:
+            return self._object(name, await obstore.head_async(self._starting, name))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise self._explained(error, f"{self.url}/{name}") from None
+
+    async def heads(self, names: Iterable[str]) -> dict[str, Object]:
+        """Those of the objects that exist."""
+        limit = asyncio.Semaphore(_REQUESTS)
+
+        async def one(name: str) -> Object | None:
+            async with limit:
+                return await self.head(name)
+
+        return {found.name: found for found in await asyncio.gather(*map(one, names)) if found}
+
+    async def get(self, wanted: Object, start: int, stop: int) -> bytes:
+        """A part of an object of this folder, as `Object.read` says it."""
+        import obstore
+
+        options: GetOptions = {"range": (start, stop)}
+        etag = wanted.version
+        if etag and etag.startswith('"'):  # a weak one never matches
+            options["if_match"] = etag
+        try:
+            async with _limit():
+                result = await obstore.get_async(self._running, wanted.name, options=options)
+                body = bytes(await result.bytes_async())
+        except Exception as error:
+            raise ReadError(str(self._explained(error, str(wanted)))) from None
+        if result.meta["size"] != wanted.size or _version(result.meta) != wanted.version:
+            raise ReadError(str(_changed(str(wanted))))
+        if len(body) != stop - start:
+            raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")
+        return body
+
+    async def content(self, name: str) -> bytes | None:
+        """A small object whole; None where there is none."""
+        found = await self.head(name)
+        return await found.read(0, found.size) if found else None
+
+    def _object(self, name: str, meta: Any) -> Object:
+        return Object(self, name, meta["size"], _version(meta))
+
+    def _explained(self, error: Exception, address: str) -> Exception:
+        """What an error of obstore means, without its text, which may hold headers and signed addresses."""
+        from obstore import exceptions
+
+        text = str(error)
+        credentials = _CREDENTIALS.get(self.scheme, f"set HF_TOKEN if it lies on {_HUB}; other tokens are not read")
+        found = re.search(r"status code: (\d{3})", text)
+        status = int(found[1]) if found else None
+        if isinstance(error, exceptions.PreconditionError) or status == 416:
+            return _changed(address)
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return ShardError(f"{address} is missing: check the address")
+        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError) or status in (
+            401,
+            403,
+        ):
+            return ShardError(f"{address}: access is denied: check the address, and {credentials}")
+        if "169.254.169.254" in text or "metadata.google" in text or "Account must be specified" in text:
+            return ShardError(f"{address}: no credentials are found: {credentials}")
+        if "region" in text and "redirect" in text.lower():
+            return ShardError(f"{address}: the bucket lies in another region: set AWS_REGION to it")
+        if isinstance(error, exceptions.NotSupportedError) or "non-partial" in text.lower():
+            return ShardError(
+                f"{address}: this server ignores byte ranges, so single images cannot be read from it: use another "
+                'one, or copy the shards to a disk, or read them in their order as a stream ("pipe:curl ...")'
+            )
+        if "builder error" in text or "scheme is not allowed" in text:
+            return ShardError(f"{address}: the endpoint has no https: set AWS_ALLOW_HTTP=true if you trust the network")
+        if not isinstance(error, exceptions.BaseError):
+            return ShardError(f"{address} is no address that can be read: {type(error).__name__}")
+        low = text.lower().replace("retry_timeout", "")
+        why = next((why for mark, why in _REASONS.items() if mark in low), "the request failed")
+        return ReadError(f"{address} could not be had: {f'the server answers {status}' if status else why}")
+
+
+_REASONS = {
+    "timed out": "no answer in time",
+    "timedout": "no answer in time",
+    "timeout": "no answer in time",
+    "dns": "its host is not known",
+    "connection refused": "no server answers there",
+    "connect": "no connection",
+    "error sending request": "no connection",
+    "body": "the answer breaks off",
+    "decod": "the answer breaks off",
+}
+
+
+def _says_yes(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _version(meta: Any) -> str | None:
+    changed = meta.get("last_modified")
+    return meta.get("e_tag") or (changed.isoformat() if changed and changed.timestamp() > 0 else None)
+
+
+def _changed(address: str) -> ShardError:
+    return ShardError(f"{address} has changed since this run began: start again, with shards that nobody writes to")
+
+
+_loop: asyncio.AbstractEventLoop | None = None
+_process: int | None = None
+_lock = threading.Lock()
+_semaphore: asyncio.Semaphore | None = None
+
+
+def _limit() -> asyncio.Semaphore:
+    global _semaphore  # noqa: PLW0603 - one per process, made on the loop
+    if _semaphore is None:
+        _semaphore = asyncio.Semaphore(_REQUESTS)
+    return _semaphore
+
+
+def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
+    """Starts requests and returns at once. Raises RuntimeError in a process that was forked off one that sent some:
+    obstore's threads stayed behind, and it would wait for ever.
+    """
+    global _loop, _process
+    if _process not in (None, os.getpid()):
+        task.close()
+        raise RuntimeError(
+            "remote shards were read before this process was forked: start processes with the 'spawn' method, or fork "
+            "before the first ShardSet"
+        )
+    with _lock:
+        if _loop is None:
+            _process, _loop = os.getpid(), asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="remote", daemon=True).start()
+            atexit.register(_end, _loop)
+    return asyncio.run_coroutine_threadsafe(task, _loop)
+
+
+def run(task: Coroutine[Any, Any, T]) -> T:
+    """Waits for requests. Raises what they raise."""
+    future = submit(task)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _end(loop: asyncio.AbstractEventLoop) -> None:
+    """Lets go of what is under way, so that no answer arrives in an interpreter that is being taken down."""
+
+    async def cancel() -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    if _process == os.getpid():
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(cancel(), loop).result(timeout=2)

@@ -1,0 +1,428 @@
+"""Remote shards on this machine's disk, fetched whole and ahead of need; single images by their ranges until then.
+
+The order in which an epoch needs the shards is known, so the next ones are fetched in that order. Each is used once an
+epoch: then filling the disk and keeping what lies there is the best that any policy can do (Belady's optimum), where
+the least recently used would go, almost nothing of a set larger than the disk would ever be found again. What has to go
+to let the next shards in is what the order needs last.
+
+The processes of a machine share a folder and nothing else. Whoever holds its lock fetches and deletes; the others read
+what lies there, and take over when the holder ends, however it ends. A file has its name once it's complete, checked
+and durable. Only files of the names that are given here are ever deleted, in a folder that is the set's own.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import host, remote, tar
+from .shards import ReadError
+
+FREE = 1 << 30
+"""Bytes of the disk that are left to others: checkpoints and logs may lie there too."""
+_CONNECTIONS = 16  # parts under way: one process of a machine fetches
+_NEAR = 1 << 16  # images this near to each other are read by one request
+_NAMES = {"tar": re.compile(r"\d{6}\.tar"), "part": re.compile(r"\d{6}\.tar\.part")}
+_ASKED = 1024  # images on their way, at least
+_PATIENCE = 10.0  # seconds between tries, where a shard cannot be had or another process fetches
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Figures:
+    """What reading a remote set has cost this process so far."""
+
+    from_cache: int = 0
+    """Images read from the disk."""
+    by_range: int = 0
+    """Images read over the network."""
+    fetched: int = 0
+    """Bytes that came over the network."""
+    waited: float = 0.0
+    """Seconds that the threads waited for the network, added up."""
+
+    def __sub__(self, other: "Figures") -> "Figures":
+        return Figures(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass
+class Job:
+    """An object to fetch whole into a file, and the sum that it must have, where one is known."""
+
+    number: int
+    wanted: remote.Object
+    path: Path
+    sha256: str | None = None
+    _file: int = -1
+    _written: int = 0
+    _sum: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.part")
+
+    def begin(self) -> None:
+        self._file = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+    def write(self, data: bytes) -> bool:
+        """Takes the next part. True when the file is complete and has its name; False while more is to come. Raises
+        OSError, and BadSum.
+        """
+        self._sum.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        self._written += len(data)
+        if self._written < self.wanted.size:
+            return False
+        if self.sha256 and self._sum.hexdigest() != self.sha256:
+            raise BadSum(self)
+        os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        self.part.replace(self.path)
+        host.sync_folder(self.path.parent)
+        return True
+
+    def drop(self) -> None:
+        """Gives up what is not complete."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            with suppress(OSError):
+                self.part.unlink()
+
+
+class BadSum(Exception):
+    """A shard arrived in full, but not as its manifest says."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self.job = job
+
+    def explained(self) -> ReadError:
+        return ReadError(f"{self.job.wanted} arrived twice with another sha256 than its manifest says: upload it again")
+
+
+def fetch(jobs: Iterator[Job], figures: Figures, stopped: threading.Event | None = None) -> Iterator[Job]:
+    """Fetches objects into files, several parts at a time, and yields each job whose file is complete, in order.
+
+    A job is taken from the iterator when there is a connection for it. Raises what `Object.read` and `Job.write` raise;
+    unfinished files are gone then, as they are where it is `stopped`.
+    """
+    under_way: deque[tuple[Job, Future[bytes]]] = deque()
+    begun: list[Job] = []
+
+    def parts() -> Iterator[tuple[Job, Future[bytes]]]:
+        for job in jobs:
+            begun.append(job)
+            job.begin()
+            for start in range(0, job.wanted.size, remote.PART):
+                yield job, remote.submit(job.wanted.read(start, start + remote.PART))
+
+    requests = parts()
+    try:
+        while not (stopped and stopped.is_set()):
+            while len(under_way) < _CONNECTIONS and (request := next(requests, None)):
+                under_way.append(request)
+            if not under_way:
+                return
+            job, future = under_way.popleft()
+            data = future.result()
+            figures.fetched += len(data)
+            if job.write(data):
+                begun.remove(job)
+                yield job
+    finally:
+        for _, future in under_way:
+            future.cancel()
+        for job in begun:
+            job.drop()
+
+
+class Cache:
+    """The folder of one set on this machine's disk, of at most `size` bytes, and the thread that fills it.
+
+    `expect` says what is needed next. `failure` is what the thread ended with: bytes that are not what the manifest
+    says, a shard that is gone or denied. Without a `root`, or with a `size` of 0, nothing is kept.
+    """
+
+    def __init__(self, root: Path | None, objects: Sequence[remote.Object], sums: Sequence[str | None], size: int):
+        self.failure: ReadError | None = None
+        self.figures = Figures()
+        self.closed = False
+        """Whether nothing more is fetched. What lies here is read still."""
+        self._objects, self._sums, self._size = objects, sums, size
+        self._order: list[int] = []
+        self._ahead = 0
+        self._news = threading.Condition()
+        self._changed = False
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = ExitStack()
+        self._owner = False
+        self._again: set[int] = set()  # shards that arrived with a wrong sum once
+        what = [[o.name, o.size, s or o.version] for o, s in zip(objects, sums, strict=True)]
+        name = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+        self.folder = root / name if root and size else None
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self._close(f"{self.folder} cannot be made ({error.strerror})")
+
+    def open(self, shard: int) -> int | None:
+        """A descriptor of a shard that lies here complete, or None."""
+        if self.folder is None:
+            return None
+        try:
+            file = os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        if os.fstat(file).st_size == self._objects[shard].size:
+            return file
+        os.close(file)
+        return None
+
+    def expect(self, order: Iterable[int], ahead: int) -> None:
+        """The shards in the order of their next use: the first `ahead` are fetched, for which later ones may go."""
+        if self.folder is None or self.closed:
+            return
+        with self._news:
+            self._order, self._ahead, self._changed = list(order), ahead, True
+            self._news.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, which gives the folder to others."""
+        self._stopped.set()
+        with self._news:
+            self._news.notify()
+
+    def owned(self) -> bool:
+        """Whether this process fetches and deletes here: it becomes the one where nobody else is. Raises OSError."""
+        if self.folder and not self._owner:
+            with suppress(BlockingIOError):
+                self._lock.enter_context(host.lock(self.folder / "lock"))
+                self._owner = True
+                for part in self._names("part"):  # a killed process left it
+                    part.unlink(missing_ok=True)
+        return self._owner
+
+    def release(self) -> None:
+        """Gives the folder to others."""
+        self._owner = False
+        self._lock.close()
+
+    def make_space(self, shard: int) -> bool:
+        """Whether there is space for a shard, for which those that are needed later may go. Raises OSError."""
+        if self.closed or not self.folder:
+            return False
+        wanted = self._objects[shard].size
+        complete = {int(path.name[:6]) for path in self._names("tar")}
+        unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}
+        held = sum(self._objects[s].size for s in complete | unfinished)
+        excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
+        with self._news:
+            next_use = {s: k for k, s in reversed(list(enumerate(self._order)))}
+            soon = set(self._order[: self._ahead])
+        for later in sorted(complete - soon, key=lambda s: next_use.get(s, len(next_use)), reverse=True):
+            if excess <= 0:
+                break
+            self.path(later).unlink(missing_ok=True)
+            excess -= self._objects[later].size
+        if excess > 0 and not complete | unfinished:
+            self._close(f"{self.folder} has no space for one of {wanted / 1e9:.2f} GB")
+        return excess <= 0
+
+    def job(self, shard: int, aside: Path | None = None) -> Job:
+        """What fetches a shard, into this folder or one aside."""
+        path = aside / f"{shard:06d}.tar" if aside else self.path(shard)
+        return Job(shard, self._objects[shard], path, self._sums[shard])
+
+    def path(self, shard: int) -> Path:
+        assert self.folder
+        return self.folder / f"{shard:06d}.tar"
+
+    def _names(self, kind: str) -> list[Path]:
+        """The files here that this class made, ``tar`` or ``part``."""
+        assert self.folder
+        return [path for path in self.folder.iterdir() if _NAMES[kind].fullmatch(path.name)]
+
+    def _close(self, why: str) -> None:
+        _log.warning("shards are not kept on disk from here on, their images are read one by one: %s", why)
+        self.closed = True
+
+    def _run(self) -> None:
+        while not self._stopped.is_set() and not self.closed:
+            with self._news:
+                self._changed = False
+            pause = None
+            try:
+                if self.owned():
+                    for job in fetch(self._missing(), self.figures, self._stopped):
+                        _log.debug("%s lies in %s", job.wanted, job.path)
+                else:
+                    pause = _PATIENCE
+            except ReadError as error:  # whoever needs the shard now meets the same, and says it
+                _log.warning("%s; trying again", error)
+                pause = _PATIENCE
+            except BadSum as bad:
+                if bad.job.number in self._again:
+                    self.failure = bad.explained()
+                    break
+                _log.warning("%s arrived with another sha256 than its manifest says: fetching it again", bad.job.wanted)
+                self._again.add(bad.job.number)
+                continue
+            except OSError as error:
+                self._close(f"{self.folder}: {error.strerror}")
+            with self._news:
+                if not (self._changed or self.closed or self._stopped.is_set()):
+                    self._news.wait(pause)
+        self.release()
+
+    def _missing(self) -> Iterator[Job]:
+        """What is missing of the shards needed next, whatever is needed next at the time."""
+        begun: set[int] = set()
+        while True:
+            with self._news:
+                soon = self._order[: self._ahead]
+            shard = next((s for s in soon if s not in begun and not self.path(s).exists()), None)
+            if shard is None or not self.make_space(shard):
+                return
+            begun.add(shard)
+            yield self.job(shard)
+
+
+class _Descriptor:
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int):
+        self.fd = fd
+
+    def __del__(self) -> None:  # not before the last reader lets go
+        os.close(self.fd)
+
+
+class RemoteFiles:
+    """Shards read by position, from the disk where they lie there. Safe to use from several threads."""
+
+    def __init__(self, objects: Sequence[remote.Object], cache: Cache):
+        self.cache = cache
+        self._objects = objects
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._asked: OrderedDict[tuple[int, int], tuple[Future[bytes], int]] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, cache.stop)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; fewer where it ends. Raises ReadError, and ReadError where they are not what they were."""
+        if self.cache.failure:
+            raise self.cache.failure
+        with self._lock:
+            asked = self._asked.pop((shard, offset), None)
+        if asked is None and (data := self._from_disk(shard, offset, size)) is not None:
+            return data
+        future, start = asked or (remote.submit(self._objects[shard].read(offset, offset + size)), offset)
+        began = time.perf_counter()
+        data = future.result()
+        with self._lock:
+            figures = self.cache.figures
+            figures.waited += time.perf_counter() - began
+            figures.by_range += 1
+            figures.fetched += 0 if asked else len(data)
+        return data[offset - start : offset - start + size]
+
+    def advise(self, rows: NDArray[np.void]) -> None:
+        """Asks for images (of shards.SAMPLE), all at once, before they are read one by one."""
+        missing = []
+        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            file = self._file(shard)
+            if file is None:
+                missing.append((shard, offset, size))
+                continue
+            with suppress(OSError):  # the read that follows says what is wrong
+                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
+        for near in _together(sorted(missing)):
+            shard, start, _ = near[0]
+            stop = near[-1][1] + near[-1][2]
+            future = remote.submit(self._objects[shard].read(start, stop))
+            with self._lock:
+                self.cache.figures.fetched += stop - start
+                self._asked.update({(shard, offset): (future, start) for _, offset, _ in near})
+        with self._lock:
+            while len(self._asked) > max(_ASKED, 8 * len(rows)):  # of batches that were given up
+                self._asked.popitem(last=False)
+
+    def name(self, shard: int, offset: int) -> str | None:
+        """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
+        start = max(0, offset - tar.NEAR)
+        name = tar.name_before(self.read(shard, start, offset - start))
+        file = None if name else self._file(shard)
+        if file is None:
+            return name
+        return next((m.name for m in tar.walk(file.fd, tar.Damage()) if m.offset == offset), None)
+
+    @property
+    def figures(self) -> Figures:
+        return self.cache.figures
+
+    def expect(self, order: Sequence[int], ahead: int) -> None:
+        """As `Cache.expect` says. Other shards are closed: a deleted file takes its space while anybody has it open."""
+        self.cache.expect(order, ahead)
+        kept = set(order[:ahead])
+        with self._lock:
+            for shard in [s for s in self._open if s not in kept]:
+                del self._open[shard]
+
+    def _from_disk(self, shard: int, offset: int, size: int) -> bytes | None:
+        file = self._file(shard)
+        if file is None:
+            return None
+        try:
+            data = os.pread(file.fd, size, offset)
+        except OSError as error:  # a bad disk here says nothing about the shard
+            _log.warning("%s: %s; reading it over the network", self._objects[shard], error.strerror)
+            return None
+        if len(data) < min(size, self._objects[shard].size - offset):
+            return None
+        with self._lock:
+            self.cache.figures.from_cache += 1
+        return data
+
+    def _file(self, shard: int) -> _Descriptor | None:
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None and (fd := self.cache.open(shard)) is not None:
+                file = self._open[shard] = _Descriptor(fd)
+            return file
+
+
+def _together(wanted: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """(shard, offset, size) in rising order, those that lie near each other in one list, of at most a part's bytes."""
+    near: list[tuple[int, int, int]] = []
+    for shard, offset, size in wanted:
+        if near:
+            first, last = near[0], near[-1]
+            if shard != first[0] or offset > last[1] + last[2] + _NEAR or offset + size > first[1] + remote.PART:
+                yield near
+                near = []
+        near.append((shard, offset, size))
+    if near:
+        yield near
