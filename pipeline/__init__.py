@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .correspondence import patch_targets as patch_targets
     from .host import cores as cores
     from .loader import Loader as Loader
-    from .recipes import Colour as Colour
+    from .recipes import Augmentation as Augmentation
     from .recipes import Cut as Cut
     from .recipes import Recipe as Recipe
     from .shards import ReadError as ReadError
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .shards import ShardSet as ShardSet
 
 _ROOMS = {
+    "Augmentation": "recipes",
     "Batch": "batch",
-    "Colour": "recipes",
     "Cut": "recipes",
     "Loader": "loader",
     "ReadError": "shards",

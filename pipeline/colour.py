@@ -1,4 +1,4 @@
-"""The colours of whole batches on a GPU, in plain torch: the same operations and formulas as `cutting`, in float32.
+"""The colour augmentation of whole batches on a GPU, in plain torch: the formulas of `cutting`, in float32.
 
 A sample's order of the jitter's operations is data, so every step runs one form that is each of them: brightness,
 contrast and saturation move a pixel away from a base (black, the mean gray, its own gray), and a hue turned by nothing
@@ -14,29 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cutting import LUMA, RADII
-from .draws import BRIGHTNESS, CONTRAST, GRAY, HUE, ORDER, PERMUTATIONS, SATURATION, SIGMA, SOLARIZE
+from .parameters import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    LUMA,
+    ORDER,
+    PERMUTATIONS,
+    RADII,
+    SATURATION,
+    SIGMA,
+    SOLARIZE,
+)
 
 if TYPE_CHECKING:
-    from .recipes import Colour
+    from .recipes import Augmentation
 
 
-def apply(pixels: Tensor, params: Tensor, colours: "Sequence[Colour]", *, compiled: bool | None = None) -> Tensor:
+def apply(
+    pixels: Tensor, params: Tensor, augmentations: "Sequence[Augmentation]", *, compiled: bool | None = None
+) -> Tensor:
     """The views u8 (B, V, S, S, 3) after jitter, gray, blur and solarize, as params f32 (B, V, PARAMS) say.
 
-    `colours` are the cut's: what none of them can draw is left out. One rule for all of them, as `draws` demands.
+    `augmentations` are the cut's, of one rule: what none of them can draw is left out.
     `compiled` (None: on a GPU) fuses the steps into a few kernels at the first call for each shape. Each step alone
     reads and writes the whole batch.
     """
-    jitter = colours[0].rule if any(c.jitter > 0 for c in colours) else None
-    gray = any(c.gray > 0 for c in colours)
-    blurred = [c.sigma[1] for c in colours if c.blur > 0]
+    jitter = augmentations[0].rule if any(a.jitter > 0 for a in augmentations) else None
+    gray = any(a.gray > 0 for a in augmentations)
+    blurred = [a.sigma[1] for a in augmentations if a.blur > 0]
     radius = max(1, math.ceil(RADII * max(blurred))) if blurred else 0
-    solarize = any(c.solarize > 0 for c in colours)
+    solarize = any(a.solarize > 0 for a in augmentations)
     if not (jitter or gray or radius or solarize):
         return pixels
-    paint = _compiled() if (pixels.is_cuda if compiled is None else compiled) else _paint
-    return paint(pixels, params, _permutations(pixels.device), jitter, gray, radius, solarize)
+    augment = _compiled() if (pixels.is_cuda if compiled is None else compiled) else _augment
+    return augment(pixels, params, _permutations(pixels.device), jitter, gray, radius, solarize)
 
 
 @cache
@@ -48,10 +61,10 @@ def _permutations(device: torch.device) -> Tensor:
 def _compiled() -> Any:
     # Each kind of view, batch size and recipe is a graph of its own; at its default torch refuses the ninth.
     many = torch._dynamo.config.patch(recompile_limit=256)
-    return many(torch.compile(_paint, dynamic=False, fullgraph=True))
+    return many(torch.compile(_augment, dynamic=False, fullgraph=True))
 
 
-def _paint(
+def _augment(
     pixels: Tensor,
     params: Tensor,
     permutations: Tensor,

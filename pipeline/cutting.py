@@ -16,7 +16,8 @@ Nothing here raises, makes Python objects or needs the interpreter lock, so that
 
 import numpy as np
 
-from .draws import (
+from .kernel import kernel
+from .parameters import (
     BICUBIC_ANTIALIAS,
     BILINEAR,
     BRIGHTNESS,
@@ -24,19 +25,17 @@ from .draws import (
     FILTER,
     GRAY,
     HUE,
+    LUMA,
     ORDER,
     PERMUTATIONS,
+    RADII,
     RULE,
     SATURATION,
     SIGMA,
     SOLARIZE,
     TENSORFLOW,
 )
-from .kernel import kernel
 from .simd import transpose, weigh
-
-RADII = 3.0  # the Gaussian is cut off at this many sigmas; what lies beyond weighs 0.3 %
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
 
 
 @kernel

@@ -2,39 +2,49 @@
 
 Random numbers come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a keyed
 bijection of a counter, so that no state is carried from one view, sample or step to the next. The key is the seed; the
-counter is (block, view, epoch, sample). Crops and colours use blocks of their own, so a recipe that changes its colours
-keeps its windows.
-
-A view's parameters are one float32 row; the constants below name its columns. `cutting` and `colour` read the same row.
+counter is (block, view, epoch, sample). Crops and colours use blocks of their own, so a recipe that changes its colour
+augmentation keeps its windows.
 """
 
-from itertools import permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .kernel import kernel
+from .parameters import (
+    BICUBIC_ANTIALIAS,
+    BILINEAR,
+    BILINEAR_ANTIALIAS,
+    BRIGHTNESS,
+    CENTRE,
+    CONTRAST,
+    FILTER,
+    GRAY,
+    HUE,
+    ORDER,
+    PARAMS,
+    PERMUTATIONS,
+    RULE,
+    SATURATION,
+    SIGMA,
+    SOLARIZE,
+    TENSORFLOW,
+    TORCHVISION,
+)
 
 if TYPE_CHECKING:
     from .recipes import Recipe
 
-# Columns of a view's parameters.
-ORDER = 0  # row of PERMUTATIONS: the order of the four jitter operations; -1: no jitter
-BRIGHTNESS = 1  # factor (torchvision's rule) or shift of the unit range (TensorFlow's)
-CONTRAST = 2  # factor
-SATURATION = 3  # factor
-HUE = 4  # shift of the hue circle = 1
-GRAY = 5  # 0 or 1
-SIGMA = 6  # of the Gaussian in pixels of the view; 0: no blur
-SOLARIZE = 7  # 0 or 1
-FILTER = 8  # BILINEAR, BILINEAR_ANTIALIAS or BICUBIC_ANTIALIAS
-RULE = 9  # TORCHVISION or TENSORFLOW: whose formulas the jitter follows
-PARAMS = 10
-
-BILINEAR, BILINEAR_ANTIALIAS, BICUBIC_ANTIALIAS = 0, 1, 2
-TORCHVISION, TENSORFLOW, CENTRE = 0, 1, 2  # samplers; the first two are the jitter rules too
-PERMUTATIONS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int64)
+_RANGES = ("scale", "ratio", "brightness", "contrast", "saturation", "hue", "sigma")
+_CHANCES = ("flip", "jitter", "gray", "blur", "solarize")
+_CHOICES = ("sampler", "attempts", "filter", "rule")
+DISTRIBUTION = np.dtype(
+    [(f"{name}_{end}", "<f8") for name in _RANGES for end in ("min", "max")]
+    + [(name, "<f8") for name in _CHANCES]
+    + [(name, "<i8") for name in _CHOICES]
+)
+"""What the numbers of one view are drawn from: ranges, probabilities, and the algorithms."""
 
 _FILTERS = {
     ("bilinear", False): BILINEAR,
@@ -45,31 +55,30 @@ _RULES = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "centre": CENTRE
 _ATTEMPTS = {TORCHVISION: 10, TENSORFLOW: 100, CENTRE: 0}
 _COLOUR_BLOCK = 1 << 15  # crops count blocks from 0, colours from here
 
-Tables = tuple[NDArray[np.float64], NDArray[np.int64]]
 
-
-def tables(recipe: "Recipe") -> Tables:
-    """The recipe's numbers for `draw`, one row per view in the order of the cuts: f64 (T, 18) and i64 (T, 4)."""
-    numbers: list[tuple[float, ...]] = []
-    choices: list[tuple[int, ...]] = []
+def distributions(recipe: "Recipe") -> NDArray[np.void]:
+    """The recipe's numbers for `draw`: DISTRIBUTION (T,), one row per view in the order of the cuts."""
+    rows = []
     for cut in recipe.cuts:
         for view in range(cut.count):
-            c = cut.colours[view % len(cut.colours)]
-            shifted = c.rule == "tensorflow"
-            brightness = (-c.brightness, c.brightness) if shifted else (max(0.0, 1 - c.brightness), 1 + c.brightness)
-            contrast = (max(0.0, 1 - c.contrast), 1 + c.contrast)
-            saturation = (max(0.0, 1 - c.saturation), 1 + c.saturation)
-            chances = (cut.flip, c.jitter, c.gray, c.blur, c.solarize)
-            numbers.append((*cut.scale, *cut.ratio, *chances, *brightness, *contrast, *saturation, c.hue))
+            a = cut.augmentations[view % len(cut.augmentations)]
+
+            def factor(strength: float) -> tuple[float, float]:
+                return max(0.0, 1 - strength), 1 + strength
+
+            shifts = a.rule == "tensorflow"
+            brightness = (-a.brightness, a.brightness) if shifts else factor(a.brightness)
+            jitter = (brightness, factor(a.contrast), factor(a.saturation), (-a.hue, a.hue))
+            ranges = (cut.scale, cut.ratio, *jitter, a.sigma)
+            chances = (cut.flip, a.jitter, a.gray, a.blur, a.solarize)
             sampler = _RULES[cut.sampler]
-            filtering = _FILTERS[cut.interpolation, cut.antialias]
-            choices.append((sampler, _ATTEMPTS[sampler], filtering, _RULES[c.rule]))
-    sigmas = [cut.colours[view % len(cut.colours)].sigma for cut in recipe.cuts for view in range(cut.count)]
-    return np.hstack([np.array(numbers, dtype=np.float64), np.array(sigmas)]), np.array(choices, dtype=np.int64)
+            choices = (sampler, _ATTEMPTS[sampler], _FILTERS[cut.interpolation, cut.antialias], _RULES[a.rule])
+            rows.append((*(number for pair in ranges for number in pair), *chances, *choices))
+    return np.array(rows, dtype=DISTRIBUTION)
 
 
 def draw(
-    numbers_and_choices: Tables, seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int32]
+    distributions: NDArray[np.void], seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Windows f32 (B, T, 4) and parameters f32 (B, T, PARAMS) of all views of the samples `index` i64 (B,).
 
@@ -82,8 +91,7 @@ def draw(
         raise ValueError(f"sizes {sizes.shape} must be (B, 2) for index (B,), which is {index.shape}")
     if sizes.size and sizes.min() < 1:
         raise ValueError(f"sizes holds {sizes.min()}: every image needs a positive height and width")
-    numbers, choices = numbers_and_choices
-    return _draw(numbers, choices, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes)
+    return _draw(distributions, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes)
 
 
 @kernel
@@ -210,17 +218,17 @@ def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, rat
 
 
 @kernel
-def _draw(numbers, choices, seed, epoch, index, sizes):
-    samples, views = len(index), len(numbers)
+def _draw(distributions, seed, epoch, index, sizes):
+    samples, views = len(index), len(distributions)
     windows = np.empty((samples, views, 4), dtype=np.float32)
     params = np.zeros((samples, views, PARAMS), dtype=np.float32)
     for b in range(samples):
         height, width = np.int64(sizes[b, 0]), np.int64(sizes[b, 1])
         for v in range(views):
-            n = numbers[v]
-            sampler, attempts, filtering, rule = choices[v]
-            y, x, h, w = _box(sampler, attempts, seed, epoch, index[b], v, height, width, (n[0], n[1]), (n[2], n[3]))
-            flipped = _unit(_words(seed, epoch, index[b], v, 0)[0]) < n[4]
+            d = distributions[v]
+            scale, ratio = (d["scale_min"], d["scale_max"]), (d["ratio_min"], d["ratio_max"])
+            y, x, h, w = _box(d["sampler"], d["attempts"], seed, epoch, index[b], v, height, width, scale, ratio)
+            flipped = _unit(_words(seed, epoch, index[b], v, 0)[0]) < d["flip"]
             windows[b, v, 0] = y
             windows[b, v, 1] = x + w if flipped else x
             windows[b, v, 2] = y + h
@@ -230,14 +238,14 @@ def _draw(numbers, choices, seed, epoch, index, sizes):
             second = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 1)
             third = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 2)
             p = params[b, v]
-            p[ORDER] = _below(first[1], len(PERMUTATIONS)) if _unit(first[0]) < n[5] else -1
-            p[BRIGHTNESS] = _between(first[2], n[9], n[10])
-            p[CONTRAST] = _between(first[3], n[11], n[12])
-            p[SATURATION] = _between(second[0], n[13], n[14])
-            p[HUE] = _between(second[1], -n[15], n[15])
-            p[GRAY] = _unit(second[2]) < n[6]
-            p[SIGMA] = _between(third[0], n[16], n[17]) if _unit(second[3]) < n[7] else 0.0
-            p[SOLARIZE] = _unit(third[1]) < n[8]
-            p[FILTER] = filtering
-            p[RULE] = rule
+            p[ORDER] = _below(first[1], len(PERMUTATIONS)) if _unit(first[0]) < d["jitter"] else -1
+            p[BRIGHTNESS] = _between(first[2], d["brightness_min"], d["brightness_max"])
+            p[CONTRAST] = _between(first[3], d["contrast_min"], d["contrast_max"])
+            p[SATURATION] = _between(second[0], d["saturation_min"], d["saturation_max"])
+            p[HUE] = _between(second[1], d["hue_min"], d["hue_max"])
+            p[GRAY] = _unit(second[2]) < d["gray"]
+            p[SIGMA] = _between(third[0], d["sigma_min"], d["sigma_max"]) if _unit(second[3]) < d["blur"] else 0.0
+            p[SOLARIZE] = _unit(third[1]) < d["solarize"]
+            p[FILTER] = d["filter"]
+            p[RULE] = d["rule"]
     return windows, params

@@ -20,7 +20,8 @@ import numba
 
 from .host import cache_folder
 
-COMPILED = ("correspondence", "cutting", "draws", "headers", "kernel", "order", "simd")  # files that go into kernels
+# Files that go into kernels.
+COMPILED = ("correspondence", "cutting", "draws", "headers", "kernel", "order", "parameters", "simd")
 _UNUSED = 30 * 24 * 3600.0  # seconds after which another version's folder goes
 _config: Any = numba.config
 _lock = threading.RLock()

@@ -81,7 +81,7 @@ class _Preparation:
 
     def __init__(self, samples: Samples, recipe: Recipe, seed: int, order: Order | None):
         self.samples, self._recipe, self._seed, self._order = samples, recipe, seed, order
-        self._tables = draws.tables(recipe)
+        self._distributions = draws.distributions(recipe)
 
     def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The samples at these positions of an epoch."""
@@ -106,7 +106,7 @@ class _Preparation:
         index, images = self.samples.load(plan.epoch, self.positions(plan.epoch, plan.start, plan.stop))
         rows = self.samples.shards.table[index]
         sizes = np.stack([rows["height"], rows["width"]], axis=-1)
-        windows, params = draws.draw(self._tables, self._seed, plan.epoch, index, sizes)
+        windows, params = draws.draw(self._distributions, self._seed, plan.epoch, index, sizes)
         targets = _targets(self._recipe, windows) if self._recipe.targets else {}
         return _Prepared(plan, index, images, windows, params, targets, rows["label"].astype(np.int64))
 
@@ -413,7 +413,7 @@ class Loader:
             else:
                 pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
             if self._graph.form == "operators":
-                pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.colours)
+                pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.augmentations)
             views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]))
         return Batch(
             views,

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.recipes import Colour, Cut, Recipe
+from pipeline.recipes import Augmentation, Cut, Recipe
 
 SIZES = ((160, 240), (250, 170), (200, 200), (96, 256))  # (height, width), at most 256: a byte each
-STILL = (Colour(),)  # no colour operation
+STILL = (Augmentation(),)  # no colour operation
 
 
 def map_image(number: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -87,7 +87,7 @@ def still_recipe(
     antialias: bool = False, interpolation: str = "bilinear", flip: float = 0.5, size: int = 64, queries: int = 3
 ) -> Recipe:
     """LOCA's kinds, small, without colours: pixels stay coordinates."""
-    options = {"flip": flip, "antialias": antialias, "interpolation": interpolation, "colours": STILL}
+    options = {"flip": flip, "antialias": antialias, "interpolation": interpolation, "augmentations": STILL}
     return Recipe(
         "still",
         "paper",

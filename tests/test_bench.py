@@ -182,7 +182,7 @@ def test_rivals_cut_the_same_shapes(name: str, shards: str) -> None:
 
     from pipeline import ShardSet, recipes
 
-    for recipe in (recipes.loca(queries=1), recipes.vicregl(small=1)):
+    for recipe in (recipes.loca(focal_views=1), recipes.vicregl(small=1)):
         build = rivals._torchvision if name == "torchvision" else rivals._opencv
         views = build(recipe)(ShardSet(shards).read(3))
         sizes = [c.size for c in recipe.cuts for _ in range(c.count)]

@@ -12,11 +12,11 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 
-from pipeline import cutting, draws, recipes, simd
+from pipeline import cutting, draws, parameters, recipes, simd
 from pipeline.recipes import Recipe
 
 FILTERS = {("bilinear", False): 0, ("bilinear", True): 1, ("bicubic", True): 2}
-RULES = {"torchvision": draws.TORCHVISION, "tensorflow": draws.TENSORFLOW}
+RULES = {"torchvision": parameters.TORCHVISION, "tensorflow": parameters.TENSORFLOW}
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -30,9 +30,9 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def row(interpolation: str = "bilinear", antialias: bool = True, rule: str = "torchvision", **values) -> np.ndarray:
-    p = np.zeros(draws.PARAMS, np.float32)
-    p[draws.ORDER] = -1
-    p[draws.FILTER], p[draws.RULE] = FILTERS[interpolation, antialias], RULES[rule]
+    p = np.zeros(parameters.PARAMS, np.float32)
+    p[parameters.ORDER] = -1
+    p[parameters.FILTER], p[parameters.RULE] = FILTERS[interpolation, antialias], RULES[rule]
     for name, value in values.items():
         p[getattr(draws, name.upper())] = value
     return p
@@ -212,10 +212,12 @@ def test_pillows_box_blur_is_a_near_relative_of_the_gaussian() -> None:
     assert max(differences) < 1.5
 
 
-@pytest.mark.parametrize("rec", [recipes.loca(), recipes.loca("released"), recipes.vicregl()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rec", [recipes.loca("paper"), recipes.loca("released"), recipes.vicregl()], ids=lambda r: r.name
+)
 def test_kinds_are_cut_in_turn_and_each_as_if_alone(rec: Recipe) -> None:
     image = photograph(150, 170)
-    windows, params = draws.draw(draws.tables(rec), 0, 0, np.array([4]), np.array([[150, 170]], np.int32))
+    windows, params = draws.draw(draws.distributions(rec), 0, 0, np.array([4]), np.array([[150, 170]], np.int32))
     outs = tuple(np.zeros((c.count, c.size, c.size, 3), np.uint8) for c in rec.cuts)
     cutting.cut_image(outs, image, windows[0], params[0])
     done = 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline import draws, recipes
+from pipeline import draws, parameters, recipes
 from pipeline.correspondence import patch_targets
-from pipeline.recipes import Colour, Cut, Recipe
+from pipeline.recipes import Augmentation, Cut, Recipe
 from pipeline.windows import to_boxes
 
 
@@ -20,7 +20,7 @@ def recipe(*cuts: Cut) -> Recipe:
 
 
 def draw(rec: Recipe, size: tuple[int, int], count: int, *, seed: int = 0, epoch: int = 0):
-    return draws.draw(draws.tables(rec), seed, epoch, np.arange(count), np.full((count, 2), size, np.int32))
+    return draws.draw(draws.distributions(rec), seed, epoch, np.arange(count), np.full((count, 2), size, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,19 @@ def test_philox_gives_its_published_vectors(counter, key, expected) -> None:
 
 
 def test_a_draw_depends_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
-    tables = draws.tables(recipes.loca())
+    distributions = draws.distributions(recipes.loca("paper"))
     index = np.array([7, 2**40 + 3, 0, 7, 99])
     sizes = np.array([[300, 400], [500, 333], [64, 64], [300, 400], [1, 1]], np.int32)
-    windows, params = draws.draw(tables, 5, 3, index, sizes)
+    windows, params = draws.draw(distributions, 5, 3, index, sizes)
     for b in range(len(index)):  # alone as in company
-        alone = draws.draw(tables, 5, 3, index[b : b + 1], sizes[b : b + 1])
+        alone = draws.draw(distributions, 5, 3, index[b : b + 1], sizes[b : b + 1])
         assert np.array_equal(alone[0][0], windows[b])
         assert np.array_equal(alone[1][0], params[b])
     assert np.array_equal(windows[0], windows[3])
     for other in ({"seed": 6, "epoch": 3}, {"seed": 5, "epoch": 4}, {"seed": 5 + 2**32, "epoch": 3}):
-        changed, _ = draws.draw(tables, other["seed"], other["epoch"], index, sizes)
+        changed, _ = draws.draw(distributions, other["seed"], other["epoch"], index, sizes)
         assert not np.array_equal(changed[0], windows[0])
-    low, _ = draws.draw(tables, 5, 3, np.array([3]), sizes[1:2])  # the upper half of a sample's number counts
+    low, _ = draws.draw(distributions, 5, 3, np.array([3]), sizes[1:2])  # the upper half of a sample's number counts
     assert not np.array_equal(low[0], windows[1])
     views = {tuple(w) for w in windows[0]}
     assert len(views) == windows.shape[1]
@@ -62,16 +62,16 @@ def test_a_draw_depends_on_seed_epoch_and_sample_and_on_nothing_else() -> None:
 
 def test_colours_do_not_move_windows() -> None:
     cut = Cut("image", 3, 32, 2)
-    painted = replace(cut, colours=(Colour(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2),))
+    painted = replace(cut, augmentations=(Augmentation(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2),))
     assert np.array_equal(draw(recipe(cut), (50, 70), 100)[0], draw(recipe(painted), (50, 70), 100)[0])
 
 
 def test_the_python_text_of_the_kernel_draws_the_same() -> None:
-    rec = recipes.loca("released", queries=2)
-    numbers, choices = draws.tables(rec)
+    rec = recipes.loca("released", focal_views=2)
+    table = draws.distributions(rec)
     index, sizes = np.arange(3), np.array([[37, 50], [4, 200], [1, 1]], np.int32)
-    windows, params = draws._draw.py_func(numbers, choices, np.uint64(9), np.uint64(1), index, sizes)
-    again = draws.draw((numbers, choices), 9, 1, index, sizes)
+    windows, params = draws._draw.py_func(table, np.uint64(9), np.uint64(1), index, sizes)
+    again = draws.draw(table, 9, 1, index, sizes)
     assert np.array_equal(windows, again[0])
     assert np.allclose(params, again[1], atol=1e-6)
 
@@ -199,34 +199,34 @@ def test_fallbacks_are_the_central_box_and_the_whole_image() -> None:
 def test_the_centre_is_the_same_square_for_all() -> None:
     windows, params = draw(recipes.evaluation(size=224, resize=256), (375, 500), 3)
     assert windows[:, 0].tolist() == [[23, 86, 351, 414]] * 3  # 328 = 375 * 224 / 256 pixels, unflipped
-    assert (params[..., draws.ORDER] == -1).all()
+    assert (params[..., parameters.ORDER] == -1).all()
 
 
 def test_colours_come_at_their_rates_and_within_their_ranges() -> None:
-    colour = Colour(jitter=0.8, gray=0.2, blur=0.5, solarize=0.1, sigma=(0.1, 2.0))
+    augmentation = Augmentation(jitter=0.8, gray=0.2, blur=0.5, solarize=0.1, sigma=(0.1, 2.0))
     count = 20000
-    windows, params = draw(recipe(Cut("a", 1, 32, 2, flip=0.3, colours=(colour,))), (50, 60), count)
+    windows, params = draw(recipe(Cut("a", 1, 32, 2, flip=0.3, augmentations=(augmentation,))), (50, 60), count)
     p = params[:, 0]
     rates = {
-        "jitter": (p[:, draws.ORDER] >= 0, 0.8),
-        "gray": (p[:, draws.GRAY] == 1, 0.2),
-        "blur": (p[:, draws.SIGMA] > 0, 0.5),
-        "solarize": (p[:, draws.SOLARIZE] == 1, 0.1),
+        "jitter": (p[:, parameters.ORDER] >= 0, 0.8),
+        "gray": (p[:, parameters.GRAY] == 1, 0.2),
+        "blur": (p[:, parameters.SIGMA] > 0, 0.5),
+        "solarize": (p[:, parameters.SOLARIZE] == 1, 0.1),
         "flip": (windows[:, 0, 3] < windows[:, 0, 1], 0.3),
     }
     for name, (happened, rate) in rates.items():
         assert happened.mean() == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / count)), name
     together = np.corrcoef([happened for happened, _ in rates.values()]) - np.eye(len(rates))
     assert np.abs(together).max() < 5 / math.sqrt(count)
-    orders = np.bincount(p[:, draws.ORDER][p[:, draws.ORDER] >= 0].astype(int), minlength=24)
+    orders = np.bincount(p[:, parameters.ORDER][p[:, parameters.ORDER] >= 0].astype(int), minlength=24)
     assert orders.min() > 0.8 * orders.mean() and orders.max() < 1.2 * orders.mean()
-    blurred = p[p[:, draws.SIGMA] > 0]
+    blurred = p[p[:, parameters.SIGMA] > 0]
     for values, low, high in (
-        (p[:, draws.BRIGHTNESS], 0.6, 1.4),
-        (p[:, draws.CONTRAST], 0.6, 1.4),
-        (p[:, draws.SATURATION], 0.8, 1.2),
-        (p[:, draws.HUE], -0.1, 0.1),
-        (blurred[:, draws.SIGMA], 0.1, 2.0),
+        (p[:, parameters.BRIGHTNESS], 0.6, 1.4),
+        (p[:, parameters.CONTRAST], 0.6, 1.4),
+        (p[:, parameters.SATURATION], 0.8, 1.2),
+        (p[:, parameters.HUE], -0.1, 0.1),
+        (blurred[:, parameters.SIGMA], 0.1, 2.0),
     ):
         assert low <= values.min() < values.max() <= high
         assert values.mean() == pytest.approx((low + high) / 2, abs=5 * (high - low) / math.sqrt(12 * len(values)))
@@ -236,15 +236,15 @@ def test_colours_come_at_their_rates_and_within_their_ranges() -> None:
 def test_colours_alternate_over_views_and_tensorflow_shifts_brightness() -> None:
     _, params = draw(recipes.vicregl(), (375, 500), 400)
     small = params[:, 2:]
-    assert (small[:, 0::2, draws.SIGMA] > 0).all() and (small[:, 0::2, draws.SOLARIZE] == 0).all()
-    assert (small[:, 1::2, draws.SIGMA] > 0).mean() == pytest.approx(0.1, abs=0.04)
-    assert (small[:, 1::2, draws.SOLARIZE] > 0).mean() == pytest.approx(0.2, abs=0.06)
-    assert (params[..., draws.FILTER] == draws.BICUBIC_ANTIALIAS).all()
+    assert (small[:, 0::2, parameters.SIGMA] > 0).all() and (small[:, 0::2, parameters.SOLARIZE] == 0).all()
+    assert (small[:, 1::2, parameters.SIGMA] > 0).mean() == pytest.approx(0.1, abs=0.04)
+    assert (small[:, 1::2, parameters.SOLARIZE] > 0).mean() == pytest.approx(0.2, abs=0.06)
+    assert (params[..., parameters.FILTER] == parameters.BICUBIC_ANTIALIAS).all()
     _, params = draw(recipes.loca("released"), (375, 500), 400)
-    brightness = params[..., draws.BRIGHTNESS]
+    brightness = params[..., parameters.BRIGHTNESS]
     assert -0.4 <= brightness.min() < -0.35 and 0.35 < brightness.max() <= 0.4
-    assert (params[..., draws.RULE] == draws.TENSORFLOW).all() and (params[..., draws.SIGMA] == 0).all()
-    assert (params[..., draws.FILTER] == draws.BILINEAR).all()
+    assert (params[..., parameters.RULE] == parameters.TENSORFLOW).all() and (params[..., parameters.SIGMA] == 0).all()
+    assert (params[..., parameters.FILTER] == parameters.BILINEAR).all()
 
 
 def test_released_loca_sees_the_statistics_of_its_own_code() -> None:
@@ -278,22 +278,22 @@ def test_released_loca_sees_the_statistics_of_its_own_code() -> None:
         ({"count": 0}, "count"),
         ({"sampler": "random"}, "sampler"),
         ({"interpolation": "bicubic", "antialias": False}, "antialias"),
-        ({"colours": ()}, "colours"),
-        ({"colours": (Colour(jitter=2.0),)}, "jitter"),
-        ({"colours": (Colour(sigma=(0.0, 1.0)),)}, "sigma"),
-        ({"colours": (Colour(hue=0.6),)}, "hue"),
-        ({"colours": (Colour(contrast=-0.1),)}, "contrast"),
-        ({"colours": (Colour(), Colour(rule="tensorflow"))}, "rule"),
+        ({"augmentations": ()}, "augmentations"),
+        ({"augmentations": (Augmentation(jitter=2.0),)}, "jitter"),
+        ({"augmentations": (Augmentation(sigma=(0.0, 1.0)),)}, "sigma"),
+        ({"augmentations": (Augmentation(hue=0.6),)}, "hue"),
+        ({"augmentations": (Augmentation(contrast=-0.1),)}, "contrast"),
+        ({"augmentations": (Augmentation(), Augmentation(rule="tensorflow"))}, "rule"),
     ],
 )
 def test_a_cut_that_cannot_be_drawn_is_named(change, word) -> None:
     with pytest.raises(ValueError, match=rf"'crops'.*{word}"):
-        draws.tables(recipe(replace(Cut("crops", 1, 32, 2), **change)))
+        draws.distributions(recipe(replace(Cut("crops", 1, 32, 2), **change)))
 
 
 def test_bad_sizes_are_refused() -> None:
-    tables = draws.tables(recipes.plain())
+    distributions = draws.distributions(recipes.plain())
     with pytest.raises(ValueError, match="positive height"):
-        draws.draw(tables, 0, 0, np.arange(1), np.array([[0, 5]], np.int32))
+        draws.draw(distributions, 0, 0, np.arange(1), np.array([[0, 5]], np.int32))
     with pytest.raises(ValueError, match="sizes"):
-        draws.draw(tables, 0, 0, np.arange(2), np.array([[5, 5]], np.int32))
+        draws.draw(distributions, 0, 0, np.arange(2), np.array([[5, 5]], np.int32))

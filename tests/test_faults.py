@@ -97,7 +97,7 @@ def test_the_run_goes_on_by_rule(faulty: ShardSet, caplog: pytest.LogCaptureFixt
         assert indices(batches) == wanted
         for batch in batches:
             sizes = np.stack([faulty.table["height"], faulty.table["width"]], -1)[batch.index]
-            windows = draws.draw(draws.tables(RECIPE), 2, epoch, batch.index.numpy(), sizes)[0]
+            windows = draws.draw(draws.distributions(RECIPE), 2, epoch, batch.index.numpy(), sizes)[0]
             assert np.array_equal(np.concatenate([v.window.numpy() for v in batch.views.values()], axis=1), windows)
             assert batch.label.tolist() == [i % 7 for i in batch.index.tolist()]
             for b, i in enumerate(batch.index.tolist()):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import colour, draws, graph, recipes
 from pipeline.graph import DecodeError, Graph
-from pipeline.recipes import Colour, Cut, Recipe
+from pipeline.recipes import Augmentation, Cut, Recipe
 
 FORMS = ("fused", "operators")
 
@@ -22,7 +22,7 @@ def stored(*files: bytes) -> list[NDArray[np.uint8]]:
 
 
 def drawn(recipe: Recipe, sizes: list[tuple[int, int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    return draws.draw(draws.tables(recipe), 3, 0, np.arange(len(sizes)), np.array(sizes, np.int32))
+    return draws.draw(draws.distributions(recipe), 3, 0, np.arange(len(sizes)), np.array(sizes, np.int32))
 
 
 def views(form: str, recipe: Recipe, images: list[NDArray[np.uint8]], windows: NDArray, params: NDArray) -> list:
@@ -68,7 +68,7 @@ def test_both_forms_agree(name: str) -> None:
     done = 0
     for cut, one, other in zip(recipe.cuts, fused, operators, strict=True):
         painted = colour.apply(
-            torch.from_numpy(other), torch.from_numpy(params[:, done : done + cut.count]), cut.colours
+            torch.from_numpy(other), torch.from_numpy(params[:, done : done + cut.count]), cut.augmentations
         )
         done += cut.count
         difference = np.abs(one.astype(int) - painted.numpy().astype(int))
@@ -83,7 +83,7 @@ def test_both_forms_agree(name: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_any_number_of_kinds(form: str) -> None:
     for kinds in (1, 2, 4, 6):
-        cuts = tuple(Cut(f"k{k}", k + 1, 16 * (k + 1), 1, colours=(Colour(),)) for k in range(kinds))
+        cuts = tuple(Cut(f"k{k}", k + 1, 16 * (k + 1), 1, augmentations=(Augmentation(),)) for k in range(kinds))
         recipe = Recipe("many", "paper", cuts)
         windows, params = drawn(recipe, [(50, 60)] * 3)
         images = stored(*(encode(map_image(k, 50, 60)) for k in range(3)))
@@ -115,7 +115,7 @@ def _turned() -> bytes:
 
 @pytest.mark.parametrize(("name", "data"), odd_images().items(), ids=odd_images().keys())
 def test_whatever_is_stored_becomes_what_pillow_makes_of_it(name: str, data: bytes) -> None:
-    recipe = Recipe("whole", "paper", (Cut("whole", 1, 90, 1, colours=(Colour(),)),))
+    recipe = Recipe("whole", "paper", (Cut("whole", 1, 90, 1, augmentations=(Augmentation(),)),))
     window = np.array([[[0, 15, 90, 105]]], np.float32)  # 90 x 90 pixels as they are
     params = drawn(recipe, [(90, 120)])[1]
     (out,) = views("fused", recipe, stored(data), window, params)

@@ -40,10 +40,10 @@ def test_a_kernel_is_compiled_once_and_again_when_a_file_that_goes_into_it_chang
     cutting = load("cutting")
     assert weights() == (5, 3)
     assert sum(cutting.resize_weights.stats.cache_hits.values()) == 1
-    text = (copy / "draws.py").read_text()
+    text = (copy / "parameters.py").read_text()
     swapped = text.replace("BILINEAR, BILINEAR_ANTIALIAS, BICUBIC", "BILINEAR_ANTIALIAS, BILINEAR, BICUBIC", 1)
     assert swapped != text
-    (copy / "draws.py").write_text(swapped)
+    (copy / "parameters.py").write_text(swapped)
     cutting = load("cutting")
     assert weights() == (5, 5)  # 0 is the antialiased filter now, twice as wide
 

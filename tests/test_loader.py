@@ -64,7 +64,7 @@ def epochs(source: Loader, count: int) -> list[dict[tuple[int, int], str]]:
 
 
 def test_a_batch_is_what_the_contract_says(photos: ShardSet) -> None:
-    source = loader(photos, 3, recipes.loca(), seed=0)
+    source = loader(photos, 3, recipes.loca("paper"), seed=0)
     assert len(source) == 4
     batch = next(iter(source))
     shapes = {kind: (tuple(v.pixels.shape), tuple(v.window.shape)) for kind, v in batch.views.items()}
@@ -106,7 +106,7 @@ def test_targets_name_the_patch_that_shows_the_same_place(shards: ShardSet, rule
     Both rules may choose a neighbour: `released` samples half a view's pixel beside the middle, `overlap` the largest
     overlap, so a middle may lie half a query patch further out.
     """
-    recipe = recipes.loca(size=64, focal_size=32, queries=3, rule=rule)
+    recipe = recipes.loca("paper", size=64, focal_size=32, focal_views=3, rule=rule)
     recipe = Recipe("still", "paper", tuple(_still(cut) for cut in recipe.cuts), targets=recipe.targets)
     inside = outside = 0
     for batch in loader(shards, 6, recipe):
@@ -134,7 +134,11 @@ def test_targets_name_the_patch_that_shows_the_same_place(shards: ShardSet, rule
 def _still(cut: recipes.Cut) -> recipes.Cut:
     still = next(c for c in still_recipe().cuts)
     return recipes.Cut(
-        **{**{f: getattr(cut, f) for f in cut.__dataclass_fields__}, "colours": still.colours, "antialias": False}
+        **{
+            **{f: getattr(cut, f) for f in cut.__dataclass_fields__},
+            "augmentations": still.augmentations,
+            "antialias": False,
+        }
     )
 
 
@@ -156,7 +160,7 @@ def test_an_epoch_is_a_permutation_and_the_next_one_another(shards: ShardSet) ->
 
 
 def test_batch_size_threads_and_form_do_not_matter(photos: ShardSet) -> None:
-    recipe = recipes.loca(size=64, focal_size=32, queries=2)
+    recipe = recipes.loca("paper", size=64, focal_size=32, focal_views=2)
     wanted = epochs(loader(photos, 4, recipe), 2)
     for options in ({"batch_size": 2}, {"batch_size": 6, "num_threads": 2}, {"batch_size": 12, "num_threads": 3}):
         assert epochs(loader(photos, recipe=recipe, **options), 2) == wanted  # type: ignore[arg-type]
@@ -311,7 +315,7 @@ def test_a_broken_off_loop_goes_on(shards: ShardSet) -> None:
         (r"recipe\.cuts\[0\]\.scale", {"recipe": still_recipe(size=32, queries=2).cuts}),
         ("order", {"order": "block"}),
         ("order", {"shuffle": False}),
-        (r"recipe\.name", {"recipe": recipes.loca()}),
+        (r"recipe\.name", {"recipe": recipes.loca("paper")}),
     ],
 )
 def test_a_state_of_something_else_is_refused(shards: ShardSet, field: str, change: dict) -> None:
@@ -416,7 +420,7 @@ def test_batches_stay_as_they_were(shards: ShardSet) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one(photos: ShardSet) -> None:
-    pairs = zip(*(loader(photos, recipe=recipes.loca(), device=d) for d in ("cuda:0", "cuda:1")), strict=True)
+    pairs = zip(*(loader(photos, recipe=recipes.loca("paper"), device=d) for d in ("cuda:0", "cuda:1")), strict=True)
     for one, other in pairs:
         for kind, view in other.views.items():
             assert view.pixels.device.index == 1
@@ -551,7 +555,7 @@ def test_iterating_goes_on_after_an_interruption(shards: ShardSet, monkeypatch: 
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_twenty_epochs(photos: ShardSet) -> None:
-    source = loader(photos, 6, recipes.loca(), num_threads=2)
+    source = loader(photos, 6, recipes.loca("paper"), num_threads=2)
     sizes = []
     for _ in range(20):
         for _batch in source:

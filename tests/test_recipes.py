@@ -2,14 +2,14 @@
 
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from pipeline import draws, recipes
 from pipeline.correspondence import pair_matches, patch_targets
-from pipeline.recipes import Colour, Cut, Recipe, describe
+from pipeline.recipes import Augmentation, Cut, Recipe, describe
 from pipeline.windows import unflipped
 from trainer import methods
 
@@ -19,7 +19,7 @@ EACH = [make(fidelity) for make in ALL for fidelity in ("paper", "released")] + 
 
 def windows(recipe: Recipe, count: int = 40) -> dict[str, np.ndarray]:
     sizes = np.full((count, 2), (375, 500), np.int32)
-    drawn, _ = draws.draw(draws.tables(recipe), 1, 0, np.arange(count), sizes)
+    drawn, _ = draws.draw(draws.distributions(recipe), 1, 0, np.arange(count), sizes)
     ends = np.cumsum([cut.count for cut in recipe.cuts])
     return dict(zip([cut.kind for cut in recipe.cuts], np.split(drawn, ends[:-1], axis=1), strict=True))
 
@@ -38,15 +38,15 @@ def test_a_recipe_can_be_drawn_described_and_carried(recipe: Recipe) -> None:
 
 
 def test_every_field_of_a_recipe_shows_in_its_description() -> None:
-    recipe = recipes.loca()
-    cut, colour = recipe.cuts[0], recipe.cuts[0].colours[0]
+    recipe = recipes.loca("paper")
+    cut, augmentation = recipe.cuts[0], recipe.cuts[0].augmentations[0]
     for change in (
         {"size": 192},
         {"sampler": "tensorflow"},
         {"scale": (0.1, 1.0)},
         {"flip": 0.25},
         {"antialias": False},
-        {"colours": (replace(colour, sigma=(0.1, 1.9)),)},
+        {"augmentations": (replace(augmentation, sigma=(0.1, 1.9)),)},
     ):
         assert describe(replace(recipe, cuts=(replace(cut, **change), *recipe.cuts[1:]))) != describe(recipe)
     assert describe(recipes.loca(rule="overlap")) != describe(recipe)
@@ -65,7 +65,7 @@ def test_loca_has_its_published_views() -> None:
         ]
         paper = fidelity == "paper"
         assert [c.flip for c in recipe.cuts] == [0.5 if paper else 0, 0.5, 0.5]
-        looks = [c.colours[0] for c in recipe.cuts]
+        looks = [c.augmentations[0] for c in recipe.cuts]
         assert [c.blur for c in looks] == ([1.0, 0.1, 0.5] if paper else [0, 0, 0])
         assert [c.solarize for c in looks] == [0, 0.2, 0]
         assert {(c.jitter, c.gray, c.brightness, c.contrast, c.saturation, c.hue) for c in looks} == {
@@ -77,12 +77,12 @@ def test_loca_has_its_published_views() -> None:
 
 
 def test_loca_sizes_and_queries_can_be_set() -> None:
-    recipe = recipes.loca(queries=4, patch=14, focal_size=98, scale=(0.5, 1.0), focal_scale=(0.1, 0.2))
+    recipe = recipes.loca(focal_views=4, patch=14, focal_size=98, scale=(0.5, 1.0), focal_scale=(0.1, 0.2))
     assert [(c.count, c.size, c.grid) for c in recipe.cuts] == [(1, 224, 16), (1, 224, 16), (4, 98, 7)]
     assert [c.scale for c in recipe.cuts] == [(0.5, 1.0), (0.5, 1.0), (0.1, 0.2)]
     targets = recipe.targets(windows(recipe))
     assert {k: t.shape for k, t in targets.items()} == {"query": (40, 1, 256), "focal": (40, 4, 49)}
-    alone = recipes.loca(queries=0)
+    alone = recipes.loca(focal_views=0)
     assert [c.kind for c in alone.cuts] == ["reference", "query"] and list(alone.targets(windows(alone))) == ["query"]
 
 
@@ -102,11 +102,45 @@ def test_augmentation_can_be_set(fidelity) -> None:
         recipe = make(fidelity, **AUGMENTATION, blur=blur)
         unmirrored = ["reference"] if (recipe.name, fidelity) == ("loca", "released") else []
         assert [cut.kind for cut in recipe.cuts if cut.flip != 0.25] == unmirrored
-        looks = [look for cut in recipe.cuts for look in cut.colours]
+        looks = [look for cut in recipe.cuts for look in cut.augmentations]
         assert {(c.jitter, c.gray, c.sigma) for c in looks} == {(0.5, 0.1, (0.5, 1.0))}
         assert {(c.brightness, c.contrast, c.saturation, c.hue) for c in looks} == {AUGMENTATION["strength"]}
         assert [c.blur for c in looks] == [*blur, *blur][: len(looks)]
         assert [c.solarize for c in looks] == ([0, 0.3, 0] if recipe.name == "loca" else [0, 0.3, 0, 0.3])
+
+
+SETTINGS = {
+    recipes.Loca: AUGMENTATION
+    | {"fidelity": "paper", "focal_views": 4, "patch": 8, "size": 448, "focal_size": 112, "scale": (0.1, 0.2)}
+    | {"focal_scale": (0.1, 0.2), "blur": (0.2, 0.4, 0.6), "rule": "overlap"},
+    recipes.VICRegL: AUGMENTATION
+    | {"fidelity": "released", "large": 3, "small": 2, "size": 448, "small_size": 128, "stride": 16}
+    | {"large_scale": (0.1, 0.2), "small_scale": (0.1, 0.2), "blur": (0.2, 0.4), "gamma": None, "flip_aware": False},
+    recipes.Plain: {"fidelity": "released", "size": 96, "scale": (0.1, 0.2), "patch": 8},
+    recipes.Evaluation: {"size": 96, "resize": 288, "interpolation": "bicubic", "patch": 8},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_setting_reaches_the_views(settings) -> None:
+    changes = SETTINGS[settings]
+    assert {field.name for field in fields(settings)} == set(changes)
+    for name, value in changes.items():
+        assert describe(settings(**{name: value}).recipe()) != describe(settings().recipe()), name
+
+
+def test_the_short_forms_are_the_settings_recipes() -> None:
+    for short, settings in (
+        (recipes.loca, recipes.Loca),
+        (recipes.vicregl, recipes.VICRegL),
+        (recipes.plain, recipes.Plain),
+    ):
+        assert describe(short()) == describe(settings().recipe())
+        assert describe(short("paper", size=448)) == describe(settings("paper", size=448).recipe())
+    assert describe(recipes.evaluation(size=96)) == describe(recipes.Evaluation(size=96).recipe())
+    assert recipes.loca().fidelity == "released" and recipes.vicregl().fidelity == "paper"
+    cells = [cut.grid for stride in (None, 32, 16) for cut in recipes.vicregl(stride=stride).cuts]
+    assert cells == [7, 3, 7, 3, 14, 6]
 
 
 @pytest.mark.parametrize("method", ["loca", "vicregl"])
@@ -140,7 +174,7 @@ def test_vicregl_has_its_published_views_and_alternating_colours() -> None:
         ("small", 6, 96, 3, (0.08, 0.4), "bicubic", 0.5),
     ]
     for cut in recipe.cuts:
-        assert [(c.jitter, c.gray, c.blur, c.solarize) for c in cut.colours] == [
+        assert [(c.jitter, c.gray, c.blur, c.solarize) for c in cut.augmentations] == [
             (0.8, 0.2, 1.0, 0.0),
             (0.8, 0.2, 0.1, 0.2),
         ]
@@ -148,7 +182,6 @@ def test_vicregl_has_its_published_views_and_alternating_colours() -> None:
     assert [(c.kind, c.count, c.scale) for c in two.cuts] == [("large", 2, (0.08, 1.0))]
     assert two.name == "vicregl_resnet50" and two.targets(windows(two))["matches"].shape == (40, 48, 2)
     assert recipe.std == (0.229, 0.224, 0.225) and recipes.vicregl("released").std == (0.228, 0.224, 0.225)
-    assert recipes.vicregl(matches=False).targets is None
 
 
 def test_vicregl_released_ignores_flips_in_its_grids() -> None:
@@ -181,7 +214,7 @@ def test_evaluation_keeps_the_usual_share() -> None:
         (lambda: recipes.loca(jitter=1.5), "'reference': jitter 1.5"),
         (lambda: recipes.loca(blur=(0.5, 0.5)), r"blur is \(0.5, 0.5\): it must hold 3 numbers, for reference, query"),
         (lambda: recipes.loca(strength=(0.4, 0.4, 0.2, 0.6)), "'reference': hue 0.6"),
-        (lambda: recipes.loca(queries=-1), "'focal': count"),
+        (lambda: recipes.loca(focal_views=-1), "'focal': count"),
         (lambda: recipes.vicregl(blur=(0.5,)), "blur .* for even, odd"),
         (lambda: recipes.vicregl(strength=(0.4,)), "strength .* brightness, contrast, saturation, hue"),
         (lambda: recipes.vicregl(small_scale=(0.4, 0.1)), "'small': scale"),
@@ -189,7 +222,7 @@ def test_evaluation_keeps_the_usual_share() -> None:
         (lambda: recipes.vicregl(flip=float("nan")), "'large': flip"),
         (lambda: Cut("image", 1, (64, 128), 4), r"'image': size \(64, 128\) .* whole number"),
         (lambda: Cut("image", 1.0, 64, 4), r"'image': count 1.0"),
-        (lambda: Cut("image", 1, 64, 4, colours=Colour()), "'image': colours must be a tuple"),
+        (lambda: Cut("image", 1, 64, 4, augmentations=Augmentation()), "'image': augmentations must be a tuple"),
         (lambda: Cut("image", 1, 64, 4, scale=0.5), "'image': scale 0.5 must be a pair"),
         (lambda: Recipe("x", "paper", Cut("image", 1, 64, 4)), "'x': cuts must be a tuple"),
         (lambda: Recipe("x", "paper", ()), "'x': cuts must be a tuple"),

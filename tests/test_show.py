@@ -17,7 +17,7 @@ def drawn(recipe: recipes.Recipe):
     """A picture, its views cut crudely with Pillow from windows of the real draws, and the recipe's targets."""
     image = smooth_image(3, HEIGHT, WIDTH)
     sizes = np.array([[HEIGHT, WIDTH]], np.int32)
-    windows, _ = draws.draw(draws.tables(recipe), 0, 0, np.array([5]), sizes)
+    windows, _ = draws.draw(draws.distributions(recipe), 0, 0, np.array([5]), sizes)
     views, by_kind, start = {}, {}, 0
     for cut in recipe.cuts:
         own = windows[:, start : start + cut.count]
@@ -40,7 +40,7 @@ def shown(recipe: recipes.Recipe, views) -> list[show.Shown]:
 
 
 def test_lines_join_locas_targets():
-    recipe = recipes.loca(queries=3)
+    recipe = recipes.loca(focal_views=3)
     _, views, targets = drawn(recipe)
     pairs = list(show.patch_pairs(shown(recipe, views), recipe, targets))
     assert [(a.name, b.name) for a, b, _, _ in pairs] == [

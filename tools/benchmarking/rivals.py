@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from pipeline import Recipe, ShardSet
-from pipeline.recipes import Colour, Cut
+from pipeline.recipes import Augmentation, Cut
 
 from .meter import Meter
 from .stages import Task
@@ -65,8 +65,8 @@ class _Images(Dataset[Any]):
         return self._transform(self._shards.read(i))
 
 
-def _views(recipe: Recipe, one: Callable[[Cut, Colour], Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
-    return [one(cut, cut.colours[v % len(cut.colours)]) for cut in recipe.cuts for v in range(cut.count)]
+def _views(recipe: Recipe, one: Callable[[Cut, Augmentation], Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
+    return [one(cut, cut.augmentations[v % len(cut.augmentations)]) for cut in recipe.cuts for v in range(cut.count)]
 
 
 class _Blur:
@@ -78,7 +78,7 @@ class _Blur:
 
 
 def _torchvision(recipe: Recipe) -> Callable[[bytes], Any]:
-    def one(cut: Cut, colour: Colour) -> Callable[[Any], Any]:
+    def one(cut: Cut, colour: Augmentation) -> Callable[[Any], Any]:
         modes = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
         steps: list[Any] = [
             transforms.RandomResizedCrop(cut.size, cut.scale, cut.ratio, modes[cut.interpolation]),
@@ -111,7 +111,7 @@ def _opencv(recipe: Recipe) -> Callable[[bytes], Any]:
 
     cv2.setNumThreads(0)
 
-    def one(cut: Cut, colour: Colour) -> Callable[[Any], Any]:
+    def one(cut: Cut, colour: Augmentation) -> Callable[[Any], Any]:
         filtering = cv2.INTER_CUBIC if cut.interpolation == "bicubic" else cv2.INTER_LINEAR
         side = (cut.size, cut.size)
         steps: list[Any] = [

@@ -14,11 +14,11 @@ import torch
 from nvidia import dali
 from nvidia.dali import fn, types
 
-from pipeline import Loader, Recipe, ShardSet, colour, cutting, draws
+from pipeline import Loader, Recipe, ShardSet, colour, cutting, draws, parameters
 from pipeline.graph import Graph
 from pipeline.loader import by_kind
 from pipeline.order import positions
-from pipeline.recipes import Colour
+from pipeline.recipes import Augmentation
 from pipeline.samples import Samples
 
 from . import machine
@@ -95,7 +95,9 @@ class Decoder:
 
 def uncoloured(recipe: Recipe) -> Recipe:
     """The same windows without colours and targets."""
-    cuts = tuple(replace(cut, colours=tuple(Colour(rule=c.rule) for c in cut.colours)) for cut in recipe.cuts)
+    cuts = tuple(
+        replace(cut, augmentations=tuple(Augmentation(rule=c.rule) for c in cut.augmentations)) for cut in recipe.cuts
+    )
     return replace(recipe, cuts=cuts, targets=None)
 
 
@@ -111,8 +113,8 @@ class Pool:
         rows = [task.shards.table[index] for index in self.index]
         self.sizes = [np.stack([r["height"], r["width"]], -1) for r in rows]
         if task.recipe is not None:
-            tables = draws.tables(task.recipe)
-            drawn = [draws.draw(tables, 0, 0, i, s) for i, s in zip(self.index, self.sizes, strict=True)]
+            distributions = draws.distributions(task.recipe)
+            drawn = [draws.draw(distributions, 0, 0, i, s) for i, s in zip(self.index, self.sizes, strict=True)]
             self.windows, self.params = [w for w, _ in drawn], [p for _, p in drawn]
 
     def __len__(self) -> int:
@@ -141,8 +143,8 @@ def alone(task: Task, pool: Pool) -> list[Meter]:
     recipe = task.recipe
     if recipe is None:
         return meters
-    tables = draws.tables(recipe)
-    meters.append(stage("draw", lambda k: draws.draw(tables, 0, 0, pool.index[k], pool.sizes[k])))
+    distributions = draws.distributions(recipe)
+    meters.append(stage("draw", lambda k: draws.draw(distributions, 0, 0, pool.index[k], pool.sizes[k])))
     meters += _on_gpu(task, pool, recipe, stage) if task.gpu else _on_cpu(pool, recipe, decoder, stage)
     targets = recipe.targets
     if targets is not None:
@@ -165,8 +167,8 @@ def _on_cpu(pool: Pool, recipe: Recipe, decoder: Decoder, stage: Callable[..., M
     images = [np.array(image) for image in decoder.take()]  # one batch decoded: enough images, and memory for all
     outputs = tuple(np.empty((c.count, c.size, c.size, 3), np.uint8) for c in recipe.cuts)
     plain = pool.params[0].copy()
-    plain[..., draws.ORDER] = -1
-    plain[..., [draws.GRAY, draws.SIGMA, draws.SOLARIZE]] = 0
+    plain[..., parameters.ORDER] = -1
+    plain[..., [parameters.GRAY, parameters.SIGMA, parameters.SOLARIZE]] = 0
 
     def views(params: Any) -> Callable[[int], None]:
         def run(k: int) -> None:
@@ -195,7 +197,7 @@ def _on_gpu(task: Task, pool: Pool, recipe: Recipe, stage: Callable[..., Meter])
 
     def paint(k: int) -> None:
         for view, numbers, c in zip(pixels, params, recipe.cuts, strict=True):
-            colour.apply(view, numbers, c.colours)
+            colour.apply(view, numbers, c.augmentations)
         torch.cuda.synchronize()
 
     return [stage("decode + cut", cut, 0.25), stage("colour", paint, 0.25)]

@@ -66,7 +66,7 @@ def scaling(task: Task, seconds: float, repeats: int, say: Say) -> dict[str, Any
     curve("threads", {n: task.loader(num_threads=n) for n in sorted({1, 2, *range(4, top + 1, 4), top}) if n <= top})
     sizes = [b for b in (8, 32, 64, 128, 256) if b <= len(task.shards)]
     curve("batch", {b: task.loader(batch_size=b) for b in sizes})
-    made = {n: recipes.loca(queries=n) for n in (0, 3, 6, 9, 18)}
+    made = {n: recipes.loca(focal_views=n) for n in (0, 3, 6, 9, 18)}
     curve("views", {2 + n: task.loader(recipe) for n, recipe in made.items()})
     pixels = {str(2 + n): round(1e-6 * sum(c.count * c.size**2 for c in recipe.cuts), 3) for n, recipe in made.items()}
     found["megapixels_cut"] = pixels
@@ -80,7 +80,7 @@ def _host_ms(task: Task, n: int, repeats: int) -> dict[str, float]:
     recipe, b = task.recipe, 250
     assert recipe is not None
     table = np.resize(task.shards.table, n)
-    tables = draws.tables(recipe)
+    distributions = draws.distributions(recipe)
     times = []
     for turn in range(repeats + 1):
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def _host_ms(task: Task, n: int, repeats: int) -> dict[str, float]:
             index = positions(0, 0, at, at + b, n)
             rows = table[index]
             sizes = np.stack([rows["height"], rows["width"]], axis=-1)
-            windows, _ = draws.draw(tables, 0, 0, index, sizes)
+            windows, _ = draws.draw(distributions, 0, 0, index, sizes)
             if recipe.targets:
                 recipe.targets(by_kind(recipe, windows))
         times.append((time.perf_counter() - start) * 1e3 / (8 * b / 1e3))

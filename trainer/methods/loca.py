@@ -130,7 +130,7 @@ def views(cfg: Config) -> Recipe:
     """A reference, a random query and focal queries, with the reference patch of every query patch; box adds "box"."""
     recipe = recipes.loca(
         cfg.fidelity,
-        queries=cfg.queries - 1,
+        focal_views=cfg.queries - 1,
         patch=vit_shape(cfg.backbone).patch,
         size=cfg.size,
         focal_size=cfg.focal_size,

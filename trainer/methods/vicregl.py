@@ -7,7 +7,7 @@ Letters: B images of this rank, n images of all ranks, N views, T cells of all v
 width. A slot is one matched pair of cells of a pair of views; its statistics run over the n images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,15 +111,13 @@ class Config:
 
 def views(cfg: Config) -> Recipe:
     """Large and small views, and which of their cells lie closest: "matches" i32 (B, M, 2)."""
-    grids = cfg.grids
-    return recipes.vicregl(
+    recipe = recipes.vicregl(
         cfg.fidelity,
         large=cfg.large,
         small=cfg.small,
-        large_size=cfg.size,
+        size=cfg.size,
         small_size=cfg.small_size,
-        large_grid=grids[0],
-        small_grid=grids[-1],
+        stride=cfg.stride,
         large_scale=cfg.large_scale,
         small_scale=cfg.small_scale,
         flip=cfg.flip,
@@ -130,8 +128,8 @@ def views(cfg: Config) -> Recipe:
         sigma=cfg.sigma,
         solarize=cfg.solarize,
         gamma=cfg.gamma,
-        matches=cfg.locations and cfg.alpha < 1,
     )
+    return recipe if cfg.locations and cfg.alpha < 1 else replace(recipe, targets=None)
 
 
 # ---- What is compared with what --------------------------------------------------------------------------------------

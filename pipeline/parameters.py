@@ -1,0 +1,27 @@
+"""The parameters of a view's augmentation: what `draws` draws, and `cutting` (CPU) and `colour` (GPU) carry out.
+
+One float32 row per view, PARAMS columns. The functions that cut and augment have constants in common, too.
+"""
+
+from itertools import permutations
+
+import numpy as np
+
+ORDER = 0  # row of PERMUTATIONS: the order of the four jitter operations; -1: no jitter
+BRIGHTNESS = 1  # factor (torchvision's rule) or shift of the unit range (TensorFlow's)
+CONTRAST = 2  # factor
+SATURATION = 3  # factor
+HUE = 4  # shift of the hue circle = 1
+GRAY = 5  # 0 or 1
+SIGMA = 6  # of the Gaussian in pixels of the view; 0: no blur
+SOLARIZE = 7  # 0 or 1
+FILTER = 8  # BILINEAR, BILINEAR_ANTIALIAS or BICUBIC_ANTIALIAS
+RULE = 9  # TORCHVISION or TENSORFLOW: whose formulas the jitter follows
+PARAMS = 10
+
+BILINEAR, BILINEAR_ANTIALIAS, BICUBIC_ANTIALIAS = 0, 1, 2
+TORCHVISION, TENSORFLOW, CENTRE = 0, 1, 2  # samplers; the first two are the jitter rules too
+PERMUTATIONS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int64)
+
+RADII = 3.0  # the Gaussian is cut off at this many sigmas; what lies beyond weighs 0.3 %
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
