@@ -196,9 +196,9 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
     tables: dict[int, NDArray[np.void]] = {}
 
     def walk(shard: int, path: Path) -> None:
-        rows, damage = shards._scan_named(path)
-        shards._complain(str(objects[shard]), objects[shard].size, damage, alone=len(objects) == 1)
-        tables[shard] = rows if damage.notes or not objects[shard].version else _keep(rows, names[shard], 1)
+        rows, walked = shards._scan_named(path)
+        shards._complain(str(objects[shard]), objects[shard].size, walked, alone=len(objects) == 1)
+        tables[shard] = rows if walked.notes or not objects[shard].version else _keep(rows, names[shard], 1)
 
     def jobs(missing: list[int]) -> Iterator[Job]:
         for shard in missing:

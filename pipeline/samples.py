@@ -73,20 +73,20 @@ class Samples:
         row = self.shards.table[i]
         if row["size"] > headers.MAX_BYTES:
             return f"too large: more than {headers.MAX_BYTES} bytes"
-        image = np.frombuffer(self._read(i), np.uint8)
-        if image.size < row["size"]:
-            return f"the shard ends after {image.size} of its {row['size']} bytes"
-        if image.size == 0:
+        stored = self._read(i)
+        if len(stored) < row["size"]:
+            return f"the shard ends after {len(stored)} of its {row['size']} bytes"
+        if not stored:
             return "no bytes"
-        finding = headers.check(image, int(row["height"]), int(row["width"]))
+        finding = headers.check(stored, int(row["height"]), int(row["width"]))
         if finding == headers.NO_END and i not in self._vouched:
-            reason = _decode(image)
+            reason = _decode(stored)
             if reason:
                 return reason
             self._vouched.add(i)
-        elif finding not in (headers.SOUND, headers.NO_END):
+        elif finding not in (headers.OK, headers.NO_END):
             return headers.REASONS[finding]
-        return image
+        return np.frombuffer(stored, np.uint8)
 
     def _read(self, i: int) -> bytes:
         for pause in _PAUSES:
@@ -132,10 +132,10 @@ class Samples:
         return f"{key} in {self.shards.shard_of(i)}: {self.bad[i]}"
 
 
-def _decode(image: NDArray[np.uint8]) -> str | None:
+def _decode(image: bytes) -> str | None:
     """What Pillow has to say against an image, or None."""
     try:
-        with Image.open(io.BytesIO(image.tobytes()), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             opened.load()
     except UnidentifiedImageError:
         return "cannot be decoded: its header is damaged"

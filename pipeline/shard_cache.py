@@ -377,7 +377,7 @@ class RemoteFiles:
         file = None if name else self._file(shard)
         if file is None:
             return name
-        return next((m.name for m in tar.walk(file.fd, tar.Damage()) if m.offset == offset), None)
+        return tar.names(self.cache.path(shard), file.fd).get(offset)
 
     @property
     def figures(self) -> Figures:

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ CACHE_SIZE = 16.0
 IMAGES = ("jpg", "jpeg", "png", "webp")
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_SCAN = 1  # counts up when a scan of the same bytes would give another table
+_SCAN = 2  # counts up when a scan of the same bytes would give another table
 _HEAD = 2048  # bytes read for an image's size; a long EXIF or ICC segment asks for more
 _LARGEST_JSON = 1 << 20
 _MOST_SHARDS = 1_000_000  # in a range of a pattern
@@ -125,7 +125,7 @@ class ShardSet:
         """The WebDataset key of image `i`: its member's name up to the first dot. Raises OSError."""
         row = self.table[i]
         name = self._files.name(int(row["shard"]), int(row["offset"]))
-        return _split_name(name)[0] if name else f"byte {row['offset']}"
+        return _printable(_split_name(name)[0]) if name else f"byte {row['offset']}"
 
     def read(self, i: int) -> bytes:
         """The stored bytes of image `i`; fewer than the table says where the shard was cut off since. Raises
@@ -212,7 +212,7 @@ class _Files:
         file = self._file(shard)
         name = tar.name_at(file.fd, offset)
         if not name and not file.names:
-            file.names = {member.offset: member.name for member in tar.walk(file.fd, tar.Damage())}
+            file.names = tar.names(self._paths[shard], file.fd)
         return name or file.names.get(offset)
 
     def advise(self, rows: NDArray[np.void]) -> None:
@@ -418,21 +418,21 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     _log.info("reading the headers of %d shards, once: their table is kept in the user's cache", len(paths))
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
         scans = list(pool.map(_scan_named, paths))
-    for path, (_, damage) in zip(paths, scans, strict=True):
-        _complain(str(path), path.stat().st_size, damage, alone=len(paths) == 1)
+    for path, (_, walk) in zip(paths, scans, strict=True):
+        _complain(str(path), path.stat().st_size, walk, alone=len(paths) == 1)
     table = _joined([rows for rows, _ in scans])
-    if len(table) and not any(damage.notes for _, damage in scans):  # a damaged set is scanned, and named, every time
+    if len(table) and not any(walk.notes for _, walk in scans):  # a damaged set is scanned, and named, every time
         _keep(table, name)
     return table
 
 
-def _complain(path: str, size: int, damage: tar.Damage, *, alone: bool) -> None:
+def _complain(path: str, size: int, walk: tar.Walk, *, alone: bool) -> None:
     """Says what a walk found wrong with a shard; where it's everything, raises ShardError."""
-    if not damage.is_tar and (alone or size >= tar.BLOCK):
+    if not walk.is_tar and (alone or size >= tar.BLOCK):
         what = "is empty" if size == 0 else "is not a tar"
         raise ShardError(f"{path} {what}: remove it from the set, or fetch it again")
-    if damage.notes:
-        _log.warning("%s: %s; the rest of it is used", path, "; ".join(damage.notes))
+    if walk.notes:
+        _log.warning("%s: %s; the rest of it is used", path, "; ".join(walk.notes))
 
 
 def _cached(name: str, shards: int) -> NDArray[np.void] | None:
@@ -451,6 +451,10 @@ def _keep(table: NDArray[np.void], name: str) -> None:
         _log.warning("the table of these shards cannot be kept: %s", error)
 
 
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _split_name(name: str) -> tuple[str, str]:
     """A member's key and extension, as WebDataset splits it: at the first dot of the last part of the path."""
     folder, _, base = name.rpartition("/")
@@ -458,7 +462,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem) if stem else "", extension.lower()
 
 
-def _scan_named(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
+def _scan_named(path: Path) -> tuple[NDArray[np.void], tar.Walk]:
     try:
         return _scan(path)
     except OSError as error:
@@ -466,18 +470,17 @@ def _scan_named(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
         raise ShardError(f"{path} cannot be read ({reason}): mend that, or leave it out of the set") from None
 
 
-def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
-    damage = tar.Damage()
+def _scan(path: Path) -> tuple[NDArray[np.void], tar.Walk]:
     images: dict[str, tar.Member] = {}
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     twice: list[str] = []
     beyond: list[str] = []
-    with path.open("rb") as file:
-        fd = file.fileno()
-        for member in tar.walk(fd, damage):
+    with closing(tar.PlainFile(path)) as file:
+        walk = tar.Walk(file, strict=False)
+        for member in walk:
             key, extension = _split_name(member.name)
-            if not key or not extension:
+            if member.kind != "file" or not key or not extension:
                 continue
             keys[key] = None
             if extension in IMAGES:
@@ -485,14 +488,14 @@ def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
                     twice.append(key)
                 images.setdefault(key, member)
             elif extension == "cls" and member.size <= 32:
-                labels[key] = _int(os.pread(fd, member.size, member.offset), labels.get(key, -1))
+                labels[key] = _int(file.read_at(member.offset, member.size), labels.get(key, -1))
             elif extension == "json" and member.size <= _LARGEST_JSON and key not in labels:
-                label = _label_in(os.pread(fd, member.size, member.offset))
+                label = _label_in(file.read_at(member.offset, member.size))
                 if label is not None:
                     labels[key] = label
         rows = np.zeros(len(images), SAMPLE)
         for row, (key, member) in zip(rows, images.items(), strict=True):
-            height, width = _image_size(fd, member)
+            height, width = _image_size(file, member)
             row["offset"], row["size"] = member.offset, min(member.size, 2**31 - 1)
             row["height"], row["width"], row["label"] = height, width, -1
             if -(2**31) <= labels.get(key, -1) < 2**31:
@@ -501,14 +504,14 @@ def _scan(path: Path) -> tuple[NDArray[np.void], tar.Damage]:
                 beyond.append(key)
     without = [key for key in keys if key not in images]
     if without and images:
-        damage.notes.append(f"{len(without)} samples without an image, the first is {without[0]!r}")
+        walk.notes.append(f"{len(without)} samples without an image, the first is {without[0]!r}")
     if twice:
-        damage.notes.append(f"{len(twice)} keys with a second image, which is left out, the first is {twice[0]!r}")
+        walk.notes.append(f"{len(twice)} keys with a second image, which is left out, the first is {twice[0]!r}")
     if beyond:
-        damage.notes.append(
+        walk.notes.append(
             f"{len(beyond)} labels beyond 32 bits, which are left out, the first is that of {beyond[0]!r}"
         )
-    return rows, damage
+    return rows, walk
 
 
 def _int(text: bytes, default: int) -> int:
@@ -527,14 +530,14 @@ def _label_in(text: bytes) -> int | None:
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
-def _image_size(fd: int, member: tar.Member) -> tuple[int, int]:
+def _image_size(file: tar.PlainFile, member: tar.Member) -> tuple[int, int]:
     """Height and width of a stored image by its header, (0, 0) where it is none."""
     wanted = _HEAD
     while True:
-        head = np.frombuffer(os.pread(fd, min(wanted, member.size), member.offset), np.uint8)
+        head = file.read_at(member.offset, min(wanted, member.size))
         kind, height, width = headers.image_size(head)
         if kind != headers.MORE:
             return (height, width) if max(height, width) < 2**31 else (0, 0)
-        if head.size == member.size:
+        if len(head) < wanted:
             return 0, 0
         wanted = max(2 * wanted, height)  # where more is needed, the second number says how much

@@ -1,71 +1,218 @@
 """Where the members of a tar lie, without reading their contents.
 
-A walk of our own over USTAR, GNU and PAX archives: the ready-made ones stop at the first damaged header, trust index
-files that may be stale, or read PAX archives wrongly. Nothing is ever extracted, and links, devices and pickles are
-never opened.
+A walk of our own over USTAR, GNU and PAX archives, in a file or in a gzip stream: the ready-made ones stop at the first
+damaged header, trust index files that may be stale, or read PAX archives wrongly. Nothing is ever extracted: a link, a
+device or `../../x` is an entry in a list and never a file, and pickles are not opened.
 """
 
+import gzip
 import os
+import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 BLOCK = 512
-_REGULAR = b"0\0" + b"7"
-_MAX_NAME = 1 << 16  # a longer GNU or PAX name record is damage
+_REGULAR = (b"0", b"\0", b"7")
+_KINDS = {
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "character device",
+    b"4": "block device",
+    b"5": "folder",
+    b"6": "FIFO",
+    b"S": "sparse file",
+}
+_OCTAL = re.compile(rb"[\0 ]*([0-7]*)(?:[\0 ].*)?", re.DOTALL)
+_MAX_RECORD = 1 << 20  # bytes of a GNU long name or a PAX header: more is damage
+_MAX_DIGITS = 18  # of a number in a PAX header; Python refuses to read very long ones
+_CHUNK = 1 << 20
 NEAR = 4096  # bytes before a member's content in which its name stands, as a rule
-_MAX_DIGITS = 19  # of a number in a PAX record; Python refuses to read very long ones
 
 
-@dataclass
-class Damage:
-    """What a walk met on its way; empty when the archive is whole."""
-
-    notes: list[str] = field(default_factory=list)
-    is_tar: bool = False
+class TarError(ValueError):
+    """A tar or gzip file that is damaged; the message names the file and the place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    name: str
+    """One entry of a tar. `kind` is "file" or what it is instead."""
+
+    name: str  # bytes that are no UTF-8 are kept as surrogates
     offset: int  # of its first byte in the archive
     size: int
+    kind: str
 
 
-def _number(text: bytes) -> int:
-    """A tar header's number: octal digits, or base 256 where the first bit is set."""
-    if text[0] & 0x80:
-        return int.from_bytes(bytes([text[0] & 0x7F]) + text[1:], "big")
-    digits = text.split(b"\0", 1)[0].strip()
-    return int(digits, 8) if digits else 0
+class PlainFile:
+    """Bytes of a file by offset."""
+
+    def __init__(self, path: Path, fd: int | None = None):  # an open one is borrowed: its owner closes it
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+        self.size: int | None = os.fstat(self._fd).st_size
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes, fewer only at the end of the file. Raises OSError."""
+        data = os.pread(self._fd, size, offset)
+        while 0 < len(data) < size:  # a signal, a network file system or 2 GiB at once cut a read short
+            more = os.pread(self._fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
-def _sound(header: bytes) -> bool:
-    if len(header) < BLOCK:
-        return False
-    try:
-        stored, length = _number(header[148:156]), _number(header[124:136])
-    except ValueError:
-        return False
-    return length >= 0 and stored == sum(header) - sum(header[148:156]) + 8 * 32
+class GzipFile:
+    """The content of a gzip file by offset, forwards only: what lies between two reads is decompressed and dropped."""
+
+    size: int | None = None  # known only at the end
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._at = 0
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes, fewer only at the end. Raises TarError where the file is damaged or cut short."""
+        if offset < self._at:
+            raise ValueError(f"{self.path}: cannot go back from {self._at} to {offset} in a gzip file")
+        try:
+            while self._at < offset:
+                dropped = len(self._file.read(min(_CHUNK, offset - self._at)))
+                if not dropped:
+                    return b""
+                self._at += dropped
+            data = self._file.read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise TarError(f"{self.path} is no valid gzip file ({error}): download it again") from None
+        self._at += len(data)
+        return data
+
+    def finish(self) -> None:
+        """Reads to the end, where gzip's checksum is."""
+        while self.read_at(self._at, _CHUNK):
+            pass
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def _pax(record: bytes) -> dict[str, str]:
-    fields = {}
-    while record:
-        length = record.partition(b" ")[0]
-        if not length.isdigit() or len(length) > _MAX_DIGITS or int(length) <= len(length) + 1:
-            break
-        keyword, _, value = record[len(length) + 1 : int(length) - 1].partition(b"=")
-        fields[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        record = record[int(length) :]
-    return fields
+def open_bytes(path: Path) -> PlainFile | GzipFile:
+    """Compressed or not, by its first bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return GzipFile(path) if file.read(2) == b"\x1f\x8b" else PlainFile(path)
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0].decode("utf-8", "replace") + "/" + name
-    return name
+class Walk:
+    """The members of a tar, in order, by its headers alone: one read of 512 bytes for each.
+
+    Where the tar is damaged or cut short a strict walk raises TarError. The other kind notes it in `notes` and goes on
+    at the next valid header, so that a damaged header costs its member only; a member that reaches beyond the end is
+    left out. A tar must end in a block of zeros, so that even a cut exactly between two members is seen; what follows
+    that block is noted by both. `start` and `end` bound a tar that is a member, named `inside`, of another.
+    """
+
+    def __init__(
+        self, source: PlainFile | GzipFile, start: int = 0, end: int | None = None, *, strict: bool, inside: str = ""
+    ):
+        self.notes: list[str] = []
+        self.is_tar = False
+        self._source, self._start, self._strict = source, start, strict
+        self._end = source.size if end is None else end
+        self.where = f"{source.path} ({inside})" if inside else str(source.path)
+
+    def __iter__(self) -> Iterator[Member]:
+        at, end, long_name, pax = self._start, self._end, b"", dict[str, bytes]()
+        while True:
+            header = self._read(at, BLOCK)
+            if len(header) < BLOCK:
+                self._damage(f"cut short: no end mark at byte {at - self._start}")
+                return
+            if header.count(0) == BLOCK:
+                self.is_tar = self.is_tar or at == self._start  # an archive without members
+                self._look_behind(at)
+                return
+            size = _content_size(header)
+            if size is None:
+                at, long_name, pax = self._next_valid(at), b"", {}
+                continue
+            self.is_tar = True
+            kind, content = header[156:157], at + BLOCK
+            if kind in b"123456":  # links, devices, folders and FIFOs have no content, whatever they say
+                size = 0
+            elif kind in b"LKxg":
+                pass
+            elif len(pax.get("size", b"0")) <= _MAX_DIGITS and pax.get("size", b"0").isdigit():
+                size = int(pax.get("size", size))
+            else:
+                self._damage(f"damaged: a PAX header before byte {at - self._start} gives no valid size")
+            if kind == b"S" and header[482]:  # an old GNU sparse file: its map continues in further blocks
+                while any(self._read(content, BLOCK)[504:505]):
+                    content += BLOCK
+                content += BLOCK
+            at = content + -(-size // BLOCK) * BLOCK
+            if end is not None and content + size > end:
+                self._damage(f"cut short: the member at byte {content - self._start} has {size} bytes")
+                return
+            if kind in b"LKxg":
+                if size > _MAX_RECORD:
+                    self._damage(f"damaged: a name of {size} bytes at byte {content - self._start}")
+                elif kind == b"L":
+                    long_name = self._read(content, size).rstrip(b"\0")
+                elif kind == b"x":
+                    pax, whole = _pax(self._read(content, size))
+                    if not whole:
+                        self._damage(f"damaged: an unreadable PAX header at byte {content - self._start}")
+                continue  # K and g, a long link name and fields for all members, move no member
+            name = pax.get("path") or long_name or _header_name(header)
+            sparse = any(field.startswith("GNU.sparse") for field in pax)
+            long_name, pax = b"", {}
+            what = "file" if kind in _REGULAR else _KINDS.get(kind, "special entry")
+            what = "sparse file" if sparse else "folder" if kind in _REGULAR and name.endswith(b"/") else what
+            yield Member(_text(name), content, size, what)
+
+    def _read(self, at: int, size: int) -> bytes:
+        return self._source.read_at(at, size if self._end is None else max(0, min(size, self._end - at)))
+
+    def _damage(self, what: str) -> None:
+        if self._strict:
+            raise TarError(f"{self.where}: {what}; get it again")
+        self.notes.append(what)
+
+    def _next_valid(self, at: int) -> int:
+        """The place of the next valid header behind the damaged one at `at`, or the end."""
+        if self._strict or self._end is None:
+            raise TarError(f"{self.where}: no tar, or damaged at byte {at - self._start}; get it again")
+        found = next(self._valid_headers(at + BLOCK, self._end), self._end)
+        if self.is_tar or found < self._end:
+            self._damage(f"damaged from byte {at} to {found}")
+        return found
+
+    def _valid_headers(self, at: int, end: int) -> Iterator[int]:
+        for start in range(at, end, _CHUNK):
+            chunk = self._read(start, _CHUNK)
+            for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
+                if chunk[i + 257 : i + 262] == b"ustar" and _content_size(chunk[i : i + BLOCK]) is not None:
+                    yield start + i
+
+    def _look_behind(self, at: int) -> None:
+        """Notes what follows the end mark at `at`, if it is more than padding."""
+        mark, at = at, at + BLOCK
+        while data := self._read(at, _CHUNK):
+            if data.count(0) < len(data):
+                self.notes.append(f"what follows the end mark at byte {mark - self._start} is not read: joined tars?")
+                return
+            at += len(data)
+
+
+def names(path: Path, fd: int) -> dict[int, str]:
+    """The names of the members of an open tar by the offset of their content, by a walk."""
+    return {member.offset: member.name for member in Walk(PlainFile(path, fd), strict=False)}
 
 
 def name_at(fd: int, offset: int) -> str | None:
@@ -76,71 +223,54 @@ def name_at(fd: int, offset: int) -> str | None:
 def name_before(before: bytes) -> str | None:
     """Likewise, from the bytes that precede the content, up to NEAR of them."""
     header = before[-BLOCK:]
-    if not _sound(header):
+    if len(header) < BLOCK or _content_size(header) is None:
         return None
+    name = b"" if header[99] and not header[345] else _header_name(header)  # cut off, perhaps: a record says more
     for start in range(0, len(before) - BLOCK, BLOCK):  # a long name's record ends where the header begins
-        record = before[start : start + BLOCK]
-        if record[257:262] == b"ustar" and record[156:157] in b"Lx" and _sound(record):
-            length, content = _number(record[124:136]), before[start + BLOCK : -BLOCK]
-            if -(-length // BLOCK) * BLOCK == len(content):
-                long = content.rstrip(b"\0").decode("utf-8", "replace") if record[156:157] == b"L" else ""
-                name = long or _pax(content[:length]).get("path")
-                if name:
-                    return name
-    cut_off = header[99] and not header[345]  # perhaps, with a record further back
-    return None if cut_off else _name(header)
+        record, content = before[start : start + BLOCK], before[start + BLOCK : -BLOCK]
+        size = _content_size(record) if record[257:262] == b"ustar" and record[156:157] in b"Lx" else None
+        if size and -(-size // BLOCK) * BLOCK == len(content):
+            long = content.rstrip(b"\0") if record[156:157] == b"L" else _pax(content[:size])[0].get("path")
+            name = long or name
+    return _text(name) if name else None
 
 
-def _next_header(fd: int, position: int, size: int) -> int:
-    """The next sound header of this archive at or behind `position`; `size` where there is none."""
-    while position < size:
-        chunk = os.pread(fd, 1 << 20, position)
-        for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[i + 257 : i + 262] == b"ustar" and _sound(chunk[i : i + BLOCK]):
-                return position + i
-        position += 1 << 20
-    return size
+def _pax(text: bytes) -> tuple[dict[str, bytes], bool]:
+    """The fields of a PAX header, and whether all of it can be read."""
+    fields = dict[str, bytes]()
+    while text.strip(b"\0"):
+        length = text.partition(b" ")[0]
+        if len(length) > _MAX_DIGITS or not length.isdigit() or not len(length) + 1 < int(length) <= len(text):
+            return fields, False
+        record, text = text[len(length) + 1 : int(length)].rstrip(b"\n"), text[int(length) :]
+        field, _, value = record.partition(b"=")
+        fields[field.decode("utf-8", "replace")] = value
+    return fields, True
 
 
-def walk(fd: int, damage: Damage) -> Iterator[Member]:
-    """The regular members of the archive open as `fd`, in order; what is wrong with it is noted in `damage`.
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
-    A damaged header costs its member only: the walk goes on at the next sound one. A member whose content reaches
-    beyond the end of the file is left out.
-    """
-    size, position = os.fstat(fd).st_size, 0
-    long_name, pax = "", dict[str, str]()
-    while position + BLOCK <= size:
-        header = os.pread(fd, BLOCK, position)
-        if not header.rstrip(b"\0"):
-            damage.is_tar = damage.is_tar or position == 0  # two empty blocks are an archive without members
-            return
-        if not _sound(header):
-            found = _next_header(fd, position + BLOCK, size)
-            if damage.is_tar or found < size:
-                damage.notes.append(f"damaged from byte {position} to {found}")
-            position, long_name, pax = found, "", {}
-            continue
-        damage.is_tar = True
-        kind, start, length = header[156:157], position + BLOCK, _number(header[124:136])
-        if kind in (b"0", b"\0", b"7") and "size" in pax:
-            sound = pax["size"].isdecimal() and len(pax["size"]) <= _MAX_DIGITS
-            length = int(pax["size"]) if sound else length
-        position = start + -(-length // BLOCK) * BLOCK
-        if start + length > size:
-            damage.notes.append(f"cut off at byte {size}")
-            return
-        if kind in b"Lx" and length <= _MAX_NAME:
-            record = os.pread(fd, length, start)
-            if kind == b"L":
-                long_name = record.rstrip(b"\0").decode("utf-8", "replace")
-            else:
-                pax = _pax(record)
-            continue
-        if kind in b"Kg":  # a long link name, or fields for all members: neither moves a member
-            continue
-        name = pax.get("path") or long_name or _name(header)
-        long_name, pax = "", {}
-        if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
-            yield Member(name, start, length)
-    damage.notes.append(f"no end mark at byte {size}: perhaps cut off")
+
+def _number(field: bytes) -> int | None:
+    """Octal digits, or base 256 where the first bit is set (GNU, 8 GiB and more); None where it is neither."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    digits = _OCTAL.fullmatch(field)
+    return int(digits[1] or b"0", 8) if digits else None
+
+
+def _content_size(header: bytes) -> int | None:
+    """The size that a header gives; None where its checksum is wrong: it is no header, or damaged."""
+    checksum, others = _number(header[148:156]), header[:148] + header[156:]
+    total = sum(others) + 8 * 32
+    if checksum != total and checksum != total - 256 * sum(byte > 127 for byte in others):  # old writers summed signed
+        return None
+    return _number(header[124:136])
+
+
+def _header_name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name

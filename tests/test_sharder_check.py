@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import sharder_sources as make
-from sharding import tars
+
+from pipeline import tar
 
 
 def patched(path, change):
@@ -121,6 +122,6 @@ def test_check_wants_a_manifest(tmp_path, capsys):
 
 def test_headers_of_our_own_tars_survive_our_own_walk(finished):
     for path in finished.glob("*.tar"):
-        members = list(tars.walk(tars.Seekable(path)))
+        members = list(tar.Walk(tar.PlainFile(path), strict=True))
         assert {member.kind for member in members} == {"file"}
         assert len(members) % 3 == 0

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import sharder_sources as make
-from sharding import pool, writing
+from sharding import pool, samples, target
 from sharding.plan import Plan
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_ends_the_same(slow_source, s
 
 def failing(monkeypatch, word, error, times):
     """Reading the file whose name holds `word` fails `times` times."""
-    original, left = writing.Reader.read, [times]
+    original, left = samples.Reader.read, [times]
 
     def read(self, item):
         if word in item.name and left[0]:
@@ -157,8 +157,8 @@ def failing(monkeypatch, word, error, times):
             raise error
         return original(self, item)
 
-    monkeypatch.setattr(writing.Reader, "read", read)
-    monkeypatch.setattr(writing, "_RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(samples.Reader, "read", read)
+    monkeypatch.setattr(samples, "_RETRIES", (0.0, 0.0))
 
 
 def test_a_read_error_is_tried_again(source, wanted, tmp_path, monkeypatch):
@@ -196,12 +196,12 @@ def test_a_source_that_vanishes_stops_the_run(source, wanted, tmp_path, monkeypa
 
 
 def test_two_on_one_target_are_refused(source, tmp_path, capsys):
-    work = tmp_path / ".tiny-train.work"
-    with writing.locked(work, (0, 1)):
+    made = target.Target(tmp_path, target.Spec("tiny", "train", 1, 0, {}, {}, []))
+    with made.lock((0, 1)):
         assert make.run(source, tmp_path) == 1
         assert "another sharder" in capsys.readouterr().err
         assert make.run(source, tmp_path, "--part", "0/2") == 1
-    with writing.locked(work, (0, 2)):
+    with made.lock((0, 2)):
         assert make.run(source, tmp_path) == 1
         assert make.run(source, tmp_path, "--part", "0/2") == 1
         assert make.run(source, tmp_path, "--part", "1/2") == 0
@@ -218,6 +218,37 @@ def test_a_finished_set_is_left_alone_and_what_was_lost_is_made_again(source, wa
     (tmp_path / "tiny-train-0004.idx").unlink()
     assert make.run(source, tmp_path, "--shards", 6) == 0
     assert make.contents(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("ending", [".samples.npy", ".idx", ".tar"])
+@pytest.mark.parametrize("length", [0, 100])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_damaged_file_of_a_shard_is_made_again(ending, length, finished, source, wanted, tmp_path):
+    assert make.run(source, tmp_path, "--shards", 6, *(() if finished else ("--part", "0/2"))) == 0
+    os.truncate(tmp_path / f"tiny-train-0002{ending}", length)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"entry": 5}', "[" * 100_000])
+def test_a_damaged_record_costs_its_shard(damage, source, wanted, tmp_path):
+    assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0
+    (record,) = (tmp_path / ".tiny-train.work").glob("record*2.json")
+    record.write_text(damage)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "[" * 100_000])
+def test_a_damaged_manifest_is_a_sentence(damage, source, tmp_path, capsys):
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    (tmp_path / "manifest.json").write_text(damage)
+    assert make.run(source, tmp_path, "--shards", 6) == 2
+    said = capsys.readouterr().err
+    assert "manifest.json" in said
+    assert len(said.splitlines()) == 1
+    assert make.run("--check", tmp_path) == 1
+    assert "no manifest of format 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [("--seed", 5), ("--quality", 50), ("--shards", 4), ("--short-side", 9)])
@@ -272,7 +303,7 @@ def test_what_was_repaired_and_refused_is_told(wanted):
 
 def test_a_plain_line_where_there_is_no_terminal(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pool, "_PLAIN_EVERY", 0.0)
-    monkeypatch.setattr("sharding.sources._ROUND", 10)
+    monkeypatch.setattr("sharding.sources._REPORT", 10)
     assert make.run(source, tmp_path) == 0
     said = capsys.readouterr().out.splitlines()
     listed = [line.partition(" images, ")[0] for line in said if line.startswith("listing ") and "MB/s" in line]
@@ -339,14 +370,13 @@ def test_parts_at_the_same_time(source, wanted, tmp_path):
     assert make.contents(tmp_path) == wanted
 
 
-def test_merge_says_what_is_missing_and_merges_what_is_there(source, wanted, tmp_path, monkeypatch, capsys):
+def test_a_part_says_what_is_missing_and_finishes_what_is_there(source, wanted, tmp_path, monkeypatch, capsys):
     assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0
-    assert make.run(source, tmp_path, "--shards", 6, "--merge") == 1
     assert "3 of 6 shards" in capsys.readouterr().out
     with monkeypatch.context() as killed:  # the last part dies after its last shard
-        killed.setattr("sharding.finishing.merge", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
+        killed.setattr("sharding.target.Target._merge", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
         assert make.run(source, tmp_path, "--shards", 6, "--part", "1/2") == 1
-    assert make.run(source, tmp_path, "--shards", 6, "--merge") == 0
+    assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0  # any part finishes, run again
     assert make.contents(tmp_path) == wanted
 
 
@@ -371,8 +401,8 @@ def test_a_damaged_spool_stops_the_run(tmp_path):
     path.write_bytes(make.tar_of(make.photographs(4), mode="w:gz"))
     assert make.run(path, tmp_path / "out", "--part", "0/2", "--shards", 2) == 0
     work = tmp_path / "out" / ".tiny-train.work"
-    (work / "spool.1").write_bytes(b"short")
+    (work / "bucket.1").write_bytes(b"short")
     assert make.run(path, tmp_path / "out", "--shards", 2) == 1
-    (work / "spool.1").unlink()
+    (work / "bucket.1").unlink()
     assert make.run(path, tmp_path / "out", "--shards", 2) == 0
     assert make.run("--check", tmp_path / "out") == 0

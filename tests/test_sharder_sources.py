@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import sharder_sources as make
 from scipy.io import savemat
-from sharding import SourceError, labels, plan, sources, tars
+from sharding import SourceError, labels, plan, sources
+
+from pipeline import tar
 
 VAL = {f"ILSVRC2012_val_{number:08d}.JPEG": make.encode(100 + number) for number in range(1, 7)}
 # The devkit's ids are not the sorted order of the synsets: a tool that takes them for labels is wrong everywhere.
@@ -267,13 +269,12 @@ def test_a_class_without_images_stops_1k_and_is_told_of_21k(classes, fatal, tmp_
     listing = sources.Listing(tmp_path, "made up", print, classes=[f"n{number:08d}" for number in range(classes)])
     for number in range(1, classes):
         listing.add(f"n{number:08d}/n{number:08d}_1.JPEG", 10, number)
-    arguments = {"name": None, "split": "train", "seed": 0, "class_list": None, "image_rules": {}, "request": {}}
-    arguments |= {"shards": None, "subset": None, "key_style": "stem"}
+    request = sources.Request(tmp_path)
     if fatal:
         with pytest.raises(SourceError, match="n00000000"):
-            plan.build(listing, **arguments)
+            plan.build(listing, request)
     else:
-        assert len(plan.build(listing, **arguments).rows) == classes - 1
+        assert len(plan.build(listing, request).rows) == classes - 1
         assert any("n00000000" in note for note in listing.notes)
 
 
@@ -300,7 +301,7 @@ def test_odd_names_become_clean_keys_and_are_kept_in_the_json(tmp_path):
 def test_long_and_foreign_names_in_tars_are_read(form, tmp_path):
     names = ["a/" + "y" * 150 + ".jpg", "a/üñí cøde.jpg", "a/" + "deep/" * 40 + "z.jpg"]
     source = file(tmp_path / "in.tar", make.tar_of({name: make.encode(i) for i, name in enumerate(names)}, form))
-    listing = sources.read(source, "train", None, None, unlabelled=True, told=print)
+    listing = sources.read(sources.Request(source, unlabelled=True), print)
     assert [listing.name(row) for row in range(3)] == names
     assert make.run(source, tmp_path / "out", "--unlabelled") == 0
     assert len(make.samples(tmp_path / "out")) == 3
@@ -415,7 +416,7 @@ def test_hostile_entries_are_neither_followed_nor_created(packed, tmp_path):
 def test_what_is_something_else_is_refused(tmp_path):
     make.tree(tmp_path / "set" / "train", make.photographs(1))
     with pytest.raises(SourceError, match="holds train, but no val"):
-        sources.read(tmp_path / "set", "val", None, None, unlabelled=False, told=print)
+        sources.read(sources.Request(tmp_path / "set", "val"), print)
     assert make.run(tmp_path / "set", tmp_path / "out") == 0
     with pytest.raises(SourceError, match="finished shards"):
         list_all(tmp_path / "out")
@@ -435,8 +436,25 @@ def test_a_tar_cut_anywhere_is_refused_before_work(photos, tmp_path):
             list_all(file(tmp_path / "in.tar.gz", packed[:cut]))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_follows_the_end_mark_is_noted(packed, members, photos, tmp_path, capsys):
+    """Two tars in one file, and two gzip members in one file: a reader of tars sees the first alone."""
+    names = list(photos)
+    parts = [make.tar_of({name: photos[name]}) for name in (names[0], names[-1])[:members]]
+    source = file(tmp_path / "x.tar", b"".join(gzip.compress(part) if packed else part for part in parts))
+    assert make.run(source, tmp_path / "out") == 0
+    assert len(make.samples(tmp_path / "out")) == 1
+    said = capsys.readouterr().out
+    assert ("follows the end mark" in said) == (members == 2)
+    inner = file(tmp_path / "outer.tar", make.tar_of({"n01440764.tar": b"".join(parts)}))
+    assert make.run(inner, tmp_path / "out of tars") == 0
+    said = capsys.readouterr().out
+    assert ("(n01440764.tar): what follows the end mark" in said) == (members == 2)
+
+
 def list_all(path):
-    sources.read(path, "train", None, None, unlabelled=False, told=print)
+    sources.read(sources.Request(path), print)
 
 
 def test_flipped_bits_never_lead_outside_or_hang(photos, tmp_path):
@@ -451,7 +469,7 @@ def test_flipped_bits_never_lead_outside_or_hang(photos, tmp_path):
         broken[at] ^= 1 << int(random.integers(8))
         path = file(tmp_path / "in.tar", bytes(broken))
         try:
-            listing = sources.read(path, "train", None, None, unlabelled=True, told=print)
+            listing = sources.read(sources.Request(path, unlabelled=True), print)
         except SourceError:
             refused += 1
             continue
@@ -472,11 +490,11 @@ def test_sizes_beyond_octal_are_read_and_must_fit():
         def read_at(offset, size):
             return bytes(header) if offset == 0 else bytes(size)
 
-    (member,) = tars.walk(Huge)
+    (member,) = tar.Walk(Huge, strict=True)
     assert member.size == 9 << 30
     Huge.size = 1 << 30
-    with pytest.raises(SourceError, match="cut short"):
-        list(tars.walk(Huge))
+    with pytest.raises(tar.TarError, match="cut short"):
+        list(tar.Walk(Huge, strict=True))
 
 
 # --- one sentence for what cannot be used ----------------------------------------------------------------------------

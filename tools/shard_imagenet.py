@@ -16,142 +16,91 @@ Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable inpu
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
 
-from sharding import SourceError, check, finishing, images, plan, pool, sources, writing
+from sharding import SourceError, check, plan, pool, printable, samples, sources
+from sharding.images import Rules
+from sharding.target import Busy, Target
+
+from pipeline import host
+from pipeline.tar import TarError
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         return verify(args) if args.check else shard(args)
-    except SourceError as error:
-        return complain(error, 2)
-    except (writing.Busy, RuntimeError) as error:
-        return complain(error, 1)
+    except (SourceError, TarError) as error:
+        return fail(error, 2)
+    except (Busy, RuntimeError) as error:
+        return fail(error, 1)
     except OSError as error:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        return complain(f"{what}; nothing half-written is visible, the same command goes on from here", 1)
+        return fail(f"{what}; no incomplete file is visible, run the same command again to resume", 1)
     except KeyboardInterrupt:
-        return complain("interrupted; the same command goes on from here", 130)
+        return fail("interrupted; run the same command again to resume", 130)
 
 
 def shard(args: argparse.Namespace) -> int:
-    # --- what is there, and what goes where
-    rules = images.Rules(short_side=args.short_side, quality=args.quality, max_pixels=args.max_pixels)
+    # --- list and plan
+    request = request_of(args)
     if args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
-    what = {"labels": args.labels, "label_offset": args.label_offset, "unlabelled": args.unlabelled}
-    how = {"name": args.name, "split": args.split, "seed": args.seed, "class_list": args.classes, "shards": args.shards}
-    how |= {"subset": args.subset, "key_style": args.key, "image_rules": dataclasses.asdict(rules)}
-    request = plan.request_of(args.source, **what, **how)
-    planned = plan.known(args.out, args.split, request)
-    if planned is None:
-        print(f"listing {args.source}", flush=True)
-        with pool.progress(None, "listing") as shown:
-            listing = sources.read(args.source, args.split, **what, told=shown.add)
-        planned = plan.build(listing, request=request, **how)
-        remarks(listing)
-        del listing
+    planned = plan.known(args.out, request) or list_and_plan(request)
     describe(planned, args.part)
     if args.dry_run:
         return 0
-    mine = list(range(planned.shards))[args.part[0] :: args.part[1]]
 
-    # --- make what is still missing
-    work = target(planned, args.out)
-    with writing.locked(work, args.part):
-        with writing.alone(work):
-            manifest = finishing.check_target(planned, args.out)
-            if manifest is None and not (work / "plan.json").exists():
-                planned.save(work)
-        if manifest is None:
-            missing = [one for one in mine if not finishing.done(planned, args.out, one)]
-        else:  # finished before: only what was lost since
-            whole = {entry["file"] for entry in manifest["shards"] if finishing.whole(args.out, entry)}
-            lost = {entry["file"] for entry in manifest["shards"]} - whole
-            missing = [one for one in mine if planned.shard_file(one) in lost]
-            if missing:
-                planned.save(work)
-        if args.merge:
-            missing = []
-        if missing:
-            if len(missing) < len(mine):
-                print(f"going on: {len(mine) - len(missing)} of {len(mine)} shards are done")
-            if planned.gzipped:
-                images_in = sum(planned.bounds[one + 1] - planned.bounds[one] for one in missing)
-                with pool.progress(images_in, "sorting") as shown:
-                    writing.spool(planned, args.out, missing, shown.add)
-            pool.run(planned, args.out, missing, rules, args.workers)
-        return finish(planned, args, manifest, missing)
+    # --- what is missing
+    target = Target(args.out, planned.spec)
+    with target.lock(args.part):
+        with target.exclusive():
+            finished = target.begin()
+            missing = target.missing(args.part)
+            if missing and not (target.work / "plan.json").exists():
+                planned.save(target.work)
+        if missing and (made := len(target.part(args.part)) - len(missing)) > 0:
+            print(f"resuming: {made} of {made + len(missing)} shards are done")
 
+        # --- make it
+        if missing and planned.gzipped:
+            with pool.progress(planned.images(missing), "sorting") as shown:
+                samples.fill_buckets(target, planned, missing, shown.add)
+        pool.run(samples.ShardMaker(target, planned, request.rules), missing, planned.images(missing), args.workers)
 
-def finish(planned: plan.Plan, args: argparse.Namespace, manifest: dict | None, made: list[int]) -> int:
-    # --- the set's metadata, once every part is done
-    work = writing.work_folder(args.out, planned)
-    if manifest is not None:
-        wanted = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
-        for one in made:
-            entry = finishing.read_record(planned, args.out, one)["entry"]
-            if entry["sha256"] != wanted[entry["file"]]:
-                raise RuntimeError(
-                    f"{entry['file']} came out different from the manifest: another Pillow than {manifest['codec']}?"
-                )
-        finishing.clean_up(planned, args.out)
+        # --- finish
+        with target.exclusive():
+            refused = [(printable(name), reason) for name, reason in planned.refused]
+            manifest = target.finish(refused, strict=args.strict)
+            waiting = [] if manifest else target.missing()
+    if manifest is None:
+        print(f"this part is done; {len(waiting)} of {planned.spec.shards} shards are other parts' and not there yet")
+    elif finished:
+        again = f"; {len(missing)} lost shards made again" if missing else ""
+        print(f"{args.out} is complete: {manifest['num_samples']:,} samples{again}")
+    else:
         print(
-            f"{args.out} is complete: {manifest['num_samples']:,} samples"
-            + f"; {len(made)} lost shards made again" * bool(made)
+            f"done: {manifest['num_samples']:,} samples in {len(manifest['shards'])} shards, "
+            f"{manifest['repaired']} repaired, {manifest['quarantined']} quarantined -> {args.out}"
         )
-        if args.strict and manifest["quarantined"]:
-            raise RuntimeError(f"--strict: {manifest['quarantined']} image(s) were quarantined when it was made")
-        return 0
-    with writing.alone(work):
-        manifest = finishing.check_target(planned, args.out)  # another part may have been last, just now
-        if manifest is None:
-            waiting = [one for one in range(planned.shards) if not finishing.done(planned, args.out, one)]
-            if waiting:
-                print(
-                    f"this part is done; {len(waiting)} of {planned.shards} shards are other parts' and not there yet"
-                )
-                return int(args.merge)
-            manifest = finishing.merge(planned, args.out, strict=args.strict)
-            if args.strict and manifest["quarantined"]:
-                listed = finishing.own_file(args.out, args.split, "quarantine.jsonl")
-                raise RuntimeError(
-                    f"--strict: {manifest['quarantined']} image(s) quarantined ({listed}): no manifest is written"
-                )
-    finishing.clean_up(planned, args.out)
-    print(
-        f"done: {manifest['num_samples']:,} samples in {len(manifest['shards'])} shards, "
-        f"{manifest['repaired']} repaired, {manifest['quarantined']} quarantined -> {args.out}"
-    )
-    for what, count in manifest["counts"].items():
-        print(f"  {count:,} {what}")
+        for what, count in manifest["counts"].items():
+            print(f"  {count:,} {what}")
     return 0
 
 
-def verify(args: argparse.Namespace) -> int:
-    differences = check.run(args.check, args.workers)
-    for difference in differences:
-        print(difference)
-    print(f"{args.check}: {len(differences)} difference(s)" if differences else f"{args.check}: sound")
-    return int(bool(differences))
+def request_of(args: argparse.Namespace) -> sources.Request:
+    fields = ("source", "split", "name", "labels", "label_offset", "unlabelled", "subset", "key", "seed", "shards")
+    rules = Rules(short_side=args.short_side, quality=args.quality, max_pixels=args.max_pixels)
+    return sources.Request(**{name: getattr(args, name) for name in fields}, class_list=args.classes, rules=rules)
 
 
-def target(planned: plan.Plan, out: Path) -> Path:
-    """The hidden work folder, which shows at once whether OUT can be written."""
-    work = writing.work_folder(out, planned)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"cannot write to {out}: {error.strerror}; choose another OUT") from None
-    return work
-
-
-def remarks(listing: sources.Listing) -> None:
+def list_and_plan(request: sources.Request) -> plan.Plan:
+    print(f"listing {request.source}", flush=True)
+    with pool.progress(None, "listing") as shown:
+        listing = sources.read(request, shown.add)
+    planned = plan.build(listing, request)
     for note in listing.notes:
         print(f"note: {note}")
     for what, count in listing.ignored.items():
@@ -159,22 +108,30 @@ def remarks(listing: sources.Listing) -> None:
     if listing.refused:
         name, reason = listing.refused[0]
         print(f"refused: {len(listing.refused):,} entries, e.g. {name!r} ({reason})")
+    return planned
 
 
 def describe(planned: plan.Plan, part: tuple[int, int]) -> None:
-    source = planned.source
-    classes = f"{len(planned.classes):,} classes" if planned.classes else "no labels"
-    print(f"{source['kind']}: {source['images']:,} images, {source['bytes'] / 1e9:.2f} GB, {classes}")
-    print(f"release: {source['release'] or 'none that is known'}")
+    spec, source = planned.spec, planned.spec.source
+    classes = f"{len(spec.classes):,} classes" if spec.classes else "no labels"
+    release = source["release"] or "no ImageNet release by its classes"
+    print(f"{source['kind']}: {source['images']:,} images, {source['bytes'] / 1e9:.2f} GB, {classes}, {release}")
     print(
-        f"{planned.shards} shards {planned.shard_file(0)} ... "
-        f"of about {source['bytes'] / planned.shards / 1e6:.1f} MB, seed {planned.seed}"
-        + (f"; part {part[0]} of {part[1]}" if part[1] > 1 else "")
+        f"{spec.shards} shards {spec.shard_file(0)} ... of about {source['bytes'] / spec.shards / 1e6:.1f} MB, "
+        f"seed {spec.seed}" + (f"; part {part[0]} of {part[1]}" if part[1] > 1 else "")
     )
 
 
-def complain(what: object, code: int) -> int:
-    print(f"shard_imagenet: {what}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+def verify(args: argparse.Namespace) -> int:
+    differences = check.run(args.check, args.workers)
+    for difference in differences:
+        print(printable(difference))
+    print(f"{args.check}: {f'{len(differences)} difference(s)' if differences else 'no difference'}")
+    return int(bool(differences))
+
+
+def fail(what: object, code: int) -> int:
+    print(f"shard_imagenet: {printable(str(what))}", file=sys.stderr)
     return code
 
 
@@ -192,7 +149,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=positive,
-        default=len(os.sched_getaffinity(0)),
+        default=host.cores(),
         metavar="N",
         help="processes; more than cores help on slow disks (default: cores)",
     )
@@ -240,11 +197,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=part,
         metavar="I/N",
         help="this is part I of N (default: RANK and WORLD_SIZE, or the Slurm array's; 0/1 is the whole)",
-    )
-    many.add_argument(
-        "--merge",
-        action="store_true",
-        help="only write the metadata, once all parts are done (the last part does by itself)",
     )
     args = parser.parse_args(argv)
     if args.check is None and (args.source is None or args.out is None):

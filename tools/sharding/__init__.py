@@ -1,16 +1,21 @@
-"""The rooms of `tools/shard_imagenet.py`.
+"""The parts of `tools/shard_imagenet.py`; what is not about ImageNet serves other sharders as well.
 
-tars     read any tar by offsets, write USTAR and its DALI index
-images   prove that an image decodes; repair or refuse it
 labels   class lists, the devkit's ground truth, Kaggle's csv files
-sources  what lies in a folder or tar: one row per image, no payload read
+sources  what lies in a folder or tar: one row per image, no content read
 plan     keys, order, subset, shards: everything that is decided before the first image
-writing  one shard and its record; the lock; the spool of a gzipped source
+images   prove that an image decodes; repair or refuse it
+samples  one shard of a plan as samples: read, examined, described
+writer   samples as a USTAR file, its DALI index and its table
+target   an OUT folder: paths, locks, what is made and what is missing, the metadata and the manifest
 pool     many shards over processes, with progress
-finishing  the split's metadata; what lies in a target already
 check    is a finished folder what its manifest says?
 """
 
 
 class SourceError(ValueError):
     """The source, the target or an option cannot be used; the message names the thing and the remedy."""
+
+
+def printable(name: str) -> str:
+    """A name with the bytes that are no UTF-8 written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

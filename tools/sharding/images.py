@@ -1,12 +1,13 @@
 """One image: prove that it decodes, pass it through untouched, repair it, or refuse it with a reason."""
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.headers import jpeg_frame
 
 warnings.simplefilter("ignore")  # Pillow on odd EXIF, palettes, sizes: we decide about these ourselves
 Image.MAX_IMAGE_PIXELS = None  # our own limit comes first, and by the header
@@ -25,21 +26,23 @@ class Rules:
 
     short_side: int | None = None  # downsize to it, never up
     quality: int = 95  # of what is re-encoded
+    subsampling: str | None = None  # of the chroma of what is re-encoded, such as 4:4:4; None: Pillow's own
     max_pixels: int = 30_000_000  # ImageNet-1k's largest has 28.5 million; a repair holds two copies of 4 bytes a pixel
 
 
 @dataclass(frozen=True)
-class Sound:
-    """A JPEG to store. `repairs` is empty where `jpeg` is the source's own bytes."""
+class Jpeg:
+    """A JPEG to store. `repairs` is empty where `content` is the source's own bytes."""
 
-    jpeg: bytes
+    content: bytes
     height: int
     width: int
     repairs: tuple[str, ...]
     notes: tuple[str, ...]  # counted, stored as it is: progressive, unusual chroma sampling
+    orientation: int = 1  # of EXIF, as applied to the pixels; 1 is none
 
 
-def examine(data: bytes, rules: Rules) -> Sound:
+def examine(data: bytes, rules: Rules) -> Jpeg:
     """Decodes `data` once; raises Refused.
 
     The proof of a JPEG that is passed through entropy-decodes every coefficient of every component; of the arithmetic
@@ -55,7 +58,9 @@ def examine(data: bytes, rules: Rules) -> Sound:
     repairs = []
     if not data.startswith(b"\xff\xd8"):
         repairs.append(f"{image.format} to JPEG")
-    elif (frame := _frame_type(data)) not in (0xC0, 0xC1, 0xC2):
+    elif (frame := jpeg_frame(data)[0]) not in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive: others few read
+        if frame <= 0:
+            raise Refused("no frame header in the JPEG")
         repairs.append(f"JPEG of type SOF{frame - 0xC0}")
     elif image.mode not in ("L", "RGB"):
         repairs.append(f"{image.mode} to RGB")  # CMYK and YCCK alike: Pillow calls both CMYK
@@ -72,7 +77,7 @@ def examine(data: bytes, rules: Rules) -> Sound:
                 notes.append("unusual chroma sampling")
             image.draft("L", (1, 1))
             image.load()
-            return Sound(data, height, width, (), tuple(notes))
+            return Jpeg(data, height, width, (), tuple(notes))
         image.load()
         if orientation != 1:
             image = ImageOps.exif_transpose(image)
@@ -82,12 +87,13 @@ def examine(data: bytes, rules: Rules) -> Sound:
             size = [max(1, round(side * scale)) for side in image.size]
             image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
         out = io.BytesIO()
-        image.save(out, "JPEG", quality=rules.quality, exif=b"", icc_profile=None, comment=b"")
+        chroma = {"subsampling": rules.subsampling} if rules.subsampling else {}
+        image.save(out, "JPEG", quality=rules.quality, exif=b"", icc_profile=None, comment=b"", **chroma)
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged data
         raise Refused(f"does not decode: {error}") from None
-    return Sound(out.getvalue(), image.height, image.width, tuple(repairs), tuple(notes))
+    return Jpeg(out.getvalue(), image.height, image.width, tuple(repairs), tuple(notes), orientation)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -110,23 +116,6 @@ def _orientation(image: Image.Image) -> tuple[int, list[str]]:
     except Exception:
         return 1, ["corrupt EXIF"]
     return (orientation, []) if orientation in range(1, 9) else (1, ["corrupt EXIF"])
-
-
-def _frame_type(data: bytes) -> int:
-    """The start-of-frame marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive; others few decoders read."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            at += 1
-            continue
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker
-        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
-            at += 1 if marker == 0xFF else 2
-            continue
-        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    raise Refused("no frame header in the JPEG")
 
 
 def _flat(image: Image.Image) -> Image.Image:

@@ -6,20 +6,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from . import images, writing
-from .plan import Plan
+from . import SourceError
+from .writer import OnProgress
 
 _PLAIN_EVERY = 30.0  # seconds between two lines where there is no terminal
 _BAR_EVERY = 0.2
+Make = Callable[[int, OnProgress], object]  # makes one shard; must travel to other processes
 
 
 class Progress:
@@ -30,7 +30,7 @@ class Progress:
         self._every = _PLAIN_EVERY if self._bar.disable else _BAR_EVERY
         self._total, self._verb = total, verb
         self._counts = [0, 0, 0, 0]
-        self._began = self._spoke = time.monotonic()
+        self._began = self._shown = time.monotonic()
 
     def add(self, *more: int) -> None:
         """More (images, bytes, repaired, quarantined); the last two may be missing."""
@@ -39,13 +39,13 @@ class Progress:
     def show(self, counts: list[int]) -> None:
         """All of them so far."""
         self._counts = counts
-        if time.monotonic() - self._spoke >= self._every:
-            self._speak()
+        if time.monotonic() - self._shown >= self._every:
+            self._print()
 
-    def _speak(self) -> None:
-        self._spoke = time.monotonic()
+    def _print(self) -> None:
+        self._shown = time.monotonic()
         done, read, repaired, quarantined = self._counts
-        took = max(self._spoke - self._began, 1e-9)
+        took = max(self._shown - self._began, 1e-9)
         parts = [f"{read / took / 1e6:.0f} MB/s"]
         if self._total is not None:
             parts += [f"{repaired} repaired", f"{quarantined} quarantined"]
@@ -61,7 +61,7 @@ class Progress:
 
     def close(self) -> None:
         if not self._bar.disable:
-            self._speak()
+            self._print()
         self._bar.close()
 
 
@@ -74,22 +74,20 @@ def progress(total: int | None, verb: str) -> Iterator[Progress]:
         shown.close()
 
 
-def run(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: int) -> None:
-    """Makes the given shards; the first error stops the rest and is raised."""
-    total = sum(plan.bounds[shard + 1] - plan.bounds[shard] for shard in shards)
-    with progress(total, "sharding") as shown:
+def run(make: Make, shards: list[int], images: int, workers: int) -> None:
+    """Calls `make` for each shard, `images` in all of them together; the first error stops the rest and is raised."""
+    with progress(images, "sharding") as shown:
         if workers == 1 or len(shards) == 1:
             for shard in shards:
-                writing.write_shard(plan, out, shard, rules, shown.add)
-            return
-        _run_many(plan, out, shards, rules, min(workers, len(shards)), shown)
+                make(shard, shown.add)
+        elif shards:
+            _run_many(make, shards, min(workers, len(shards)), shown)
 
 
-def _run_many(plan: Plan, out: Path, shards: list[int], rules: images.Rules, workers: int, shown: Progress) -> None:
+def _run_many(make: Make, shards: list[int], workers: int, shown: Progress) -> None:
     context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
-    counts, following, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
-    source = (plan.root, plan.tars)  # the saved plan may name the path of another machine, or of last week
-    job = (writing.work_folder(out, plan), source, out, shards, rules, counts, following, errors)
+    counts, next_shard, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
+    job = (make, shards, counts, next_shard, errors)
     processes = [context.Process(target=_work, args=job, daemon=True) for _ in range(workers)]
     try:
         for process in processes:
@@ -111,39 +109,27 @@ def _run_many(plan: Plan, out: Path, shards: list[int], rules: images.Rules, wor
                 process.kill()
 
 
-def _work(
-    work: Path,
-    source: tuple[str, list[str]],
-    out: Path,
-    shards: list[int],
-    rules: images.Rules,
-    counts: Any,
-    following: Any,
-    errors: Any,
-) -> None:
+def _work(make: Make, shards: list[int], counts: Any, next_shard: Any, errors: Any) -> None:
     """A worker process: takes the next shard until there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    plan = Plan.load(work)
-    plan.root, plan.tars = source
 
-    def told(*more: int) -> None:
+    def on_progress(*more: int) -> None:
         with counts.get_lock():
             for position, one in enumerate(more):
                 counts.get_obj()[position] += one
 
     try:
         while True:
-            with following.get_lock():
-                position = following.value
-                following.value += 1
+            with next_shard.get_lock():
+                position = next_shard.value
+                next_shard.value += 1
             if position >= len(shards):
                 return
-            writing.write_shard(plan, out, shards[position], rules, told)
+            make(shards[position], on_progress)
     except Exception as error:
-        errors.put(
-            error if isinstance(error, OSError | RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")
-        )
+        known = isinstance(error, SourceError | OSError | RuntimeError)
+        errors.put(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
         sys.exit(1)
 
 

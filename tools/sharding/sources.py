@@ -8,21 +8,54 @@ import errno
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from . import SourceError, tars
+from pipeline import tar
+from pipeline.tar import TarError
+
+from . import SourceError
+from .images import Rules
 from .labels import beside, read_labels
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _SPLITS = ("train", "val", "validation", "test")
 _AROUND = (*_SPLITS, "images")  # the one folder around a flat set is no class
-_ROUND = 1000
-_OFFICIAL = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
+_REPORT = 1000
 
-Told = Callable[[int, int], object]  # hears of more (images, bytes)
+OnProgress = Callable[[int, int], object]  # hears of more images and their bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; with the same source, what the bytes depend on."""
+
+    source: Path
+    split: str = "train"
+    name: str | None = None
+    labels: Path | None = None
+    label_offset: int | None = None
+    unlabelled: bool = False
+    class_list: Path | None = None
+    subset: int | None = None
+    key: str = "stem"
+    seed: int = 0
+    shards: int | None = None
+    rules: Rules = field(default_factory=Rules)
+
+    def stamped(self) -> dict[str, Any] | None:
+        """The request as JSON, with size and time of the files in it; None where they do not stamp the source."""
+        asked = asdict(self)
+        for name, value in asked.items():
+            if isinstance(value, Path):
+                if not value.is_file():
+                    return None
+                asked[name] = [str(value.resolve()), value.stat().st_size, value.stat().st_mtime_ns]
+        return asked
 
 
 @dataclass
@@ -31,11 +64,11 @@ class Listing:
 
     root: Path
     kind: str  # for people
-    told: Told  # about each _ROUND images: a listing may take hours
+    on_progress: OnProgress  # called for each _REPORT images: a listing may take hours
     tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
     classes: list[str] = field(default_factory=list)  # names, in the order found
     notes: list[str] = field(default_factory=list)
-    place: array = field(default_factory=lambda: array("i"))  # index into tars, -1 = a file below root
+    tar: array = field(default_factory=lambda: array("i"))  # index into tars, -1 = a file below root
     group: array = field(default_factory=lambda: array("i"))  # index into classes, -1 = none
     offset: array = field(default_factory=lambda: array("q"))
     size: array = field(default_factory=lambda: array("q"))
@@ -46,7 +79,7 @@ class Listing:
     labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
     class_file: Path | None = None  # a list of classes that came with the source
     gzipped: bool = False
-    _listed: int = 0  # bytes since the last word
+    _unreported: int = 0  # bytes
 
     def __len__(self) -> int:
         return len(self.size)
@@ -55,32 +88,38 @@ class Listing:
         start = self.name_end[row - 1] if row else 0
         return os.fsdecode(bytes(self.names[start : self.name_end[row]]))
 
-    def add(self, name: str, size: int, group: int, place: int = -1, offset: int = 0) -> None:
+    def place(self, row: int) -> str:
+        tar = self.tar[row]
+        return f"{self.tars[tar]}:{self.name(row)}" if tar >= 0 else f"{self.root}/{self.name(row)}"
+
+    def add(self, name: str, size: int, group: int, tar: int = -1, offset: int = 0) -> None:
         self.names += os.fsencode(name)
         self.name_end.append(len(self.names))
         self.size.append(size)
         self.group.append(group)
-        self.place.append(place)
+        self.tar.append(tar)
         self.offset.append(offset)
-        self._listed += size
-        if len(self.size) % _ROUND == 0:
-            self.told(_ROUND, self._listed)
-            self._listed = 0
+        self._unreported += size
+        if len(self.size) % _REPORT == 0:
+            self.on_progress(_REPORT, self._unreported)
+            self._unreported = 0
 
 
-def read(
-    source: Path, split: str, labels: Path | None, label_offset: int | None, unlabelled: bool, told: Told
-) -> Listing:
-    """Finds out what `source` is and lists it; raises SourceError with the remedy where it cannot be used."""
-    mapping = source / "LOC_synset_mapping.txt"
+def read(request: Request, on_progress: OnProgress) -> Listing:
+    """Finds out what the source is and lists it; raises SourceError with the remedy where it cannot be used."""
+    source = request.source
     try:
         if not source.exists():
             raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
-        class_file = mapping if not unlabelled and mapping.is_file() else None
-        source, label_file = _descend(source, split, None if unlabelled else labels, unlabelled)
-        listing = (
-            _tar_file(source, told) if source.is_file() else _folder(source, unlabelled or label_file is not None, told)
-        )
+        source, label_file = _descend(request)
+        if source.is_file():
+            listing = _tar_file(source, on_progress)
+        else:
+            listing = _folder(source, request.unlabelled or label_file is not None, on_progress)
+        mapping = request.source / "LOC_synset_mapping.txt"
+        listing.class_file = mapping if mapping.is_file() and not request.unlabelled else None
+    except TarError as error:
+        raise SourceError(str(error)) from None
     except OSError as error:
         at = Path(error.filename or source)
         while at != source and not os.path.lexists(at):  # what was merely looked for, in a folder that cannot be read
@@ -88,12 +127,11 @@ def read(
         raise SourceError(f"cannot read {at}: {error.strerror}") from None
     if not len(listing):
         raise SourceError(f"{source} holds no image{_ignored(listing)}")
-    listing.class_file = class_file
-    if unlabelled:
+    if request.unlabelled:
         _forget_classes(listing)
     elif label_file is not None:
         _forget_classes(listing)
-        listing.labelled = read_labels(label_file, label_offset)
+        listing.labelled = read_labels(label_file, request.label_offset)
         listing.notes.append(f"labels from {label_file}")
     elif not listing.classes and any("ILSVRC2012_val_" in listing.name(row) for row in range(min(100, len(listing)))):
         raise SourceError(
@@ -103,27 +141,24 @@ def read(
     return listing
 
 
-def _descend(source: Path, split: str, label_file: Path | None, unlabelled: bool) -> tuple[Path, Path | None]:
-    """From a downloaded whole to the part that `split` means, and to the labels that lie beside it."""
-    aliases = _SAME_SPLIT.get(split, (split,))
-    if source.is_dir():
-        top = source
+def _descend(request: Request) -> tuple[Path, Path | None]:
+    """From a downloaded whole to the part that the split means, and to the labels that lie beside it."""
+    top = source = request.source
+    aliases = _SAME_SPLIT.get(request.split, (request.split,))
+    if top.is_dir():
         official = top / f"ILSVRC2012_img_{aliases[0]}.tar"
         kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
         folders = {entry.name for entry in os.scandir(top) if _is(entry.is_dir)}
-        if source == top and folders and folders <= set(_SPLITS) and not unlabelled:
+        if source == top and folders and folders <= set(_SPLITS) and not request.unlabelled:
             raise SourceError(
-                f"{top} holds {', '.join(sorted(folders))}, but no {split}: name the folder, or its --split"
+                f"{top} holds {', '.join(sorted(folders))}, but no {request.split}: name the folder, or its --split"
             )
-        if label_file is None and not unlabelled and aliases[0] == "val":
-            found = beside(top)
-            flat = source.is_file() or not any(_is(entry.is_dir) for entry in os.scandir(source))
-            label_file = found if flat else None
-    elif label_file is None and not unlabelled and aliases[0] == "val":
-        label_file = beside(source.parent)
-    return source, label_file
+    if request.labels or request.unlabelled or aliases[0] != "val":
+        return source, None if request.unlabelled else request.labels
+    in_folders = source.is_dir() and any(_is(entry.is_dir) for entry in os.scandir(source))
+    return source, None if in_folders else beside(top if top.is_dir() else top.parent)
 
 
 def _forget_classes(listing: Listing) -> None:
@@ -151,8 +186,8 @@ def _wanted(listing: Listing, name: str) -> bool:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, any_depth: bool, told: Told) -> Listing:
-    listing = Listing(root, "", told)
+def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
+    listing = Listing(root, "", on_progress)
     entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
     folders = [entry.name for entry in entries if _is(entry.is_dir) and not entry.name.startswith(".")]
     class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and _is(entry.is_file)]
@@ -162,11 +197,8 @@ def _folder(root: Path, any_depth: bool, told: Told) -> Listing:
         listing.kind = "folder of class tars"
         for name in class_tars:
             listing.tars.append(str(root / name))
-            class_tar = tars.Seekable(root / name)
-            try:
+            with closing(tar.PlainFile(root / name)) as class_tar:
                 _tar_members(listing, class_tar, name.removesuffix(".tar"))
-            finally:
-                class_tar.close()
         return listing
     _files(listing, root, "", -1, deep=False)
     flat = len(listing)
@@ -215,26 +247,19 @@ def _is(test: Callable[..., bool], **options: bool) -> bool:
 # --- tars ------------------------------------------------------------------------------------------------------------
 
 
-def _tar_file(path: Path, told: Told) -> Listing:
-    listing = Listing(path, "tar of images", told, tars=[str(path)])
-    source = tars.open_bytes(path)
-    listing.gzipped = isinstance(source, tars.Gzipped)
-    official = _OFFICIAL.get(path.name)
-    if official and source.size != official:
-        listing.notes.append(f"{path.name} has {source.size} bytes, the official one {official}")
-    try:
+def _tar_file(path: Path, on_progress: OnProgress) -> Listing:
+    listing = Listing(path, "tar of images", on_progress, tars=[str(path)])
+    with closing(tar.open_bytes(path)) as source:
+        listing.gzipped = isinstance(source, tar.GzipFile)
         _tar_members(listing, source, None)
-        if isinstance(source, tars.Gzipped):
+        if isinstance(source, tar.GzipFile):
             source.finish()
             listing.kind += ", gzipped"
-    finally:
-        source.close()
     return listing
 
 
-def _tar_members(listing: Listing, source: tars.Seekable | tars.Gzipped, group_name: str | None) -> None:
+def _tar_members(listing: Listing, source: tar.PlainFile | tar.GzipFile, group_name: str | None) -> None:
     """Images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
-    place = len(listing.tars) - 1
     groups: dict[str, int] = {name: number for number, name in enumerate(listing.classes)}
 
     def group_of(name: str) -> int:
@@ -243,27 +268,29 @@ def _tar_members(listing: Listing, source: tars.Seekable | tars.Gzipped, group_n
             listing.classes.append(name)
         return groups[name]
 
-    def images(members: Iterator[tars.Member], name: str | None) -> None:
+    def images(walk: tar.Walk, name: str | None) -> None:
         if name is not None:
             group_of(name)  # a class without images is known, too
-        for member in members:
+        for member in walk:
             if _refused(listing, member):
                 continue
             path = PurePosixPath(member.name)
             if path.suffix.lower() == ".tar" and name is None:
                 listing.kind = "tar of class tars"
-                inner = tars.walk(source, member.offset, member.offset + member.size, inside=member.name)
-                images(inner, path.stem)
+                end = member.offset + member.size
+                images(tar.Walk(source, member.offset, end, strict=True, inside=member.name), path.stem)
             elif _wanted(listing, member.name):
                 group = name if name is not None else path.parent.name
-                listing.add(member.name, member.size, group_of(group) if group else -1, place, member.offset)
+                number = group_of(group) if group else -1
+                listing.add(member.name, member.size, number, len(listing.tars) - 1, member.offset)
+        listing.notes += [f"{walk.where}: {note}" for note in walk.notes]
 
-    images(tars.walk(source), group_name)
+    images(tar.Walk(source, strict=True), group_name)
     if listing.kind == "tar of images" and len(listing.classes) == 1 and listing.classes[0] in _AROUND:
         _forget_classes(listing)
 
 
-def _refused(listing: Listing, member: tars.Member) -> bool:
+def _refused(listing: Listing, member: tar.Member) -> bool:
     """True for what is no plain, safely named file; folders are not worth a word."""
     if member.kind == "folder":
         return True
