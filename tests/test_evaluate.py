@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from mapimages import encode, sample, smooth_image, write_tar
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline import Batch, Loader, ShardSet, View, recipes
 from trainer import checkpoint, evaluate
 from trainer.backbones import VisionTransformer
-from trainer.evaluate import PENALTIES, features, knn_accuracy, ridge_accuracy
+from trainer.evaluate import PENALTIES, features, knn_accuracy, ridge_accuracy, shots, stored
 from trainer.methods import loca
 
 Set = tuple[Tensor, Tensor]
@@ -88,6 +90,131 @@ def test_ridge_with_more_dimensions_than_images() -> None:
     assert ridge_accuracy((x, y), (x + 0.1, y)) == 1.0
 
 
+def closed_form(train: Set, val: Set) -> float:
+    """The same ridge by a singular value decomposition of all rows at once."""
+    (x, y), (queries, truth) = train, val
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    x, queries = ((part - mean).double() / std for part in (x, queries))
+    onehot = torch.nn.functional.one_hot(y).double()
+    target = onehot - onehot.mean(0)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    projected = u.T @ target
+    found = []
+    for penalty in PENALTIES:
+        shrink = s.square() / (s.square() + penalty)
+        leverage = u.square() @ shrink + 1 / len(x)
+        residual = (target - u @ (shrink[:, None] * projected)) / (1 - leverage)[:, None]
+        weight = vt.T @ ((shrink / s.clamp(min=1e-12))[:, None] * projected)
+        found.append((residual.square().sum().item(), weight))
+    _, weight = min(found, key=lambda pair: pair[0])
+    return ((queries @ weight + onehot.mean(0)).argmax(1) == truth).float().mean().item()
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.5, 4.0])
+@pytest.mark.parametrize("count", [6, 9, 40, 500])
+def test_ridge_by_sums_is_ridge_by_rows(count: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "ROWS", 64)
+    for seed in range(5):
+        train, val = blobs(count, seed, spread), blobs(300, seed + 50, spread)
+        train[1][:3] = torch.arange(3)
+        assert ridge_accuracy(train, val) == pytest.approx(closed_form(train, val), abs=1e-6)  # of 300 images
+
+
+def test_the_penalty_may_be_chosen_on_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = blobs(500, 2), blobs(300, 3)
+    every = ridge_accuracy(train, val)
+    monkeypatch.setattr(evaluate, "LEFT_OUT", 50)
+    assert ridge_accuracy(train, val) == pytest.approx(every, abs=0.02)
+
+
+@pytest.mark.parametrize("probe", [knn_accuracy, ridge_accuracy])
+def test_no_tensor_grows_with_the_set(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet has 50,000 x 1,281,167 similarities. Memory-mapped halves give what floats in memory give."""
+    train, val = blobs(3000, 4), blobs(2000, 5)
+    expected = probe(train, val)
+    largest = [0]
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype != torch.int64:
+                largest[0] = max(largest[0], out.untyped_storage().nbytes())
+            return out
+
+    monkeypatch.setattr(evaluate, "ROWS", 128, raising=False)
+    monkeypatch.setattr(evaluate, "QUERIES", 64, raising=False)
+    monkeypatch.setattr(evaluate, "LEFT_OUT", 1000, raising=False)
+    with Sizes():
+        assert probe((train[0].half(), train[1]), (val[0].half(), val[1])) == pytest.approx(expected, abs=0.002)
+    assert 0 < largest[0] <= max(128 * 64 * 4, train[0].nbytes // 2)  # a block, or the halves themselves
+
+
+def test_ten_images_of_every_class() -> None:
+    y = torch.randint(4, (200,), generator=torch.Generator().manual_seed(0))
+    y[y == 2] = 1
+    y[7] = 2  # a class of one image
+    few = shots(y, 10)
+    assert torch.bincount(y[few]).tolist() == [10, 10, 1, 10] and len(set(few.tolist())) == 31
+    assert torch.equal(few, shots(y, 10)) and not torch.equal(few, shots(y, 10, seed=1))
+
+
+def test_few_shot_regression_as_scenic_has_it() -> None:
+    """Targets of -1 and 1 and a constant of 100 beside the features say what a free intercept and one-hot ones say."""
+    train, val = blobs(30, 6), blobs(300, 7)
+    mean, std = train[0].mean(0), train[0].std(0) + 1e-5
+    x, queries = ((part - mean).double() / std for part in (train[0], val[0]))
+    right = set()
+    for penalty in PENALTIES:
+        ours, _ = fit(x, train[1], penalty)
+        a = torch.cat([x, torch.full((30, 1), 100.0)], 1)
+        target = 2 * torch.nn.functional.one_hot(train[1], 3).double() - 1
+        theirs = torch.linalg.solve(a.T @ a + penalty * torch.eye(9, dtype=torch.float64), a.T @ target)
+        guesses = [
+            (torch.cat([queries, torch.full((300, 1), constant)], 1) @ weight).argmax(1)
+            for constant, weight in ((1.0, ours), (100.0, theirs))
+        ]
+        assert (guesses[0] == guesses[1]).float().mean() > 0.99
+        right.add((guesses[0] == val[1]).float().mean().item())
+    assert any(ridge_accuracy(train, val) == pytest.approx(accuracy) for accuracy in right)
+
+
+def test_extraction_goes_on_where_it_was_broken_off(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    backbone, images = VisionTransformer(16, 1, 2, patch=8, size=32), ShardSet(str(shards))
+    options: dict[str, Any] = {"size": 32, "batch_size": 5, "device": "cpu"}
+    whole = stored(backbone, images, **options)
+    calls = []
+
+    def broken_off(*args: Any, **kwargs: Any) -> Set:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return features(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "features", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        stored(backbone, images, folder=tmp_path, **options)
+    again = stored(backbone, images, folder=tmp_path, **(options | {"batch_size": 4}))  # after three batches of five
+    assert len(calls) == 4 + 3
+    third = stored(backbone, images, folder=tmp_path, **options)
+    assert len(calls) == 7  # nothing is left to do
+    for a, b, c in zip(whole, again, third, strict=True):
+        assert a.dtype == b.dtype and torch.equal(b, c)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # the same, but for batches of another size
+    assert whole[0].dtype == torch.float16 and len(list(tmp_path.iterdir())) == 1
+    backbone.norm.weight.data += 1  # other weights: other features
+    assert not torch.equal(stored(backbone, images, folder=tmp_path, **options)[0], whole[0])
+
+
+def test_features_that_half_precision_cannot_hold(shards: Path) -> None:
+    backbone = VisionTransformer(16, 1, 2, patch=8, size=32)
+    backbone.norm.weight.data.fill_(1e6)
+    with pytest.raises(ValueError, match="not finite in half precision"):
+        stored(backbone, ShardSet(str(shards)), size=32, batch_size=5, device="cpu")
+
+
 def test_features_are_the_mean_of_the_patches() -> None:
     torch.manual_seed(0)
     backbone = VisionTransformer(16, 2, 2, patch=8, size=32, drop_path=0.9, cls_token=True).train()
@@ -129,13 +256,16 @@ def test_program(
     checkpoint.save(tmp_path / "checkpoints", saved, keep_last=1, keep_every=None)
     arguments = [str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "64", "--device", "cpu"]
 
-    evaluate.main(arguments)
+    assert evaluate.main(arguments) == 0
     trained = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (trained["train_images"], trained["val_images"], trained["classes"]) == (24, 24, 3)
     loader = Loader(ShardSet(str(shards)), recipes.evaluation(size=64, resize=73), 10, shuffle=False, drop_last=False)
     both = features(method.teacher.backbone, loader)
     loader.close()
     assert len(both[1]) == 24
+    few = shots(both[1], 10)
+    few = both[0][few], both[1][few]
+    assert trained["ten_shot"] == pytest.approx(ridge_accuracy(few, both))
     assert trained["ridge"] == pytest.approx(ridge_accuracy(both, both)) and trained["ridge"] > 0.9
     assert trained["knn"] == pytest.approx(knn_accuracy(both, both))
 
@@ -147,12 +277,14 @@ def test_program(
 
     monkeypatch.setattr(evaluate, "features", recording)
     for seed in (5, 6):
-        evaluate.main([*arguments, "--untrained", str(seed)])
-    start = method.teacher.backbone.pos_embed  # drawn from seed 5
-    assert torch.equal(seen[0], start) and not torch.equal(seen[2], start)
+        assert evaluate.main([*arguments, "--untrained", str(seed)]) == 0
+    start = method.teacher.backbone.pos_embed  # drawn from seed 5: its features are there already
+    assert len(seen) == 1 and not torch.equal(seen[0], start)
+    untrained = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert untrained[0] == trained and untrained[1].keys() == trained.keys()
 
 
-def test_images_without_a_class(tmp_path: Path, shards: Path) -> None:
+def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "bare-000000.tar", sample("a", encode(smooth_image(0, 64, 64), "JPEG")))
     model = loca.Method(loca.Config("vit_pico_patch16", hidden=8)).state_dict()
     checkpoint.save(
@@ -161,9 +293,15 @@ def test_images_without_a_class(tmp_path: Path, shards: Path) -> None:
         keep_last=1,
         keep_every=None,
     )
-    with pytest.raises(ValueError, match=r"bare.*without a class"):
-        evaluate.main(
-            [str(tmp_path), "--train", str(tmp_path / "bare-000000.tar"), "--val", str(shards), "--untrained", "0"]
-        )
-    with pytest.raises(ValueError, match=r"nowhere: not a readable checkpoint"):
-        evaluate.main([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"])
+    bare = ["--train", str(tmp_path / "bare-000000.tar"), "--val", str(shards)]
+    for argv, sentence in (
+        ([str(tmp_path), *bare, "--untrained", "0"], r"bare.*without a class"),
+        ([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"], r"nowhere: not a readable checkpoint"),
+        ([str(tmp_path), *bare, "--device", "tpu"], r"--device tpu: .*tpu"),
+        ([str(tmp_path), *bare, "--untrained", "-1"], r"--untrained -1: a seed"),
+        ([str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "0"], r"size"),
+        ([str(tmp_path), "--train", str(shards), "--val", str(shards), "--batch-size", "0"], r"batch_size"),
+    ):
+        assert evaluate.main(argv) == 2
+        said = capsys.readouterr().err
+        assert re.search(sentence, said) and said.count("\n") == 1

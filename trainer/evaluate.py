@@ -1,29 +1,36 @@
-"""How good a backbone's frozen features are: nearest neighbours, and ridge regression to the classes.
+"""How good a backbone's frozen features are for classification: k-NN, and linear probes by ridge regression.
 
     python -m trainer.evaluate runs/loca --train DIR --val DIR             a run's folder, or one of its checkpoints
     python -m trainer.evaluate runs/loca --train DIR --val DIR --untrained 0   the same network with random weights
 
-An image's feature is the mean of its patch features, of the central square. Both probes are fitted on the training set
-and have nothing to tune: the penalty is chosen by leave-one-out on the training set. The last line is a JSON object.
+An image's feature is the mean of its patch features, of the central square. Features are computed once and kept, in
+half precision; an interrupted extraction goes on where it was. The probes are fitted on the training set and have
+nothing to tune: the ridge's penalty is chosen by leave-one-out on the training set. "10-shot" is the same linear probe
+on ten images of every class. The last line is a JSON object.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pipeline import Batch, Loader, ShardSet, recipes
 from trainer import checkpoint, config
 from trainer.backbones import normalise
+from trainer.command import command
+from trainer.stored import arrays, fingerprint
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
+FORMAT = 1  # of stored features: counts up when the same weights and images would give others
+ROWS, QUERIES, LEFT_OUT = 8192, 4096, 65_536  # bound the memory of the probes: 0.5 GB at 768 dimensions, 1,000 classes
 
 
 @torch.no_grad()
@@ -61,15 +68,58 @@ def labelled(spec: str) -> ShardSet:
 
 
 def stored(
-    backbone: Any, shards: ShardSet, *, size: int, batch_size: int, device: str, images: int | None = None
+    backbone: Any,
+    shards: ShardSet,
+    *,
+    size: int,
+    batch_size: int,
+    device: str,
+    images: int | None = None,
+    folder: Path | None = None,
+    title: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`features` of a set's central squares at side `size`; with `images`, at most so many, the same ones always."""
+    """`features` of a set's central squares at side `size`, f16 (n, D) and i64 (n,), in memory or below `folder`.
+
+    With `images`, of at most so many, the same ones always. `title` names a progress bar. Raises ValueError for
+    features that half precision cannot hold, OSError where the disk cannot keep them.
+    """
     recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=backbone.patch)
-    loader = Loader(shards, recipe, batch_size, device=device, shuffle=images is not None, drop_last=False)
-    batches = islice(loader, None if images is None else -(-images // batch_size))
-    x, y = features(backbone, batches, mean=recipe.mean, std=recipe.std)
-    loader.close()
-    return x[:images], y[:images]
+    count = min(len(shards), images or len(shards))
+    if folder is not None:
+        folder /= fingerprint(backbone, FORMAT, shards.fingerprint, size, images)
+    layout = {"x": (np.float16, (count, backbone.width)), "y": (np.int64, (count,)), "filled": (np.int64, (1,))}
+    found = arrays(folder, layout)
+    if (start := int(found["filled"][0])) < count:
+        loader = Loader(shards, recipe, batch_size, device=device, shuffle=images is not None, drop_last=False)
+        loader.load_state_dict({**loader.state_dict(), "position": start})
+        bar = tqdm(total=count, initial=start, desc=title, unit=" images", disable=title is None)
+        try:
+            for step, batch in enumerate(loader, 1):
+                x, y = (part[: count - start] for part in features(backbone, [batch], mean=recipe.mean, std=recipe.std))
+                rows = slice(start, start + len(y))
+                found["x"][rows], found["y"][rows] = x.half(), y
+                if not np.isfinite(found["x"][rows]).all():
+                    raise ValueError("features are not finite in half precision: the weights have diverged")
+                start += len(y)
+                bar.update(len(y))
+                if step % 32 == 0:
+                    _keep(found, start)
+                if start == count:
+                    break
+        finally:
+            _keep(found, start)
+            loader.close()
+            bar.close()
+    return torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
+
+
+def _keep(found: dict[str, Any], filled: int) -> None:
+    """Rows before their number: a power cut may lose rows, but never call lost ones filled."""
+    for name, part in found.items():
+        if name == "filled":
+            part[0] = filled
+        if isinstance(part, np.memmap):
+            part.flush()
 
 
 class Probe:
@@ -89,46 +139,80 @@ class Probe:
             stored(backbone, shards, size=size, batch_size=64, device=self._device, images=self._images)
             for shards in self._sets
         )
-        return knn_accuracy(train, val)
+        return knn_accuracy(train, val, device=self._device)
 
 
-def knn_accuracy(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, k: int = 20, temperature: float = 0.07
-) -> float:
+Set = tuple[Tensor, Tensor]  # features (n, D), of any float type, memory-mapped for all we know; classes (n,)
+
+
+def knn_accuracy(train: Set, val: Set, *, k: int = 20, temperature: float = 0.07, device: str = "cpu") -> float:
     """The share of `val` whose class the `k` nearest of `train` vote for, by cosine s with weight exp(s / temperature).
 
-    `train` and `val` are features (n, D) and classes (n,). k and temperature are DINO's.
+    k and temperature are DINO's. On `device`, in blocks of QUERIES x ROWS similarities.
     """
     (x, y), (queries, truth) = train, val
-    similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T
-    nearest, index = similarity.topk(min(k, len(x)), dim=1)
-    votes = torch.zeros(len(queries), int(y.max()) + 1).scatter_add_(1, y[index], (nearest / temperature).exp())
-    return (votes.argmax(1) == truth).float().mean().item()
+    right = 0
+    for some, classes in zip(queries.split(QUERIES), truth.split(QUERIES), strict=True):
+        q = F.normalize(some.to(device).float(), dim=1)
+        nearest, labels = q.new_empty(len(q), 0), y.new_empty(len(q), 0, device=device)
+        for rows, their in zip(x.split(ROWS), y.split(ROWS), strict=True):
+            similarity = q @ F.normalize(rows.to(device).float(), dim=1).T
+            best, index = similarity.topk(min(k, len(rows)), dim=1)
+            nearest, order = torch.cat([nearest, best], 1).topk(min(k, nearest.shape[1] + best.shape[1]), dim=1)
+            labels = torch.cat([labels, their.to(device)[index]], 1).gather(1, order)
+        votes = q.new_zeros(len(q), int(y.max()) + 1).scatter_add_(1, labels, (nearest / temperature).exp())
+        right += int((votes.argmax(1).cpu() == classes).sum())
+    return right / len(truth)
 
 
-def ridge_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
-    """The share of `val` that ridge regression from standardised features to one-hot classes puts right.
+def ridge_accuracy(train: Set, val: Set, *, device: str = "cpu") -> float:
+    """The share of `val` that a linear probe puts right: ridge regression of one-hot classes on standardised features.
 
-    Of PENALTIES, the one with the least squared error is taken when each training image is left out in turn, in closed
-    form.
+    Of PENALTIES, the one with the least squared error is taken when each training image (of LEFT_OUT evenly spread
+    ones at most) is left out in turn, in closed form. Only sums over the images, D x D and D x classes, are held.
     """
     (x, y), (queries, truth) = train, val
-    mean, std = x.mean(0), x.std(0) + 1e-5
-    x, queries = ((part - mean).double() / std for part in (x, queries))
-    onehot = F.one_hot(y).double()
-    target = onehot - onehot.mean(0)
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    projected = u.T @ target
-    best, weight = float("inf"), torch.empty(0)
-    for penalty in PENALTIES:
-        shrink = s.square() / (s.square() + penalty)
-        leverage = u.square() @ shrink + 1 / len(x)  # the mean is fitted too
-        residual = (target - u @ (shrink[:, None] * projected)) / (1 - leverage)[:, None]
-        if (error := residual.square().sum().item()) < best:
-            best, weight = error, vt.T @ ((shrink / s.clamp(min=1e-12))[:, None] * projected)
-    return ((queries @ weight + onehot.mean(0)).argmax(1) == truth).float().mean().item()
+    n, classes = len(x), int(y.max()) + 1
+    mean = sum(rows.to(device).double().sum(0) for rows in x.split(ROWS)) / n
+    square = mean.new_zeros(len(mean), len(mean))
+    by_class = mean.new_zeros(classes, len(mean))
+    for rows, their in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        centred = rows.to(device).double() - mean
+        square.addmm_(centred.T, centred)
+        by_class.index_add_(0, their.to(device), centred)
+    std = (square.diagonal() / max(n - 1, 1)).sqrt() + 1e-5
+    eigenvalues, vectors = torch.linalg.eigh(square / std.outer(std))
+    eigenvalues = eigenvalues.clamp(min=0)
+    projected = vectors.T @ (by_class / std).T
+    prior = torch.bincount(y, minlength=classes).to(device) / n
+
+    errors = dict.fromkeys(PENALTIES, 0.0)
+    every = -(-n // LEFT_OUT)
+    for rows, their in zip(x[::every].split(ROWS), y[::every].split(ROWS), strict=True):
+        z = ((rows.to(device).double() - mean) / std) @ vectors
+        target = F.one_hot(their.to(device), classes) - prior
+        for penalty in PENALTIES:
+            leverage = z.square() @ (1 / (eigenvalues + penalty)) + 1 / n  # the mean is fitted too
+            residual = target - z @ (projected / (eigenvalues + penalty)[:, None])
+            errors[penalty] += (residual / (1 - leverage)[:, None]).square().sum().item()
+    best = min(errors, key=errors.__getitem__)
+    weight = vectors @ (projected / (eigenvalues + best)[:, None])
+    right = 0
+    for rows, their in zip(queries.split(ROWS), truth.split(ROWS), strict=True):
+        scores = ((rows.to(device).double() - mean) / std) @ weight + prior
+        right += int((scores.argmax(1).cpu() == their).sum())
+    return right / len(truth)
 
 
+def shots(y: Tensor, count: int, seed: int = 0) -> Tensor:
+    """The places, i64 (m,), of at most `count` images of every class among classes (n,), drawn by `seed`."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    by_class = order[y[order].argsort(stable=True)]
+    starts = torch.searchsorted(y[by_class].contiguous(), y[by_class].contiguous())
+    return by_class[torch.arange(len(y)) - starts < count].sort().values
+
+
+@command("trainer.evaluate")
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint")
@@ -138,26 +222,40 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
+    parser.add_argument("--features", type=Path, help="folder that keeps features; by default beside the checkpoint")
+    args = parser.parse_args(argv)
 
-    method: Any = checkpoint.restore(checkpoint.load(options.checkpoint))
-    if options.untrained is not None:
-        torch.manual_seed(options.untrained)
+    if args.untrained is not None and not 0 <= args.untrained < 2**63:
+        raise ValueError(f"--untrained {args.untrained}: a seed lies between 0 and 2**63")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # torch has no one error for a device that is not there
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    method: Any = checkpoint.restore(checkpoint.load(args.checkpoint))
+    if args.untrained is not None:
+        torch.manual_seed(args.untrained)
         method = type(method)(method.cfg)
-    backbone = method.backbone().to(options.device)
+    folder = args.features or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "features"
+    backbone = method.backbone().to(args.device)
+    sets = [labelled(spec) for spec in (args.train, args.val)]
+    options = {"size": args.size, "batch_size": args.batch_size, "device": args.device, "folder": folder}
     train, val = (
-        stored(backbone, shards, size=options.size, batch_size=options.batch_size, device=options.device)
-        for shards in [labelled(spec) for spec in (options.train, options.val)]
+        stored(backbone, shards, title=title, **options)
+        for shards, title in zip(sets, ("training images", "images to score"), strict=True)
     )
-    result = {"knn": knn_accuracy(train, val), "ridge": ridge_accuracy(train, val)}
-    result |= {"train_images": len(train[1]), "val_images": len(val[1]), "classes": int(train[1].max()) + 1}
-    print(f"{len(val[1]):,} images: k-NN {result['knn']:.1%}, ridge {result['ridge']:.1%}")
+    few = shots(train[1], 10)
+    result = {
+        "knn": knn_accuracy(train, val, device=args.device),
+        "ridge": ridge_accuracy(train, val, device=args.device),
+        "ten_shot": ridge_accuracy((train[0][few], train[1][few]), val, device=args.device),
+        "train_images": len(train[1]),
+        "val_images": len(val[1]),
+        "classes": int(train[1].max()) + 1,
+    }
+    figures = f"k-NN {result['knn']:.1%}, linear probe (ridge) {result['ridge']:.1%}, 10-shot {result['ten_shot']:.1%}"
+    print(f"{len(val[1]):,} images: {figures}")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:  # a shard set's errors are among them
-        print(f"evaluate: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    raise SystemExit(main(sys.argv[1:]))

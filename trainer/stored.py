@@ -1,0 +1,51 @@
+"""Arrays on disk that are filled in any number of sittings, and a name for all that decides what is in them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import nn
+
+Layout = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]  # type and shape of each array
+
+
+def fingerprint(network: nn.Module, *settings: Any) -> str:
+    """A name of 16 hexadecimal digits made of every weight of `network` and of `settings`, which JSON can hold."""
+    found = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
+    for name, weight in network.state_dict().items():
+        found.update(name.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def arrays(folder: Path | None, layout: Layout) -> dict[str, NDArray[Any]]:
+    """The arrays in `folder`, memory-mapped for reading and writing: found there, or new and zero. None: in memory.
+
+    Their space is taken at once, since a disk that fills up later would kill the process that writes through a map.
+    Raises OSError where the disk is too small or refuses, ValueError for files that are something else.
+    """
+    if folder is None:
+        return {name: np.zeros(shape, kind) for name, (kind, shape) in layout.items()}
+    if not folder.exists():
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        try:
+            beside.mkdir(parents=True)
+            for name, (kind, shape) in layout.items():
+                path = beside / f"{name}.npy"
+                np.lib.format.open_memmap(path, "w+", kind, shape)
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            beside.rename(folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    found = {name: np.load(folder / f"{name}.npy", "r+") for name in layout}
+    if any((found[name].dtype, found[name].shape) != (np.dtype(kind), shape) for name, (kind, shape) in layout.items()):
+        raise ValueError(f"{folder}: holds arrays of other types or shapes; remove it")
+    return found
