@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .batch import View as View
     from .correspondence import feature_locations as feature_locations
     from .correspondence import location_matches as location_matches
+    from .correspondence import pair_matches as pair_matches
     from .correspondence import patch_targets as patch_targets
     from .host import cores as cores
     from .loader import Loader as Loader
@@ -36,6 +37,7 @@ _ROOMS = {
     "cores": "host",
     "feature_locations": "correspondence",
     "location_matches": "correspondence",
+    "pair_matches": "correspondence",
     "patch_targets": "correspondence",
 }
 __all__ = [*_ROOMS, "recipes"]  # noqa: PLE0604 - strings, computed

@@ -114,6 +114,9 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.table)
 
+    def __repr__(self) -> str:
+        return f"ShardSet of {len(self):,} images in {len(self.paths):,} shards: {_name(self.paths)}"
+
     def __reduce__(self) -> "tuple[Callable[..., ShardSet], tuple[list[str]]]":
         return self._made_by, ([str(path) for path in self.paths],)
 

@@ -72,6 +72,11 @@ def test_a_key_is_one_read_however_many_images_the_shard_holds(
     assert len(reads) == len(names) and max(reads) <= 4096
 
 
+def test_a_set_says_what_it_is(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "s", count=6, shards=2)
+    assert repr(ShardSet(folder)) == f"ShardSet of 6 images in 2 shards: {folder}/map-0000.tar and 1 more"
+
+
 def test_a_key_that_the_nearest_headers_cannot_tell(tmp_path: Path) -> None:
     names = ["n" * 96, "x", "l" * 5000, "y"]  # cut off at 100 with its extension, or not; a record of 5 kB
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
