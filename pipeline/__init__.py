@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .shards import ShardError as ShardError
     from .shards import ShardSet as ShardSet
 
-_ROOMS = {
+_MODULES = {
     "Augmentation": "recipes",
     "Batch": "batch",
     "Cut": "recipes",
@@ -40,12 +40,12 @@ _ROOMS = {
     "pair_matches": "correspondence",
     "patch_targets": "correspondence",
 }
-__all__ = [*_ROOMS, "recipes"]  # noqa: PLE0604 - strings, computed
+__all__ = [*_MODULES, "recipes"]  # noqa: PLE0604 - strings, computed
 
 
 def __getattr__(name: str) -> object:
     if name == "recipes":
         return import_module(".recipes", __name__)
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,8 +1,8 @@
 """The colour augmentation of whole batches on a GPU, in plain torch: the formulas of `cutting`, in float32.
 
 A sample's order of the jitter's operations is data, so every step runs one form that is each of them: brightness,
-contrast and saturation move a pixel away from a base (black, the mean gray, its own gray), and a hue turned by nothing
-stays. Values are rounded where `cutting` rounds them: after the jitter, and after each direction of the blur.
+contrast and saturation move a pixel away from a base (black, the mean gray, its own gray), and a hue shift of 0
+changes nothing. Values are rounded where `cutting` rounds them: after the jitter, and after each direction of the blur.
 """
 
 import math
@@ -138,7 +138,7 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """A Gaussian of each view's own sigma (B, V); 0 leaves the view as it is. Beyond the edge, the edge goes on."""
+    """A Gaussian of each view's own sigma (B, V); 0 leaves the view as it is. Edge pixels are repeated outwards."""
     b, v, _, s, _ = x.shape
     distance = torch.arange(-radius, radius + 1, device=x.device).abs()
     reach = (RADII * sigma).ceil()[..., None]

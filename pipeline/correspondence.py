@@ -1,6 +1,6 @@
 """Which patches of two views show the same part of the image: computed from their windows alone.
 
-Cells and patches are counted row by row as their view is shown, so a mirrored view counts from its own left edge. All
+Cells and patches are counted row by row as their view is shown, so a flipped view counts from its own left edge. All
 functions take and return NumPy arrays and compute in compiled kernels that release the interpreter lock.
 """
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .kernel import kernel
 
 ONE, HALF = np.float32(1), np.float32(0.5)
-Rule = Literal["released", "overlap"]
+TargetRule = Literal["released", "overlap"]
 
 
 def patch_targets(
@@ -22,7 +22,7 @@ def patch_targets(
     reference_grid: int,
     query_grid: int,
     query_size: int,
-    rule: Rule = "released",
+    rule: TargetRule = "released",
 ) -> NDArray[np.int32]:
     """For every query patch the reference patch that shows the same place (LOCA paper, sec. 3.1).
 
@@ -64,7 +64,7 @@ def feature_locations(windows: ArrayLike, grid: int) -> NDArray[np.float32]:
         grid: cells per side.
 
     Returns:
-        f32 (..., grid*grid, 2): (row, column); in a mirrored window the columns run backwards.
+        f32 (..., grid*grid, 2): (row, column); in a flipped window the columns run backwards.
 
     Raises:
         ValueError: for a wrong shape, a window that is empty or not finite, a grid below 1.

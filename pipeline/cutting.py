@@ -1,7 +1,7 @@
 """One decoded image in, all views out: the CPU's pixels.
 
-A view is resized inside its window (crop first, then resize: no pixel outside the window is read), then jittered,
-grayed, blurred and solarized, as its parameters say. Everything but the jitter is one primitive, the weighted sum of
+A view is resized inside its window (crop first, then resize: no pixel outside the window is read), then augmented as
+its parameters say: jitter, gray, blur, solarize. Everything but the jitter is one primitive, the weighted sum of
 rows of bytes:
 
     image rows --weigh--> S rows of the window --transpose--> columns --weigh--> S columns, flipped or not
@@ -51,7 +51,7 @@ def _bicubic(x):
 
 @kernel
 def resize_weights(length, size, filtering):
-    """How `length` pixels become `size`: first source pixel and taps i64 (size,), weights i16 (size, most taps).
+    """How `length` pixels become `size`: first source pixel and taps i64 (size,), weights i16 (size, max_taps).
 
     Antialiased filters are widened by the scale when shrinking, as Pillow does; half-pixel centres; 2**14 weighs 1.
     """
@@ -59,11 +59,11 @@ def resize_weights(length, size, filtering):
     widening = 1.0 if filtering == BILINEAR else max(scale, 1.0)
     narrowing = 1 / widening
     support = (2.0 if filtering == BICUBIC_ANTIALIAS else 1.0) * widening
-    most = min(length, int(np.ceil(support)) * 2 + 1)
+    max_taps = min(length, int(np.ceil(support)) * 2 + 1)
     first = np.empty(size, dtype=np.int64)
     taps = np.empty(size, dtype=np.int64)
-    weights = np.empty((size, most), dtype=np.int16)
-    real = np.empty(most)
+    weights = np.empty((size, max_taps), dtype=np.int16)
+    exact = np.empty(max_taps)
     for i in range(size):
         centre = (i + 0.5) * scale
         if filtering == BILINEAR:  # without antialiasing a sample beyond the edge is the edge
@@ -74,11 +74,11 @@ def resize_weights(length, size, filtering):
         for k in range(count):
             x = (low + k + 0.5 - centre) * narrowing
             weight = _bicubic(x) if filtering == BICUBIC_ANTIALIAS else max(1.0 - abs(x), 0.0)
-            real[k] = weight
+            exact[k] = weight
             total += weight
         unit = 16384 / total
         for k in range(count):
-            weights[i, k] = np.int16(np.rint(real[k] * unit))
+            weights[i, k] = np.int16(np.rint(exact[k] * unit))
         first[i], taps[i] = low, count
     return first, taps, weights
 
@@ -114,7 +114,7 @@ def _within(low, high, length):
 
 @kernel
 def _columns(columns, image, bounds, flipped, size, filtering):
-    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), mirrored if flipped."""
+    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), reversed if flipped."""
     y0, y1, x0, x1 = bounds
     padded = columns.shape[1] // 3
     row = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * x0 : 3 * x1]
@@ -226,7 +226,7 @@ def _jitter(channels, p, start, stop, means):
 
 
 @kernel
-def _colour(columns, size, p):
+def _jitter_and_gray(columns, size, p):
     """Jitter and gray, in place: up to the contrast, which needs the mean of what precedes it, then the rest."""
     padded = columns.shape[1] // 3
     channels = np.empty((size, 3, size), dtype=np.float32)
@@ -292,7 +292,7 @@ def cut_view(out, image, window, p):
     columns = framed[radius : radius + size]
     _columns(columns, image, _bounds(window, height, width), window[3] < window[1], size, np.int64(p[FILTER]))
     if p[ORDER] >= 0 or p[GRAY] > 0:
-        _colour(columns, size, p)
+        _jitter_and_gray(columns, size, p)
     if radius:
         _extend(framed, radius)
         blurred = np.empty((size, 3 * padded), dtype=np.uint8)

@@ -1,8 +1,8 @@
 """Stored images in, views out: everything of DALI.
 
-Two forms of one graph. ``operators`` decodes, slices each window, resizes it (a window that runs backwards is mirrored
-by the resize itself) and leaves the colours to `colour.apply`; it runs on the GPU with everything after the decoder's
-parser on the device. ``fused`` is for the CPU: after the decoder one numba kernel per image cuts and colours all
+Two forms of one graph. ``operators`` decodes, slices each window, resizes it (a window that runs backwards is flipped
+by the resize itself) and leaves the colour augmentation to `colour.apply`; on a GPU everything after the decoder's
+parser runs on the device. ``fused`` is for the CPU: after the decoder one numba kernel per image cuts and augments all
 views, several times faster there. Images are decoded whole: nvImageCodec 0.9 crashes on region decoding on some GPUs,
 and the views of an image cover most of it anyway.
 
@@ -11,6 +11,7 @@ its buffers alive for as long as a result is held, on a GPU also until the devic
 thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -64,7 +65,7 @@ def _decode(images: Any, gpu: bool, hw_decoder_load: float | None) -> Any:
 
 
 def _operators(image: Any, cuts: Sequence[Cut], device: str) -> list[Any]:
-    """Each kind's views (V, S, S, 3), uncoloured."""
+    """Each kind's views (V, S, S, 3), not augmented."""
     start, shape = (_source(name, types.DALIDataType.INT32, 2) for name in ("start", "shape"))
     roi_start, roi_end = (_source(name, types.DALIDataType.FLOAT, 2) for name in ("roi_start", "roi_end"))
     kinds, view = [], 0
@@ -132,7 +133,7 @@ def _shapes(counts_and_sizes: tuple[tuple[int, int], ...]) -> Any:
 class _Fused(NumbaFunction):
     """DALI's numba operator with functions that are compiled already.
 
-    DALI wraps the functions it is given and compiles them anew in each process, which takes 3 to 10 s. What it then
+    DALI wraps the functions it is given and compiles them in each process, which takes 3 to 10 s. What it then
     calls is this: two C functions, the first of which numba keeps on disk.
     """
 
@@ -156,19 +157,25 @@ class _Fused(NumbaFunction):
         return _shapes(self._sizes).address
 
     @staticmethod
+    @cache
     def fits() -> bool:
-        """Whether this DALI calls a numba operator's functions as 2.4 does."""
+        """Whether this DALI calls a numba operator's functions as 2.4 does. Warns where it does not."""
         operator: Any = NumbaFunction
         try:
             signatures = operator._run_fn_sig(None, False), operator._setup_fn_sig(None)
         except (AttributeError, TypeError):
-            return False
+            signatures = None
         word, number = numba_types.uint64, numba_types.int32
         run = [word, word, word, number] * 2
-        return signatures == (
-            numba_types.void(*run),
-            numba_types.void(word, word, number, word, word, number, number),
-        )
+        setup = [word, word, number, word, word, number, number]
+        fitting = signatures == (numba_types.void(*run), numba_types.void(*setup))
+        if not fitting:
+            warnings.warn(
+                f"DALI {dali.__version__} calls numba functions in another way than 2.4 does: views are cut by its own "
+                "operators, several times slower on a CPU; install a 2.4 release",
+                stacklevel=2,
+            )
+        return fitting
 
 
 class Graph:
@@ -194,7 +201,7 @@ class Graph:
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
         self._decoding = (gpu, hw_decoder_load)
-        self._alone: dali.Pipeline | None = None
+        self._single: dali.Pipeline | None = None
         self._pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
             image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding)
@@ -238,16 +245,16 @@ class Graph:
             raise DecodeError(_reason(error)) from None
         return [output.as_tensor() for output in outputs]
 
-    def decode_alone(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+    def decode_one(self, image: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width of one stored image as this device decodes it. Raises DecodeError when it does not."""
-        if self._alone is None:
-            self._alone = dali.Pipeline(batch_size=1, exec_dynamic=True, **self._settings)
-            with self._alone:
-                self._alone.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
-        self._alone.feed_input("image", [image])
+        if self._single is None:
+            self._single = dali.Pipeline(batch_size=1, exec_dynamic=True, **self._settings)
+            with self._single:
+                self._single.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
+        self._single.feed_input("image", [image])
         try:
-            self._alone.schedule_run()
-            (decoded,) = self._alone.outputs()
+            self._single.schedule_run()
+            (decoded,) = self._single.outputs()
         except RuntimeError as error:
             raise DecodeError(_reason(error)) from None
         height, width, _ = decoded.shape()[0]

@@ -4,7 +4,7 @@ A batch is a stretch of positions of an epoch; all that is random about it follo
 the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
 
     positions -> samples -> bytes, windows, targets      a few threads, `2 * prefetch` batches ahead
-              -> decode, cut, colour                     DALI, `prefetch` batches ahead
+              -> decode, cut, augment                    DALI, `prefetch` batches ahead
               -> Batch                                   when the trainer asks
 """
 
@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -136,7 +137,7 @@ def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.
 class Loader:
     """Batches of a recipe's views, epoch after epoch.
 
-    Iterating yields the rest of the current epoch, from wherever a loaded state or a broken-off loop left it, and
+    Iterating yields the rest of the current epoch, from wherever a loaded state or an interrupted loop left it, and
     moves on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
     incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may
     get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
@@ -252,6 +253,10 @@ class Loader:
         while self._epoch == epoch:
             yield self._next()
 
+    def forever(self) -> Iterator[Batch]:
+        """Batches epoch after epoch, without an end."""
+        return chain.from_iterable(repeat(self))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch stands after the batches handed out; the same on all ranks, fit for JSON."""
         state = {**self._identity, "epoch": self._epoch, "position": self._position}
@@ -278,7 +283,7 @@ class Loader:
         self._move_to(epoch, position)
 
     def close(self) -> None:
-        """Ends the threads and gives back the device's memory; batches handed out stay valid. Iterating starts anew."""
+        """Ends the threads and frees the device's memory; batches handed out stay valid. Iterating restarts them."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = self._built = None
@@ -397,7 +402,7 @@ class Loader:
     def _refusal(self, i: int, image: NDArray[np.uint8]) -> str | None:
         row = self.shards.table[i]
         try:
-            height, width = self._graph.decode_alone(image)
+            height, width = self._graph.decode_one(image)
         except DecodeError as error:
             return f"cannot be decoded: {error}"
         if (height, width) != (row["height"], row["width"]):
@@ -466,6 +471,6 @@ def _same(name: str, theirs: Any, mine: Any) -> None:
             _same(f"{name}[{k}]", *pair)
     elif theirs != mine:
         raise ValueError(
-            f"this state was taken with {name} = {theirs!r}, but the loader has {mine!r}: "
-            "go on with the former, or start anew"
+            f"this state was saved with {name} = {theirs!r}, but the loader has {mine!r}: "
+            "resume with the saved setting, or start a new run"
         )

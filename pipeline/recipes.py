@@ -64,7 +64,7 @@ class Cut:
     augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # view v takes number v % len(augmentations)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a cut that cannot be made, naming it and the number."""
+        """Raises ValueError for a cut that cannot be made; the message names it and the value."""
 
         def demand(good: bool, what: str) -> None:
             if not good:
@@ -160,7 +160,7 @@ class Loca:
           the probability lands in the image height, and the kernel has one tap
         - jitter: brightness a factor, contrast about the mean gray, saturation towards gray (BYOL, torchvision) /
           brightness added, contrast about each channel's mean, HSV saturation (TensorFlow)
-    Differs from both: where the blur needs pixels beyond the edge, the edge goes on (the released op pads with black).
+    Differs from both: the blur repeats edge pixels outwards (the released op pads with black).
     """
 
     fidelity: Fidelity = "released"

@@ -30,7 +30,7 @@ def _weigh_block(typing_context, out, source, stride, weights, taps):
     """LANES bytes at `out`: the sum over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
 
     A byte is centred and put into the upper half of an int16; the upper halves of the 32-bit products then carry six
-    fractional bits. A weight may reach 2, as a bicubic's does at an edge; sums have room for their overshoot.
+    fractional bits. A weight may reach 2, as a bicubic's does at an edge; sums leave headroom for its overshoot.
     """
 
     def codegen(context, builder, signature, arguments):

@@ -131,8 +131,8 @@ def test_ranks_batches_and_resumed_runs_replace_alike(faulty: ShardSet) -> None:
 def test_a_fault_costs_nothing_later(faulty: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the epoch that meets them, bad samples are neither read nor decoded, and no batch is made twice."""
     tried, fed, read, full = [], [], [], []
-    alone, submit, reader, decode = Graph.decode_alone, Graph.submit, ShardSet.read, samples._decode
-    monkeypatch.setattr(Graph, "decode_alone", lambda g, image: tried.append(1) or alone(g, image))
+    single, submit, reader, decode = Graph.decode_one, Graph.submit, ShardSet.read, samples._decode
+    monkeypatch.setattr(Graph, "decode_one", lambda g, image: tried.append(1) or single(g, image))
     monkeypatch.setattr(
         Graph, "submit", lambda g, images, w, p: fed.append([len(i) for i in images]) or submit(g, images, w, p)
     )

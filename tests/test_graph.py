@@ -1,6 +1,7 @@
 """Pixels: both forms of the graph show what the windows say, in the order in which they were asked."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -151,11 +152,11 @@ def test_a_failing_run_fails_alone(form: str) -> None:
 def test_an_image_is_tried_alone() -> None:
     g = Graph(still_recipe(), 4)
     data = encode(smooth_image(0, 60, 80), "JPEG")
-    assert g.decode_alone(np.frombuffer(data, np.uint8)) == (60, 80)
+    assert g.decode_one(np.frombuffer(data, np.uint8)) == (60, 80)
     for bad in (data[: len(data) // 2], data[:100], b"<html>", bytes(1000)):
         with pytest.raises(DecodeError):
-            g.decode_alone(np.frombuffer(bad, np.uint8))
-    assert g.decode_alone(np.frombuffer(data, np.uint8)) == (60, 80)
+            g.decode_one(np.frombuffer(bad, np.uint8))
+    assert g.decode_one(np.frombuffer(data, np.uint8)) == (60, 80)
 
 
 @pytest.mark.parametrize("name", ["loca", "vicregl", "vicregl_resnet50", "plain"])
@@ -204,9 +205,18 @@ def test_a_missing_kernel_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch
         Graph(still_recipe(), 4, device_id=0)
 
 
-def test_another_way_of_calling_numba_operators_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Graph(still_recipe(), 4).form == "fused"
+def test_another_way_of_calling_numba_operators_is_noticed_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(graph._Fused.fits.cache_clear)
+    graph._Fused.fits.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Graph(still_recipe(), 4).form == "fused"  # with the DALI that is installed here
     monkeypatch.setattr(graph.NumbaFunction, "_run_fn_sig", lambda self, batch: numba_types.void(numba_types.uint64))
-    assert Graph(still_recipe(), 4).form == "operators"
-    monkeypatch.delattr(graph.NumbaFunction, "_setup_fn_sig")
-    assert Graph(still_recipe(), 4).form == "operators"
+    for change in (lambda: None, lambda: monkeypatch.delattr(graph.NumbaFunction, "_setup_fn_sig")):
+        change()
+        graph._Fused.fits.cache_clear()
+        with pytest.warns(UserWarning, match="several times slower on a CPU") as warned:
+            assert [Graph(still_recipe(), 4).form for _ in range(2)] == ["operators"] * 2
+        assert len(warned) == 1

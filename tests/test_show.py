@@ -2,13 +2,18 @@
 
 import base64
 import io
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from mapimages import encode, sample, smooth_image, write_tar
 from PIL import Image
 
-from pipeline import draws, recipes, show
+from pipeline import draws, recipes
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import show_views as show
 
 HEIGHT, WIDTH = 180, 240
 
@@ -113,7 +118,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     ):
         assert show.main(["--recipe", "plain", *arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("show: ") and error.count("\n") == 1 and "no" in error
+        assert error.startswith("show_views.py: ") and error.count("\n") == 1 and "no" in error
     with pytest.raises(SystemExit) as ended:
         show.main(["--shards", str(tar), "--recipe", "mae"])
     assert ended.value.code == 2

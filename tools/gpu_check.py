@@ -123,7 +123,7 @@ def windows_are_equal_and_pixels_close(bench: Bench) -> None:
 def outputs_stay_valid(bench: Bench) -> None:
     """DALI's memory, as a recipe without colours hands it out: kept while held, and until the device has read it."""
     loader = bench.loader(recipes.plain())
-    images = (batch.views["image"].pixels for batch in _forever(loader))
+    images = (batch.views["image"].pixels for batch in loader.forever())
     held = [(pixels, pixels.clone()) for pixels, _ in zip(images, range(8), strict=False)]
     bench.synchronize()
     loader.close()
@@ -133,7 +133,7 @@ def outputs_stay_valid(bench: Bench) -> None:
     def sums(late: bool) -> list[int]:
         loader, found = bench.loader(recipes.plain()), []
         with torch.cuda.stream(torch.cuda.Stream()) if late and bench.gpu else nullcontext():
-            for batch, _ in zip(_forever(loader), range(24), strict=False):
+            for batch, _ in zip(loader.forever(), range(24), strict=False):
                 if late and bench.gpu:
                     torch.cuda._sleep(20_000_000)  # the batch is let go some 10 ms before it is read
                 found.append(batch.views["image"].pixels.sum(dtype=torch.int64))
@@ -151,7 +151,7 @@ def outputs_stay_valid(bench: Bench) -> None:
 def the_host_runs_ahead(bench: Bench) -> None:
     """A batch is handed out while the trainer's stream is still busy: nothing waits for the device."""
     loader = bench.loader(recipes.loca())
-    batches = _forever(loader)
+    batches = loader.forever()
     for _ in range(6):
         next(batches)
     bench.synchronize()
@@ -199,7 +199,7 @@ def the_gpu_is_left_to_the_trainer(bench: Bench) -> None:
     matrix = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
     for name, make in RECIPES.items():
         loader = bench.loader(make())
-        batches = _forever(loader)
+        batches = loader.forever()
         for _ in range(2):
             _multiply(bench, matrix, 10, 4, batches)
         each = _multiply(bench, matrix, 100, 1) / 100
@@ -250,7 +250,7 @@ def _train(bench: Bench, name: str) -> dict[str, Any]:
     method.compile(dynamic=False)
     training_step = TrainingStep(method, optimizer, amp_dtype=torch.bfloat16, clip=1.0)
     loader = bench.loader(room.views(config))
-    batches = _forever(loader)
+    batches = loader.forever()
     for _ in range(2):
         next(batches)  # the loader's own graphs, of the colours, are compiled here
     progress = torch.zeros((), device=bench.device)
@@ -313,7 +313,7 @@ def marked_tests(bench: Bench) -> None:
 
 
 def _rates(bench: Bench, loader: Loader, steps: int, repeats: int) -> list[float]:
-    batches = _forever(loader)
+    batches = loader.forever()
     for _ in range(8):
         next(batches)
     rates = []
@@ -325,11 +325,6 @@ def _rates(bench: Bench, loader: Loader, steps: int, repeats: int) -> list[float
         bench.synchronize()
         rates.append(seen / (time.perf_counter() - start))
     return rates
-
-
-def _forever(loader: Loader) -> Iterator[Batch]:
-    while True:
-        yield from loader
 
 
 def make_shards(folder: Path, count: int) -> str:

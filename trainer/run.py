@@ -28,8 +28,6 @@ def main(argv: list[str]) -> int:
     settings = config.parse(argv)
     cfg, out = settings.run, settings.out
 
-    import itertools
-
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -201,7 +199,7 @@ def main(argv: list[str]) -> int:
     guard = optim.Guard(out, cfg.optim.max_skipped)
     profile = metrics.Profile(out) if cfg.log.profile and chief else None
     progress = torch.zeros((), device=device)
-    batches = metrics.Timed(itertools.chain.from_iterable(itertools.repeat(loader)))  # epoch after epoch
+    batches = metrics.Timed(loader.forever())
     clock, seen = time.perf_counter(), 0
     stopped, kept = False, True
     for step in range(start, total):

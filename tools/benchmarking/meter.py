@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline import Loader
+
 from . import machine
 
 SETTLE = 4  # steps outside the clock at the start of each turn: what was prefetched during another's turn
@@ -102,11 +104,6 @@ def repeat(step: Callable[[int], int]) -> Iterator[int]:
         number += 1
 
 
-def of_loader(name: str, loader: Any, **settings: Any) -> Meter:
+def of_loader(name: str, loader: Loader, **settings: Any) -> Meter:
     """A loader's batches, epoch after epoch."""
-    return Meter(name, (len(batch.label) for batch in forever(loader)), loader.close, **settings)
-
-
-def forever(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
+    return Meter(name, (len(batch.label) for batch in loader.forever()), loader.close, **settings)

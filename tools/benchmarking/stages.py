@@ -22,7 +22,7 @@ from pipeline.recipes import Augmentation
 from pipeline.samples import Samples
 
 from . import machine
-from .meter import Meter, forever, of_loader, repeat
+from .meter import Meter, of_loader, repeat
 
 _POOL = 16  # batches that the stages alone work on, over and over: some 100 MB of stored images
 
@@ -253,7 +253,7 @@ def _decoding(task: Task, samples: Samples) -> Iterator[int]:
 def consume(task: Task, step_ms: float, seconds: float) -> dict[str, float]:
     """A trainer that takes `step_ms` for each batch without using the host, and what it waits for the loader."""
     loader, waits = task.loader(), list[float]()
-    steps = forever(loader)
+    steps = loader.forever()
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(waits) < 8:
         before = time.perf_counter()
@@ -283,7 +283,7 @@ def _settings(task: Task) -> dict[str, Any]:
 def _memory(settings: dict[str, Any], spec: str) -> dict[str, float]:
     loader = Task(ShardSet(spec), **settings).loader()
     before = machine.memory_mb()
-    for _ in zip(range(24), forever(loader), strict=False):
+    for _ in zip(range(24), loader.forever(), strict=False):
         pass
     after = machine.memory_mb()
     return {"peak": after["VmHWM"], "private": after["RssAnon"], "private_before": before["RssAnon"]}

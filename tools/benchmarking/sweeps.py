@@ -15,7 +15,7 @@ from pipeline.order import positions
 from trainer import methods
 from trainer.step import TrainingStep
 
-from .meter import Meter, forever, of_loader, spread, synchronize, turn_about
+from .meter import Meter, of_loader, spread, synchronize, turn_about
 from .stages import Task
 
 Say = Callable[[str], None]
@@ -123,11 +123,11 @@ def headspace(task: Task, method: str, backbone: str | None, seconds: float, rep
 
     recipe = room.views(config)
     loader = task.loader(recipe)
-    stored = [batch.to(device) for batch in islice(forever(loader), 4)]
+    stored = [batch.to(device) for batch in islice(loader.forever(), 4)]
 
     meters = [
         Meter("replayed", train(cycle(stored)), settle=2),
-        Meter("loader", train(forever(loader)), settle=4),
+        Meter("loader", train(loader.forever()), settle=4),
     ]
     turn_about(meters, seconds, repeats, lambda text: say(f"headspace: {text}"))
     synchronize()

@@ -1,7 +1,7 @@
 """Draws what the pipeline hands out for one image: its windows, its views, and which patches belong together.
 
-    python -m pipeline.show --shards SPEC --recipe loca --out views.png
-    python -m pipeline.show --shards SPEC --recipe vicregl --seed 3 --fidelity released --out views.png
+    python tools/show_views.py --shards SPEC --recipe loca --out views.png
+    python tools/show_views.py --shards SPEC --recipe vicregl --seed 3 --fidelity released --out views.png
 
 LOCA: a dot in the query views for every patch that has a target, and in the reference at that target; the colour is
 that of the place in the reference, and lines join a few of them. VICRegL: for every ordered pair of views the kept
@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .recipes import Recipe
+from pipeline import Loader, Recipe, ShardSet, recipes
 
 WIDTH, MARGIN, GAP, LABEL, BETWEEN = 1640, 28, 14, 22, 46  # of the page, in pixels
 FINE = 2  # everything is drawn so many times larger, then shrunk: smooth lines
-PAPER, INK, FAINT = (250, 249, 246), (38, 38, 42), (120, 120, 126)
+BACKGROUND, TEXT, MUTED = (250, 249, 246), (38, 38, 42), (120, 120, 126)
 LINES = 14  # of one pair of LOCA's views
 
 RGB = tuple[int, int, int]
@@ -53,10 +53,10 @@ class Page:
     """A canvas that grows downwards, in pixels of the finished picture."""
 
     def __init__(self, height: int) -> None:
-        self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), PAPER)
+        self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, at: Point, text: str, colour: RGB = INK, size: int = 14) -> None:
+    def text(self, at: Point, text: str, colour: RGB = TEXT, size: int = 14) -> None:
         font = ImageFont.load_default(size * FINE)
         self.draw.text((at[0] * FINE, at[1] * FINE), text, fill=colour, font=font)
 
@@ -163,7 +163,7 @@ def pair(page: Page, at: Point, side: float, views: tuple[Shown, Shown], lines: 
     for view, x in zip(views, left, strict=True):
         page.picture(view.pixels, x, y, side, side)
         page.frame(x - 2, y - 2, x + side + 1, y + side + 1, view.colour, 3)
-        page.text((x, y + side + 3), view.title, FAINT, size=13)
+        page.text((x, y + side + 3), view.title, MUTED, size=13)
 
     def centre(which: int, cell: int) -> Point:
         row, column = divmod(cell, views[which].grid)
@@ -210,10 +210,10 @@ def location_pairs(shown: list[Shown], recipe: Recipe, matches: NDArray[np.int32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.show", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--shards", required=True, help="a directory, a brace pattern or a tar")
     parser.add_argument("--recipe", default="loca", choices=["loca", "vicregl", "vicregl_resnet50", "plain"])
-    parser.add_argument("--fidelity", default="paper", choices=["paper", "released"])
+    parser.add_argument("--fidelity", choices=["paper", "released"], help="default: the recipe's own")
     parser.add_argument("--seed", type=int, default=0, help="another seed shows another image and other draws")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
     args = parser.parse_args(argv)
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
         save(page, args.out)
     except (ValueError, OSError) as error:
-        print(f"show: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"show_views.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{args.out}: {page.width} x {page.height}")
     return 0
@@ -237,20 +237,16 @@ def save(page: Image.Image, path: Path) -> None:
     path.write_text(f'<img alt="views" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">\n')
 
 
-def page_of(spec: str, recipe_name: str, fidelity: str, seed: int) -> Image.Image:
+def page_of(spec: str, recipe_name: str, fidelity: str | None, seed: int) -> Image.Image:
     """The page of the first image of an epoch. Raises ValueError for unusable shards."""
-    from . import recipes
-    from .loader import Loader
-    from .shards import ShardSet
-
     shards = ShardSet(spec)
-    recipe = getattr(recipes, recipe_name)(fidelity)
+    recipe = getattr(recipes, recipe_name)(**({"fidelity": fidelity} if fidelity else {}))
     batch = next(iter(Loader(shards, recipe, 1, seed=seed, num_threads=1)))
     index = int(batch.index[0])
     image = np.asarray(Image.open(io.BytesIO(shards.read(index))).convert("RGB"))
     views = {kind: (view.pixels[0].numpy(), view.window[0].numpy()) for kind, view in batch.views.items()}
     targets = {name: target[0].numpy() for name, target in batch.targets.items()}
-    title = f"{recipe_name}, {fidelity}, seed {seed}: {shards.key(index)}, {image.shape[1]} x {image.shape[0]}"
+    title = f"{recipe.name}, {recipe.fidelity}, seed {seed}: {shards.key(index)}, {image.shape[1]} x {image.shape[0]}"
     return render(image, views, targets, recipe, title)
 
 
