@@ -1,10 +1,16 @@
 """Stored images in, views out: everything of DALI.
 
-Two forms of one graph. ``operators`` decodes, slices each window, resizes it (a window that runs backwards is flipped
-by the resize itself) and leaves the colour augmentation to `colour.apply`; on a GPU everything after the decoder's
-parser runs on the device. ``fused`` is for the CPU: after the decoder one numba kernel per image cuts and augments all
-views, several times faster there. Images are decoded whole: nvImageCodec 0.9 crashes on region decoding on some GPUs,
-and the views of an image cover most of it anyway.
+Three forms of one graph, the same views from each:
+
+- ``operators`` decodes, slices each window, resizes it (a window that runs backwards is flipped by the resize itself)
+  and leaves the colour augmentation to `colour.apply`. On a GPU all but the decoder's parser runs there.
+- ``fused`` decodes on the CPU, where one numba kernel per image cuts and augments all views: several times faster than
+  operators there. For a GPU the views are then copied: DALI keeps what it copies from in pinned buffers of its own,
+  copies on a stream of its own as soon as a run's views are cut, and hands out what has arrived.
+- ``triton`` decodes and no more; `triton_views` cuts and augments the decoded images where they lie.
+
+Images are decoded whole: nvImageCodec 0.9 crashes on region decoding on some GPUs, and the views of an image cover most
+of it anyway.
 
 Runs are fed and taken by hand, so that each result belongs to the batch that was fed for it. The dynamic executor keeps
 its buffers alive for as long as a result is held, on a GPU also until the device has done what was queued by then (a
@@ -13,6 +19,7 @@ thread of DALI's waits for it), and survives an image that it cannot decode: tha
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -28,7 +35,7 @@ from .cutting import cut_image
 from .kernel import kept
 from .recipes import Cut, Recipe
 
-Form = Literal["fused", "operators"]
+Form = Literal["fused", "operators", "triton"]
 Images = Sequence[NDArray[np.uint8]]
 
 _FILTERS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
@@ -36,6 +43,15 @@ _FILTERS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DAL
 
 class DecodeError(RuntimeError):
     """A run failed; most often because an image of its batch cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch's images u8 (H, W, 3) in memory of DALI's, which is theirs for as long as `owner` is held."""
+
+    addresses: NDArray[np.int64]  # (B,)
+    sizes: NDArray[np.int32]  # (B, 2): heights and widths
+    owner: Any
 
 
 def _call(schema: str, device: str, function: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
@@ -196,11 +212,9 @@ class Graph:
     ):
         self.form: Form = form or ("fused" if device_id is None and _Fused.fits() else "operators")
         gpu = device_id is not None
-        if gpu and self.form == "fused":
-            raise NotImplementedError("the fused form is for the CPU: leave `form` out on a GPU")
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
-        self._decoding = (gpu, hw_decoder_load)
+        self._decoding = (gpu and self.form != "fused", hw_decoder_load)
         self._single: dali.Pipeline | None = None
         self._pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
@@ -212,6 +226,9 @@ class Graph:
                     _source("params", types.DALIDataType.FLOAT, 2),
                 )
                 outputs = [views] if len(recipe.cuts) == 1 else list(views)
+                outputs = [kind.gpu() for kind in outputs] if gpu else outputs
+            elif self.form == "triton":
+                outputs = [image]
             else:
                 outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu")
             self._pipe.set_outputs(*outputs)
@@ -223,7 +240,7 @@ class Graph:
         if self.form == "fused":
             feed("windows", windows)
             feed("params", params)
-        else:
+        elif self.form == "operators":
             y0, x0, y1, x1 = np.moveaxis(windows, -1, 0)
             height, width = y1 - y0, np.abs(x1 - x0)
             zero, flipped = np.zeros_like(height), x1 < x0
@@ -234,7 +251,8 @@ class Graph:
         self._pipe.schedule_run()
 
     def take(self, stream: int | None = None) -> list[Any]:
-        """The views of the oldest run not yet taken: per kind a u8 (B, V, S, S, 3) array for `from_dlpack`.
+        """The views of the oldest run not yet taken: per kind a u8 (B, V, S, S, 3) array for `from_dlpack`; in the
+        triton form one `Decoded`.
 
         On a GPU they are ready on the CUDA `stream` given, without the host waiting for them. Raises DecodeError when
         the run failed; the runs behind it are not touched.
@@ -243,6 +261,10 @@ class Graph:
             outputs = self._pipe.outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise DecodeError(_reason(error)) from None
+        if self.form == "triton":
+            (images,) = outputs
+            addresses = np.array([images[k].data_ptr() for k in range(len(images))], dtype=np.int64)
+            return [Decoded(addresses, np.array(images.shape(), dtype=np.int32)[:, :2], images)]
         return [output.as_tensor() for output in outputs]
 
     def decode_one(self, image: NDArray[np.uint8]) -> tuple[int, int]:

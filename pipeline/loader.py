@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ from torch import Tensor
 from . import colour, draws
 from . import order as orders
 from .batch import Batch, View
-from .graph import DecodeError, Form, Graph
+from .graph import Decoded, DecodeError, Form, Graph
 from .host import cores
+from .plan import Plan
+from .plan import plan as plan_views
 from .recipes import Recipe, describe
 from .samples import Samples
 from .shards import ShardSet, Spec
@@ -61,6 +63,8 @@ class _Prepared:
     images: list[NDArray[np.uint8]]
     windows: NDArray[np.float32]  # (B, T, 4)
     params: NDArray[np.float32]  # (B, T, P)
+    sizes: NDArray[np.int32]  # (B, 2): of the stored images, as their headers say
+    plan_of_views: Plan | None  # of the triton form
     targets: dict[str, NDArray[Any]]
     label: NDArray[np.int64]  # (B,)
 
@@ -80,8 +84,8 @@ class _Preparation:
     alive.
     """
 
-    def __init__(self, samples: Samples, recipe: Recipe, seed: int, order: Order | None):
-        self.samples, self._recipe, self._seed, self._order = samples, recipe, seed, order
+    def __init__(self, samples: Samples, recipe: Recipe, seed: int, order: Order | None, plans: bool):
+        self.samples, self._recipe, self._seed, self._order, self._plans = samples, recipe, seed, order, plans
         self._distributions = draws.distributions(recipe)
 
     def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -109,7 +113,9 @@ class _Preparation:
         sizes = np.stack([rows["height"], rows["width"]], axis=-1)
         windows, params = draws.draw(self._distributions, self._seed, plan.epoch, index, sizes)
         targets = _targets(self._recipe, windows) if self._recipe.targets else {}
-        return _Prepared(plan, index, images, windows, params, targets, rows["label"].astype(np.int64))
+        planned = plan_views(self._recipe.cuts, windows, params, sizes) if self._plans else None
+        label = rows["label"].astype(np.int64)
+        return _Prepared(plan, index, images, windows, params, sizes, planned, targets, label)
 
 
 def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -143,9 +149,10 @@ class Loader:
     get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
     storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
     that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
-    `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` picks the graph's form, for
-    comparisons. `prefetch` is how many batches DALI works on ahead of the one handed out: each costs its decoded images
-    and its views, on the device, and two more batches of stored bytes on the host.
+    `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` is how views are cut (see `graph`):
+    None takes "fused" on a CPU and "operators" on a GPU. `prefetch` is how many batches DALI works on ahead of the one
+    handed out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the
+    host.
 
     A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
     is current when it is asked for, without the host waiting for the device.
@@ -191,8 +198,10 @@ class Loader:
             order = "block" if self.shards.remote else "global"
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
-        if form not in (None, "fused", "operators"):
-            raise ValueError(f"form must be 'fused' or 'operators', not {form!r}")
+        if form not in (None, *get_args(Form)):
+            raise ValueError(f"form must be one of {get_args(Form)}, not {form!r}")
+        if form == "triton" and self.device.type == "cpu" and torch.cuda.is_available():
+            raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
         if drop_last and len(self.shards) < self._global:
@@ -216,13 +225,16 @@ class Loader:
             "shards": self.shards.fingerprint,
             "recipe": describe(recipe),
         }
-        self._prepare = _Preparation(Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None)
+        self._prepare = _Preparation(
+            Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None, form == "triton"
+        )
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._announced: tuple[list[int], int] | None = None
         self._built: Graph | None = None
         self._ahead: deque[Future[_Prepared]] = deque()
         self._runs: deque[_Run] = deque()
+        self._read: deque[tuple[torch.cuda.Event, Decoded]] = deque()  # images that the device may still be reading
         self._move_to(0, 0)
 
     def __len__(self) -> int:
@@ -286,6 +298,9 @@ class Loader:
         """Ends the threads and frees the device's memory; batches handed out stay valid. Iterating restarts them."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        for event, _ in self._read:
+            event.synchronize()
+        self._read.clear()
         self._pool = self._built = None
         self._ahead.clear()
         self._runs.clear()
@@ -367,6 +382,12 @@ class Loader:
             run.taken = True
             try:
                 run.views = self._graph.take(self._stream()) if run.prepared.images else []
+                if (
+                    self._graph.form == "triton"
+                    and run.views
+                    and not np.array_equal(run.views[0].sizes, run.prepared.sizes)
+                ):
+                    run.views, run.failure = None, "an image has another size than its header says"
             except DecodeError as error:
                 run.failure = str(error)
         return run.views
@@ -412,6 +433,8 @@ class Loader:
     def _batch(self, prepared: _Prepared, pixels_by_kind: list[Any]) -> Batch:
         views = {}
         windows, params = (by_kind(self.recipe, x) for x in (prepared.windows, prepared.params))
+        if prepared.plan_of_views is not None and prepared.images:
+            pixels_by_kind = self._cut(prepared.plan_of_views, *pixels_by_kind)
         for k, cut in enumerate(self.recipe.cuts):
             if prepared.images:
                 pixels = torch.from_dlpack(pixels_by_kind[k])
@@ -426,6 +449,19 @@ class Loader:
             self._on_device(prepared.label),
             torch.from_numpy(prepared.index),
         )
+
+    def _cut(self, plan: Plan, images: Decoded) -> list[Tensor]:
+        """The triton form's views by kind, queued; the images are held until the device has read them."""
+        from .triton_views import cut_batch  # triton loads where it is used
+
+        views = cut_batch(self.recipe.cuts, images.addresses, images.sizes, plan, self.device)
+        if self.device.type == "cuda":
+            while self._read and self._read[0][0].query():
+                self._read.popleft()
+            event = torch.cuda.Event()
+            event.record()
+            self._read.append((event, images))
+        return views
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -194,6 +194,18 @@ def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert float(_after("hw_decoder_load: ", decoder)) == 0.5
 
 
+@pytest.mark.parametrize(("form", "nodes"), [("fused", 5), ("triton", 2)])
+def test_the_gpu_graphs_of_other_forms_are_short(form: str, nodes: int) -> None:
+    """Fused: nothing but copies is done by the GPU. Triton: nothing but decoding is done by DALI."""
+    g = Graph(recipes.loca(), 4, device_id=0, form=form)  # type: ignore[arg-type]
+    g._pipe._build_graph()
+    found = [str(op.spec) for op in g._pipe._ops]
+    assert len(found) == nodes
+    decoders = [_after("device: ", spec) for spec in found if "OpSpec for decoders__Image" in spec]
+    assert decoders == (["mixed"] if form == "triton" else ["cpu"])
+    assert {output.device for output in g._pipe._graph_outputs} == {"gpu"}
+
+
 def _after(words: str, text: str) -> str:
     return text.partition(words)[2].split()[0]
 
