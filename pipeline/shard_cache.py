@@ -373,11 +373,12 @@ class RemoteFiles:
     def name(self, shard: int, offset: int) -> str | None:
         """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
         start = max(0, offset - tar.NEAR)
-        name = tar.name_before(self.read(shard, start, offset - start))
-        file = None if name else self._file(shard)
-        if file is None:
-            return name
-        return tar.names(self.cache.path(shard), file.fd).get(offset)
+        return tar.name_before(self.read(shard, start, offset - start)) or self.names(shard).get(offset)
+
+    def names(self, shard: int) -> dict[int, str]:
+        """The names of all members by the offset of their content, by a walk; none where the shard is not on disk."""
+        file = self._file(shard)
+        return {} if file is None else tar.names(self.cache.path(shard), file.fd)
 
     @property
     def figures(self) -> Figures:

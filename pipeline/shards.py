@@ -39,6 +39,7 @@ SAMPLE = np.dtype(
 CACHE_SIZE = 16.0
 """GB of a remote set that are kept on this machine's disk, unless told: two windows of the block order and more."""
 IMAGES = ("jpg", "jpeg", "png", "webp")
+MASK = "seg.png"
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _SCAN = 2  # counts up when a scan of the same bytes would give another table
@@ -137,6 +138,24 @@ class ShardSet:
         row = self.table[i]
         return self._files.read(int(row["shard"]), int(row["offset"]), int(row["size"]))
 
+    def read_mask(self, i: int) -> bytes | None:
+        """The stored label map of image `i`, its member KEY.seg.png; None where it has none. Raises OSError.
+
+        No table says where label maps lie, so that a table is the same with and without them. Our sharder puts each
+        right behind its image, where two reads find it; for one elsewhere the shard's headers are walked, once. Of a
+        remote set those are found only while the shard is in the cache.
+        """
+        row = self.table[i]
+        shard, offset = int(row["shard"]), int(row["offset"])
+        mask = (_split_name(self._files.name(shard, offset) or "")[0], MASK)
+        read = partial(self._files.read, shard)
+        member = tar.member_at(read, offset + tar.padded(int(row["size"])))
+        if member is None or _split_name(member.name) != mask:
+            places = (at for at, name in self._files.names(shard).items() if mask[0] and _split_name(name) == mask)
+            at = next(places, None)
+            member = None if at is None else tar.member_at(read, at - tar.BLOCK)
+        return None if member is None else read(member.offset, member.size)
+
     def advise(self, indices: NDArray[np.int64]) -> None:
         """Asks the system to fetch these images, all at once, before they are read one by one."""
         self._files.advise(self.table[indices])
@@ -212,11 +231,14 @@ class _Files:
 
     def name(self, shard: int, offset: int) -> str | None:
         """The name of the member whose content starts at `offset`; None where there is no such member."""
+        return tar.name_at(self._file(shard).fd, offset) or self.names(shard).get(offset)
+
+    def names(self, shard: int) -> dict[int, str]:
+        """The names of all members by the offset of their content, by a walk."""
         file = self._file(shard)
-        name = tar.name_at(file.fd, offset)
-        if not name and not file.names:
+        if not file.names:
             file.names = tar.names(self._paths[shard], file.fd)
-        return name or file.names.get(offset)
+        return file.names
 
     def advise(self, rows: NDArray[np.void]) -> None:
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):

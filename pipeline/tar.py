@@ -9,7 +9,8 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,15 @@ class GzipFile:
         self._file.close()
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes by offset of something of unknown length."""
+
+    read_at: Callable[[int, int], bytes]
+    path: Path = Path()
+    size: int | None = None
+
+
 def open_bytes(path: Path) -> PlainFile | GzipFile:
     """Compressed or not, by its first bytes. Raises OSError."""
     with path.open("rb") as file:
@@ -118,7 +128,13 @@ class Walk:
     """
 
     def __init__(
-        self, source: PlainFile | GzipFile, start: int = 0, end: int | None = None, *, strict: bool, inside: str = ""
+        self,
+        source: PlainFile | GzipFile | _Bytes,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        strict: bool,
+        inside: str = "",
     ):
         self.notes: list[str] = []
         self.is_tar = False
@@ -155,7 +171,7 @@ class Walk:
                 while any(self._read(content, BLOCK)[504:505]):
                     content += BLOCK
                 content += BLOCK
-            at = content + -(-size // BLOCK) * BLOCK
+            at = content + padded(size)
             if end is not None and content + size > end:
                 self._damage(f"cut short: the member at byte {content - self._start} has {size} bytes")
                 return
@@ -210,6 +226,18 @@ class Walk:
             at += len(data)
 
 
+def padded(size: int) -> int:
+    """How many bytes a content of `size` bytes takes in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def member_at(read: Callable[[int, int], bytes], start: int) -> Member | None:
+    """The member whose headers begin at `start`; None where none do. `read` gives bytes by offset and length."""
+    with suppress(TarError):
+        return next(iter(Walk(_Bytes(read), start, strict=True)), None)
+    return None
+
+
 def names(path: Path, fd: int) -> dict[int, str]:
     """The names of the members of an open tar by the offset of their content, by a walk."""
     return {member.offset: member.name for member in Walk(PlainFile(path, fd), strict=False)}
@@ -229,7 +257,7 @@ def name_before(before: bytes) -> str | None:
     for start in range(0, len(before) - BLOCK, BLOCK):  # a long name's record ends where the header begins
         record, content = before[start : start + BLOCK], before[start + BLOCK : -BLOCK]
         size = _content_size(record) if record[257:262] == b"ustar" and record[156:157] in b"Lx" else None
-        if size and -(-size // BLOCK) * BLOCK == len(content):
+        if size and padded(size) == len(content):
             long = content.rstrip(b"\0") if record[156:157] == b"L" else _pax(content[:size])[0].get("path")
             name = long or name
     return _text(name) if name else None

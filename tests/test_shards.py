@@ -95,6 +95,31 @@ def test_a_key_without_a_header_is_named_by_its_place(tmp_path: Path) -> None:
     assert found.key(4) == "image-00004"
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_mask_is_its_images_wherever_it_stands(tmp_path: Path, form: int) -> None:
+    names = NAMES[:4] if form == tarfile.USTAR_FORMAT else NAMES
+    masks = {name: b"mask of " + name.encode() for name in names}
+    members = [m for k, name in enumerate(names) for m in ((f"{name}.jpg", image(k)), (f"{name}.seg.png", masks[name]))]
+    behind = ShardSet(write_tar(tmp_path / "behind.tar", members, form))
+    assert [behind.read_mask(i) for i in range(len(names))] == list(masks.values())
+    before = ShardSet(write_tar(tmp_path / "before.tar", members[::-1], form))
+    assert [before.read_mask(i) for i in range(len(names))] == list(masks.values())[::-1]
+    sparse = [*members[:1], *members[3:4], *members[2:3], *members[4:6], ("other.seg.png", b"no image has it")]
+    some = ShardSet(write_tar(tmp_path / "some.tar", sparse, form))
+    assert [some.read_mask(i) for i in range(3)] == [None, masks[names[1]], masks[names[2]]]
+
+
+def test_a_mask_is_found_without_a_walk_where_it_stands_behind_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [m for k in range(50) for m in ((f"k{k}.jpg", image(k)), (f"k{k}.seg.png", b"x" * (k + 1)))]
+    found, reads = ShardSet(write_tar(tmp_path / "x.tar", members)), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: reads.append(size) or pread(fd, size, offset))
+    assert found.read_mask(49) == b"x" * 50
+    assert len(reads) == 3  # the image's name, the mask's header, the mask
+
+
 def test_directory_pattern_and_list_are_one_set(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "a set", 10, 3)
     pattern = f"{folder}/map-{{0000..0002}}.tar"
