@@ -105,16 +105,6 @@ def test_check_sees(damage, finished, tmp_path, capsys, monkeypatch):
     assert DAMAGES[damage][1] in capsys.readouterr().out
 
 
-def test_check_sees_a_key_in_two_shards(finished, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    for ending in (".tar", ".idx", ".samples.npy"):
-        shutil.copy(out / f"tiny-train-0000{ending}", out / f"tiny-train-0006{ending}")
-    rewrite(out, lambda said: said["shards"].append(said["shards"][0] | {"file": "tiny-train-0006.tar"}))
-    assert make.run("--check", out) == 1
-    assert "key(s) in two shards, e.g. one in tiny-train-0000.tar and in tiny-train-0006.tar" in capsys.readouterr().out
-
-
 def test_check_wants_a_manifest(tmp_path, capsys):
     assert make.run("--check", tmp_path) == 2
     assert "no manifest.json" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import numpy as np
@@ -208,6 +209,25 @@ def test_two_on_one_target_are_refused(source, tmp_path, capsys):
     assert make.run(source, tmp_path) == 0
 
 
+def test_two_splits_take_turns_at_the_files_they_share(tmp_path):
+    """Each would otherwise find no manifest.json and write one, or read an _info.json that the other is writing."""
+    train, val = (target.Target(tmp_path, target.Spec("tiny", split, 1, 0, {}, {}, [])) for split in ("train", "val"))
+    order = []
+
+    def second():
+        with val.exclusive():
+            order.append("val")
+
+    other = threading.Thread(target=second)
+    with train.exclusive():
+        other.start()
+        time.sleep(0.2)
+        order.append("train")
+    other.join(10)
+    assert order == ["train", "val"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_set_is_left_alone_and_what_was_lost_is_made_again(source, wanted, tmp_path, capsys):
     assert make.run(source, tmp_path, "--shards", 6) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -302,7 +322,7 @@ def test_what_was_repaired_and_refused_is_told(wanted):
 
 
 def test_a_plain_line_where_there_is_no_terminal(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pool, "_PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(pool, "_LINE_EVERY", 0.0)
     monkeypatch.setattr("sharding.sources._REPORT", 10)
     assert make.run(source, tmp_path) == 0
     said = capsys.readouterr().out.splitlines()

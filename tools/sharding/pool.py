@@ -1,4 +1,4 @@
-"""Many shards over processes, watched: a bar on a terminal, a plain line every half minute elsewhere."""
+"""Many shards over processes, with progress: one line, rewritten, on a terminal; a line every half minute elsewhere."""
 
 import multiprocessing
 import os
@@ -6,19 +6,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import zip_longest
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from tqdm import tqdm
-
 from . import SourceError
 from .writer import OnProgress
 
-_PLAIN_EVERY = 30.0  # seconds between two lines where there is no terminal
-_BAR_EVERY = 0.2
+_LINE_EVERY, _REWRITTEN_EVERY = 30.0, 0.2  # seconds, without and with a terminal
 Make = Callable[[int, OnProgress], object]  # makes one shard; must travel to other processes
 
 
@@ -26,11 +22,16 @@ class Progress:
     """images/s, MB/s, and, where the total is known, time left, repaired and quarantined."""
 
     def __init__(self, total: int | None, verb: str):
-        self._bar = tqdm(total=total, unit="img", desc=verb, disable=not sys.stderr.isatty())
-        self._every = _PLAIN_EVERY if self._bar.disable else _BAR_EVERY
-        self._total, self._verb = total, verb
+        self._total, self._verb, self._terminal = total, verb, sys.stdout.isatty()
         self._counts = [0, 0, 0, 0]
         self._began = self._shown = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._shown > self._began:
+            print()
 
     def add(self, *more: int) -> None:
         """More (images, bytes, repaired, quarantined); the last two may be missing."""
@@ -38,53 +39,30 @@ class Progress:
 
     def show(self, counts: list[int]) -> None:
         """All of them so far."""
-        self._counts = counts
-        if time.monotonic() - self._shown >= self._every:
-            self._print()
-
-    def _print(self) -> None:
-        self._shown = time.monotonic()
-        done, read, repaired, quarantined = self._counts
-        took = max(self._shown - self._began, 1e-9)
-        parts = [f"{read / took / 1e6:.0f} MB/s"]
-        if self._total is not None:
-            parts += [f"{repaired} repaired", f"{quarantined} quarantined"]
-        if not self._bar.disable:  # which knows the speed and the time left by itself
-            self._bar.n = done
-            self._bar.set_postfix_str(", ".join(parts))
+        self._counts, now = counts, time.monotonic()
+        if now - self._shown < (_REWRITTEN_EVERY if self._terminal else _LINE_EVERY):
             return
-        whole = ""
+        self._shown, took = now, max(now - self._began, 1e-9)
+        done, read, repaired, quarantined = counts
+        text = f"{self._verb} {done:,}" + (f"/{self._total:,}" if self._total is not None else "")
+        text += f" images, {done / took:.0f} images/s, {read / took / 1e6:.0f} MB/s"
         if self._total is not None:
-            whole = f"/{self._total:,}"
-            parts.insert(1, f"{(self._total - done) * took / max(done, 1) / 60:.0f} min left")
-        print(f"{self._verb} {done:,}{whole} images, {done / took:.0f} images/s, {', '.join(parts)}", flush=True)
-
-    def close(self) -> None:
-        if not self._bar.disable:
-            self._print()
-        self._bar.close()
-
-
-@contextmanager
-def progress(total: int | None, verb: str) -> Iterator[Progress]:
-    shown = Progress(total, verb)
-    try:
-        yield shown
-    finally:
-        shown.close()
+            left = (self._total - done) * took / max(done, 1) / 60
+            text += f", {left:.0f} min left, {repaired} repaired, {quarantined} quarantined"
+        print(f"\r{text}\033[K" if self._terminal else text, end="" if self._terminal else "\n", flush=True)
 
 
 def run(make: Make, shards: list[int], images: int, workers: int) -> None:
     """Calls `make` for each shard, `images` in all of them together; the first error stops the rest and is raised."""
-    with progress(images, "sharding") as shown:
+    with Progress(images, "sharding") as progress:
         if workers == 1 or len(shards) == 1:
             for shard in shards:
-                make(shard, shown.add)
-        elif shards:
-            _run_many(make, shards, min(workers, len(shards)), shown)
+                make(shard, progress.add)
+        else:
+            _run_many(make, shards, min(workers, len(shards)), progress)
 
 
-def _run_many(make: Make, shards: list[int], workers: int, shown: Progress) -> None:
+def _run_many(make: Make, shards: list[int], workers: int, progress: Progress) -> None:
     context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
     counts, next_shard, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
     job = (make, shards, counts, next_shard, errors)
@@ -95,7 +73,7 @@ def _run_many(make: Make, shards: list[int], workers: int, shown: Progress) -> N
         alive = list(processes)
         while alive:
             wait_for([process.sentinel for process in alive], timeout=0.25)
-            shown.show(counts[:])
+            progress.show(counts[:])
             if any(process.exitcode not in (None, 0) for process in alive):
                 if not errors.empty():
                     raise errors.get()

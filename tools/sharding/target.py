@@ -101,17 +101,17 @@ class Target:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """All who write to OUT, parts and splits alike, take turns: at the plan, and at the metadata."""
-        path = self.out / ".lock"
-        while True:
+        path, ours = self.out / ".lock", False
+        while not ours:
             with path.open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its last holder removed it
-                        try:
-                            yield
-                        finally:
-                            path.unlink()
-                        return
+                with suppress(FileNotFoundError):  # its last holder removed it
+                    ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+                if ours:
+                    try:
+                        yield
+                    finally:
+                        path.unlink()
 
     # --- what is there
 
