@@ -1,0 +1,36 @@
+"""Views and correspondences of your own: a wide view, narrow ones, and which patches of the wide one they show.
+
+    python examples/own_recipe.py SHARDS
+
+SHARDS: a folder of WebDataset tars. Prints what a batch holds, and how much of the narrow views lies in the wide one.
+"""
+
+import sys
+
+from pipeline import Augmentation, Cut, Loader, Recipe, patch_targets
+
+COLOUR = (Augmentation(jitter=0.8, gray=0.2, blur=0.5),)
+WIDE = Cut("wide", count=1, size=224, grid=14, scale=(0.5, 1.0), augmentations=COLOUR)
+NARROW = Cut("narrow", count=4, size=96, grid=6, scale=(0.05, 0.25), augmentations=COLOUR)
+
+
+def targets(windows):
+    """The patch of the wide view that each patch of the narrow ones shows, -1 outside: i32 (B, 4, 36).
+
+    Called on the host with the windows of a batch by kind, f32 (B, V, 4), while its pixels are decoded.
+    """
+    wide, narrow = windows["wide"][:, 0], windows["narrow"]
+    return {"patches": patch_targets(wide, narrow, reference_grid=14, query_grid=6, query_size=96, rule="overlap")}
+
+
+def main(shards: str) -> float:
+    recipe = Recipe("own", "paper", (WIDE, NARROW), targets)
+    batch = next(iter(Loader(shards, recipe, batch_size=8)))
+    inside = (batch.targets["patches"] >= 0).float().mean().item()
+    print(batch)
+    print(f"{inside:.0%} of the narrow views' patches lie in the wide view")
+    return inside
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
