@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .shards import ReadError as ReadError
     from .shards import ShardError as ShardError
     from .shards import ShardSet as ShardSet
+    from .streams import Stream as Stream
 
 _MODULES = {
     "Augmentation": "recipes",
@@ -33,6 +34,7 @@ _MODULES = {
     "Recipe": "recipes",
     "ShardError": "shards",
     "ShardSet": "shards",
+    "Stream": "streams",
     "View": "batch",
     "cores": "host",
     "feature_locations": "correspondence",

@@ -18,126 +18,37 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import colour, draws
-from . import order as orders
+from . import colour
 from .batch import Batch, View
 from .graph import Decoded, DecodeError, Form, Graph
 from .host import cores
 from .plan import Plan
-from .plan import plan as plan_views
+from .preparation import Order, Preparation, Prepared, StreamPreparation, Task, by_kind
 from .recipes import Recipe, describe
 from .samples import Samples
-from .shards import ShardSet, Spec
-
-Order = Literal["global", "block"]
+from .shards import ReadError, ShardSet, Spec
+from .streams import Stream
 
 _VERSION = 1
 _MOST = 2**31 - 1
 _MOST_THREADS = 1024  # more than this, a typing error, would abort the process
-_STORED_AHEAD = 4  # shards of a remote set that are fetched ahead where they are read one after the other
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A batch before anything is read: this rank's positions of an epoch, and where the epoch stands after it."""
-
-    epoch: int
-    start: int
-    stop: int
-    after: tuple[int, int]  # (epoch, position)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What the host knows of a batch before its pixels."""
-
-    plan: _Plan
-    index: NDArray[np.int64]  # (B,)
-    images: list[NDArray[np.uint8]]
-    windows: NDArray[np.float32]  # (B, T, 4)
-    params: NDArray[np.float32]  # (B, T, P)
-    sizes: NDArray[np.int32]  # (B, 2): of the stored images, as their headers say
-    plan_of_views: Plan | None  # of the triton form
-    targets: dict[str, NDArray[Any]]
-    label: NDArray[np.int64]  # (B,)
 
 
 @dataclass
 class _Run:
     """A batch in DALI's hands. It may be taken out before its turn; `views` stays None where the run failed."""
 
-    prepared: _Prepared
+    prepared: Prepared
     taken: bool = False
     views: list[Any] | None = None
     failure: str = ""
-
-
-class _Preparation:
-    """From a plan to all that the host does for a batch. Knows nothing of the loader, so that no thread keeps one
-    alive.
-    """
-
-    def __init__(self, samples: Samples, recipe: Recipe, seed: int, order: Order | None, plans: bool):
-        self.samples, self._recipe, self._seed, self._order, self._plans = samples, recipe, seed, order, plans
-        self._distributions = draws.distributions(recipe)
-
-    def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at these positions of an epoch."""
-        if self._order is None:
-            return np.arange(start, stop)
-        if self._order == "block":
-            return orders.block_positions(self._seed, epoch, start, stop, self.samples.shards.first)
-        return orders.positions(self._seed, epoch, start, stop, len(self.samples.shards))
-
-    def next_shards(self, epoch: int, position: int) -> tuple[list[int], int]:
-        """The shards in the order of their next use, and how many of them are wanted now."""
-        first = self.samples.shards.first
-        if self._order == "block":
-            order, ahead = orders.next_shards(self._seed, epoch, position, first)
-            return order.tolist(), ahead
-        if self._order is None:  # as stored, and then from the start
-            now = int(np.searchsorted(first, position, side="right")) - 1
-            return [*range(now, len(first) - 1), *range(now)], _STORED_AHEAD
-        return list(range(len(first) - 1)), len(first) - 1
-
-    def __call__(self, plan: _Plan) -> _Prepared:
-        index, images = self.samples.load(plan.epoch, self.positions(plan.epoch, plan.start, plan.stop))
-        rows = self.samples.shards.table[index]
-        sizes = np.stack([rows["height"], rows["width"]], axis=-1)
-        windows, params = draws.draw(self._distributions, self._seed, plan.epoch, index, sizes)
-        targets = _targets(self._recipe, windows) if self._recipe.targets else {}
-        planned = plan_views(self._recipe.cuts, windows, params, sizes) if self._plans else None
-        label = rows["label"].astype(np.int64)
-        return _Prepared(plan, index, images, windows, params, sizes, planned, targets, label)
-
-
-def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """What the recipe's targets say of a batch. Raises ValueError where it is not a row of each array per image."""
-    assert recipe.targets is not None
-    found: object = recipe.targets(by_kind(recipe, windows))
-    if not isinstance(found, dict):
-        raise ValueError(f"targets of recipe {recipe.name!r} returned {type(found).__name__}: a dict of arrays is due")
-    for name, target in found.items():
-        if not isinstance(target, np.ndarray) or target.shape[:1] != (len(windows),):
-            raise ValueError(
-                f"target {name!r} of recipe {recipe.name!r} has shape {np.shape(target)}: "
-                f"an array with a row for each of the {len(windows)} images is due"
-            )
-    return found
-
-
-def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """All views' numbers (B, T, ...) by kind: (B, V, ...) each."""
-    ends = np.cumsum([cut.count for cut in recipe.cuts])[:-1]
-    parts = np.split(views, ends, axis=1)
-    return {cut.kind: np.ascontiguousarray(part) for cut, part in zip(recipe.cuts, parts, strict=True)}
 
 
 class Loader:
@@ -164,7 +75,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet | Spec,
+        shards: ShardSet | Stream | Spec,
         recipe: Recipe,
         batch_size: int,
         *,
@@ -189,13 +100,13 @@ class Loader:
         rank = _whole("rank", rank, 0, world_size - 1)
         prefetch = _whole("prefetch", prefetch, 1, _MOST_THREADS)
         self.num_threads = _whole("num_threads", num_threads, 1, _MOST_THREADS)
-        self.shards = shards if isinstance(shards, ShardSet) else ShardSet(shards)
+        self.shards = shards if isinstance(shards, ShardSet | Stream) else ShardSet(shards)
         self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
         self.device = _device(device)
         self._seed, self._drop_last, self._shuffle, self._depth = seed, drop_last, shuffle, prefetch
         self._global = batch_size * world_size
         if order is None:
-            order = "block" if self.shards.remote else "global"
+            order = "block" if isinstance(self.shards, ShardSet) and self.shards.remote else "global"
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
         if form not in (None, *get_args(Form)):
@@ -204,7 +115,7 @@ class Loader:
             raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
-        if drop_last and len(self.shards) < self._global:
+        if drop_last and isinstance(self.shards, ShardSet) and len(self.shards) < self._global:
             raise ValueError(
                 f"{len(self.shards)} samples do not fill one batch of {batch_size} on {world_size} ranks: "
                 "lower batch_size, or keep incomplete batches with drop_last=False"
@@ -225,22 +136,27 @@ class Loader:
             "shards": self.shards.fingerprint,
             "recipe": describe(recipe),
         }
-        self._prepare = _Preparation(
-            Samples(self.shards, seed, max_bad), recipe, seed, order if shuffle else None, form == "triton"
-        )
+        task = Task(recipe, seed, self._global, rank, world_size, drop_last, plans=form == "triton")
+        self._prepare: Preparation
+        if isinstance(self.shards, Stream):
+            if self.shards.once and world_size > 1:
+                raise ValueError("standard input feeds one process only: give each rank a command, or shards")
+            self._prepare = StreamPreparation(task, self.shards, shuffle)
+        else:
+            self._prepare = Preparation(task, Samples(self.shards, seed, max_bad), order if shuffle else None)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._announced: tuple[list[int], int] | None = None
         self._built: Graph | None = None
-        self._ahead: deque[Future[_Prepared]] = deque()
+        self._ahead: deque[Future[Prepared | None]] = deque()
         self._runs: deque[_Run] = deque()
         self._read: deque[tuple[torch.cuda.Event, Decoded]] = deque()  # images that the device may still be reading
-        self._move_to(0, 0)
+        self._epoch, self._position = self._prepare.start(0, 0)
+        self.close()
 
     def __len__(self) -> int:
         """Steps per epoch, on every rank."""
-        whole, rest = divmod(len(self.shards), self._global)
-        return whole + (rest > 0 and not self._drop_last)
+        return len(self._prepare)
 
     @property
     def epoch(self) -> int:
@@ -250,15 +166,11 @@ class Loader:
     @property
     def bad(self) -> dict[int, str]:
         """The bad samples that this process met so far: place in the set -> reason."""
-        return dict(self._prepare.samples.bad)
+        return self._prepare.bad
 
     def shuffle_quality(self) -> dict[str, float]:
         """`order.shuffle_quality` of the first quarter million samples of the current epoch."""
-        n = len(self.shards)
-        stop = min(n, 1 << 18)
-        return orders.shuffle_quality(
-            self._prepare.positions(self._epoch, 0, stop), self.shards.first, n, batch=min(256, stop)
-        )
+        return self._prepare.shuffle_quality(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
@@ -285,14 +197,10 @@ class Loader:
                 raise ValueError(f"the loader's state has no {name!r}: it was not taken from a Loader")
             _same(name, state[name], mine[name])
         epoch, position = (state.get(name) for name in ("epoch", "position"))
-        if not (
-            isinstance(epoch, int)
-            and isinstance(position, int)
-            and 0 <= epoch < 2**32
-            and 0 <= position < len(self.shards)
-        ):
-            raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {len(self.shards)}")
-        self._move_to(epoch, position)
+        if not (isinstance(epoch, int) and isinstance(position, int) and 0 <= epoch < 2**32):
+            raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r}")
+        self._epoch, self._position = self._prepare.start(epoch, position)
+        self.close()
 
     def close(self) -> None:
         """Ends the threads and frees the device's memory; batches handed out stay valid. Iterating restarts them."""
@@ -304,23 +212,7 @@ class Loader:
         self._pool = self._built = None
         self._ahead.clear()
         self._runs.clear()
-        self._front = (self._epoch, self._position)
-
-    def _move_to(self, epoch: int, position: int) -> None:
-        rest = len(self.shards) - position
-        if rest < (self._global if self._drop_last else 1):  # no batch is left of this epoch
-            epoch, position = epoch + 1, 0
-        self._epoch, self._position = epoch, position
-        self.close()
-
-    def _plan(self, epoch: int, position: int) -> _Plan:
-        n = len(self.shards)
-        taken = min(self._global, n - position)
-        share = -(-taken // self.world_size)
-        start, stop = (position + min(r * share, taken) for r in (self.rank, self.rank + 1))
-        end = position + taken
-        over = n - end < (self._global if self._drop_last else 1)
-        return _Plan(epoch, start, stop, (epoch + 1, 0) if over else (epoch, end))
+        self._front = self._epoch, self._position = self._prepare.restart(self._epoch, self._position)
 
     @property
     def _graph(self) -> Graph:
@@ -331,30 +223,36 @@ class Loader:
     def _fill(self) -> None:
         """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
         if self._pool is None:
-            self._pool, self._process = ThreadPoolExecutor(2 * self._depth, thread_name_prefix="loader"), os.getpid()
+            threads = 1 if isinstance(self.shards, Stream) else 2 * self._depth
+            self._pool, self._process = ThreadPoolExecutor(threads, thread_name_prefix="loader"), os.getpid()
         self._announce()
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
-            while len(self._ahead) < 2 * self._depth and (self._shuffle or self._front[0] == self._epoch):
-                plan = self._plan(*self._front)
-                self._ahead.append(self._pool.submit(self._prepare, plan))
-                self._front = plan.after
+            while len(self._ahead) < 2 * self._depth and self._wanted(self._front[0]):
+                span = self._prepare.span(*self._front)
+                self._ahead.append(self._pool.submit(self._prepare, span))
+                self._front = span.after
             if len(self._runs) >= self._depth or not self._ahead or (self._runs and not self._ahead[0].done()):
                 return
             prepared = self._ahead.popleft().result()
+            if prepared is None:  # the end of a stream that cannot be read twice
+                return
             self._runs.append(_Run(prepared))
             self._submit(prepared)
 
+    def _wanted(self, epoch: int) -> bool:
+        return self._shuffle or isinstance(self.shards, Stream) or epoch == self._epoch
+
     def _announce(self) -> None:
         """Tells a remote set which shards come next, once a window."""
-        if not self.shards.remote:
+        if isinstance(self.shards, Stream) or not self.shards.remote:
             return
         order, ahead = self._prepare.next_shards(self._epoch, self._position)
         if (order, ahead) != self._announced:
             self._announced = (order, ahead)
             self.shards.expect(order, ahead)
 
-    def _submit(self, prepared: _Prepared) -> None:
+    def _submit(self, prepared: Prepared) -> None:
         if prepared.images:  # a rank's share of an epoch's end may be empty
             self._graph.submit(prepared.images, prepared.windows, prepared.params)
 
@@ -364,13 +262,15 @@ class Loader:
         try:
             with self._current_device():
                 self._fill()
+                if not self._runs:
+                    raise ReadError("standard input has ended: give the shards as files to read them once more")
                 run = self._runs.popleft()
                 prepared, views = run.prepared, self._take(run)
                 if views is None:
                     prepared, views = self._repair(run)
                 batch = self._batch(prepared, views)
                 self._fill()
-            self._epoch, self._position = prepared.plan.after
+            self._epoch, self._position = prepared.span.after
             return batch
         except BaseException:  # also Ctrl-C: what is under way no longer matches our books
             self.close()
@@ -399,38 +299,35 @@ class Loader:
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
 
-    def _repair(self, run: _Run) -> tuple[_Prepared, list[Any]]:
+    def _repair(self, run: _Run) -> tuple[Prepared, list[Any]]:
         """The same batch without the samples that the device cannot decode."""
         for later in self._runs:  # what was started behind it comes out first
             self._take(later)
         while True:
-            prepared, culprits = run.prepared, 0
-            for i, image in zip(prepared.index.tolist(), prepared.images, strict=True):
-                reason = self._refusal(i, image)
-                if reason:
-                    culprits += 1
-                    self._prepare.samples.reject(i, reason)
-            if not culprits:
+            prepared = run.prepared
+            reasons = map(self._refusal, prepared.images, prepared.sizes.tolist())
+            faults = {k: reason for k, reason in enumerate(reasons) if reason}
+            again = self._prepare.again(prepared, faults) if faults else None
+            if again is None:
                 raise RuntimeError(
                     f"a batch failed, but each of its images can be decoded ({prepared.index.tolist()}): {run.failure}"
                 )
-            run = _Run(self._prepare(prepared.plan))
+            run = _Run(again)
             self._submit(run.prepared)
             views = self._take(run)
             if views is not None:
                 return run.prepared, views
 
-    def _refusal(self, i: int, image: NDArray[np.uint8]) -> str | None:
-        row = self.shards.table[i]
+    def _refusal(self, image: NDArray[np.uint8], size: list[int]) -> str | None:
         try:
             height, width = self._graph.decode_one(image)
         except DecodeError as error:
             return f"cannot be decoded: {error}"
-        if (height, width) != (row["height"], row["width"]):
-            return f"decoded to {height} x {width} pixels, but its header says {row['height']} x {row['width']}"
+        if [height, width] != size:
+            return f"decoded to {height} x {width} pixels, but its header says {size[0]} x {size[1]}"
         return None
 
-    def _batch(self, prepared: _Prepared, pixels_by_kind: list[Any]) -> Batch:
+    def _batch(self, prepared: Prepared, pixels_by_kind: list[Any]) -> Batch:
         views = {}
         windows, params = (by_kind(self.recipe, x) for x in (prepared.windows, prepared.params))
         if prepared.plan_of_views is not None and prepared.images:

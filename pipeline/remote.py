@@ -7,14 +7,17 @@ bodies cut off, stalls, 408, 429, 5xx); what is left is one sentence that names 
 
 import asyncio
 import atexit
+import io
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -30,6 +33,7 @@ PART = 8 << 20
 _CLIENT: "ClientConfig" = {"timeout": timedelta(seconds=120), "read_timeout": timedelta(seconds=30)}
 _RUNNING: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 _STARTING: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}  # a mistyped address is said soon
+_AHEAD = 3  # parts, where an object is read from its start
 _REQUESTS = 64  # under way at a time, of this process
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with boto3 installed, "
@@ -61,6 +65,32 @@ class Object:
         """
         stop = min(stop, self.size)
         return await self.folder.get(self, start, stop) if start < stop else b""
+
+
+class Reader(io.RawIOBase):
+    """An object from its start, a few parts ahead of what is asked for."""
+
+    def __init__(self, wanted: Object):
+        self._parts = (submit(wanted.read(k, k + PART)) for k in range(0, wanted.size, PART))
+        self._coming = deque(islice(self._parts, _AHEAD))
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest and self._coming:
+            self._rest = memoryview(self._coming.popleft().result())
+            self._coming.extend(islice(self._parts, 1))
+        taken = self._rest[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._rest = self._rest[len(taken) :]
+        return len(taken)
+
+    def close(self) -> None:
+        for part in self._coming:
+            part.cancel()
+        super().close()
 
 
 class Folder:

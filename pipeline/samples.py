@@ -80,7 +80,7 @@ class Samples:
             return "no bytes"
         finding = headers.check(stored, int(row["height"]), int(row["width"]))
         if finding == headers.NO_END and i not in self._vouched:
-            reason = _decode(stored)
+            reason = why_undecodable(stored)
             if reason:
                 return reason
             self._vouched.add(i)
@@ -132,7 +132,7 @@ class Samples:
         return f"{key} in {self.shards.shard_of(i)}: {self.bad[i]}"
 
 
-def _decode(image: bytes) -> str | None:
+def why_undecodable(image: bytes) -> str | None:
     """What Pillow has to say against an image, or None."""
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:

@@ -11,6 +11,7 @@ and durable. Only files of the names that are given here are ever deleted, in a 
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -391,6 +393,11 @@ class RemoteFiles:
         with self._lock:
             for shard in [s for s in self._open if s not in kept]:
                 del self._open[shard]
+
+    def open(self, shard: int) -> BinaryIO:
+        """A shard, to be read from its start."""
+        fd = self.cache.open(shard)
+        return os.fdopen(fd, "rb") if fd is not None else io.BufferedReader(remote.Reader(self._objects[shard]))
 
     def _from_disk(self, shard: int, offset: int, size: int) -> bytes | None:
         file = self._file(shard)

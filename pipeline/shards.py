@@ -21,7 +21,7 @@ from contextlib import closing, suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ from . import headers, tar
 from .host import cache_folder, read_json, write_atomic
 
 if TYPE_CHECKING:
+    import webdataset
+
     from .remote import Object
     from .shard_cache import Figures, RemoteFiles
 
@@ -156,6 +158,20 @@ class ShardSet:
             member = None if at is None else tar.member_at(read, at - tar.BLOCK)
         return None if member is None else read(member.offset, member.size)
 
+    def open(self, shard: int) -> BinaryIO:
+        """A shard, to be read from its start. Raises OSError."""
+        return self._files.open(shard)
+
+    def webdataset(self, shardshuffle: "int | bool" = False, **options: Any) -> "webdataset.WebDataset":
+        """The same shards as a pipeline of webdataset, for code that has one: dicts of bytes by extension.
+
+        `options` are WebDataset's own, but for its cache. From here on webdataset runs in its secure mode, in this
+        whole process: it unpickles nothing, and opens no file or command itself (WDS_SECURE=0 keeps the mode off).
+        """
+        from .streams import as_webdataset
+
+        return as_webdataset(self, shardshuffle, **options)
+
     def advise(self, indices: NDArray[np.int64]) -> None:
         """Asks the system to fetch these images, all at once, before they are read one by one."""
         self._files.advise(self.table[indices])
@@ -248,6 +264,9 @@ class _Files:
     def expect(self, order: Sequence[int], ahead: int) -> None:
         """The system's own read-ahead does as well."""
 
+    def open(self, shard: int) -> BinaryIO:
+        return self._paths[shard].open("rb")
+
 
 def _name(paths: Sequence[object]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -275,8 +294,8 @@ def _resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dic
     for entry in entries:
         if _ADDRESS.match(entry) and not Path(entry).exists():
             raise ShardError(
-                f"{entry!r} is an address or a command that cannot be read image by image: name files, or an address "
-                f"that begins with {', '.join(_SCHEMES)}"
+                f"{entry!r} is an address or a command that cannot be read image by image: name files or an address "
+                f"that begins with {', '.join(_SCHEMES)}, or hand it to a Loader as a pipeline.Stream"
             )
     if len(entries) == 1 and Path(entries[0]).is_dir():
         return _in_directory(Path(entries[0]), split)
@@ -344,10 +363,11 @@ def _listed_files(folder: Path, names: Sequence[str], where: str) -> list[Path]:
 
 def _timm_splits(info: dict) -> dict[str, list[str]]:
     """The tars by split, as timm's _info.json says it; none of a split of which it does not."""
-    splits, found = info.get("splits"), {}
+    splits, found = info.get("splits"), dict[str, list[str]]()
     for name, split in splits.items() if isinstance(splits, dict) else ():
         files = split.get("filenames") if isinstance(split, dict) else None
-        named = isinstance(files, list) and all(isinstance(file, str) and Path(file).name == file for file in files)
+        files = files if isinstance(files, list) else []
+        named = all(isinstance(file, str) and Path(file).name == file for file in files)
         found[str(name)] = files if named else []
     return found
 

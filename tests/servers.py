@@ -66,12 +66,13 @@ def s3(name: str = "bucket") -> Iterator[Bucket]:
 
 
 class Web:
-    """A web server for the files of a folder. `ranges` says whether it obeys Range; `seen` lists its requests, header
-    names in lower case."""
+    """A web server for the files of a folder. `ranges` says whether it obeys Range, `chunked` keeps lengths to itself,
+    `seen` lists its requests, header names in lower case.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.ranges, self.token = folder, True, ""
-        self.moved_to = ""
+        self.moved_to, self.chunked = "", False
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         web = self
 
@@ -94,6 +95,12 @@ class Web:
                 body = path.read_bytes()
                 extra = {"ETag": f'"{hashlib.md5(body).hexdigest()}"', "Accept-Ranges": "bytes"}
                 asked = self.headers.get("Range")
+                if web.chunked and self.command == "GET":
+                    self.send_response(200)
+                    self.send_header("Transfer-Encoding", "chunked")
+                    self.end_headers()
+                    self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+                    return None
                 if not (asked and web.ranges):
                     self.head(200, len(body), **extra)
                 else:

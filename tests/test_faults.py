@@ -131,13 +131,13 @@ def test_ranks_batches_and_resumed_runs_replace_alike(faulty: ShardSet) -> None:
 def test_a_fault_costs_nothing_later(faulty: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the epoch that meets them, bad samples are neither read nor decoded, and no batch is made twice."""
     tried, fed, read, full = [], [], [], []
-    single, submit, reader, decode = Graph.decode_one, Graph.submit, ShardSet.read, samples._decode
+    single, submit, reader, decode = Graph.decode_one, Graph.submit, ShardSet.read, samples.why_undecodable
     monkeypatch.setattr(Graph, "decode_one", lambda g, image: tried.append(1) or single(g, image))
     monkeypatch.setattr(
         Graph, "submit", lambda g, images, w, p: fed.append([len(i) for i in images]) or submit(g, images, w, p)
     )
     monkeypatch.setattr(ShardSet, "read", lambda s, i: read.append(i) or reader(s, i))
-    monkeypatch.setattr(samples, "_decode", lambda image: full.append(1) or decode(image))
+    monkeypatch.setattr(samples, "why_undecodable", lambda image: full.append(1) or decode(image))
     source = loader(faulty)
     list(source)
     assert tried
@@ -333,5 +333,5 @@ def test_pillow_never_opens_what_is_none_of_ours() -> None:
     """Exotic formats have exotic readers: a doubtful file is decoded as JPEG, PNG or WebP, or not at all."""
     tiff = io.BytesIO()
     Image.new("RGB", (8, 8)).save(tiff, "TIFF")
-    assert samples._decode(np.frombuffer(tiff.getvalue(), np.uint8)) is not None
-    assert samples._decode(np.frombuffer(photo(), np.uint8)) is None
+    assert samples.why_undecodable(np.frombuffer(tiff.getvalue(), np.uint8)) is not None
+    assert samples.why_undecodable(np.frombuffer(photo(), np.uint8)) is None

@@ -16,8 +16,8 @@ from nvidia.dali import fn, types
 
 from pipeline import Loader, Recipe, ShardSet, colour, cutting, draws, parameters
 from pipeline.graph import Graph
-from pipeline.loader import by_kind
 from pipeline.order import positions
+from pipeline.preparation import by_kind
 from pipeline.recipes import Augmentation
 from pipeline.samples import Samples
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pipeline import Batch, Loader, draws, recipes
-from pipeline.loader import by_kind
 from pipeline.order import positions
+from pipeline.preparation import by_kind
 from trainer import methods
 from trainer.step import TrainingStep
 

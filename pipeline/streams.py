@@ -1,0 +1,213 @@
+"""WebDataset shards that can only be read from their start: pipes, standard input, servers without sizes or ranges.
+
+webdataset takes the tars apart, in its secure mode: nothing is unpickled, and it opens no file and no command itself.
+What is opened here is what the caller names, never what a shard says.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import headers, shards
+from .samples import why_undecodable
+from .shards import ReadError, ShardError, ShardSet
+
+if TYPE_CHECKING:
+    import webdataset
+
+_TIMEOUT = 60  # seconds without a byte from a server
+_ALLOWED = 32  # bad samples, or a hundredth of those seen
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image of a stream. `number` counts from the start of the epoch, as they lie in the stream."""
+
+    number: int
+    key: str
+    image: NDArray[np.uint8]
+    height: int
+    width: int
+    label: int
+
+
+class Stream:
+    """Tars read from their start to their end: a command (``pipe:CMD``, with its shell), standard input (``-``), a file
+    or named pipe, an ``http(s)://`` address, or a list or brace pattern of these.
+
+    A Loader takes it as it takes a ShardSet, with what follows from reading in order: samples are shuffled in a buffer
+    of `buffer` of them, which holds their stored bytes (about 0.1 MB each), so that neighbours in the stream stay near
+    each other; every rank reads the whole stream, and takes its part of each batch; a run goes on at the start of an
+    epoch only. Bad samples are left out, counted and named. `bad` holds them by their number.
+    """
+
+    def __init__(self, spec: str | Sequence[str], buffer: int = 1000):
+        entries = [spec] if isinstance(spec, str) else list(spec)
+        self.entries = [entry for each in entries for entry in shards._expand(each)]
+        if not self.entries:
+            raise ShardError("an empty list of streams: name a command, a file or an address")
+        if buffer < 1:
+            raise ShardError(f"buffer {buffer} must be at least one sample")
+        self.buffer, self.bad = buffer, dict[int, str]()
+        self.fingerprint = hashlib.blake2b(repr(self.entries).encode(), digest_size=16).hexdigest()
+        self._spent = False
+
+    @property
+    def once(self) -> bool:
+        """Whether it can be read one time only."""
+        return "-" in self.entries
+
+    def samples(self, seed: int, epoch: int, shuffle: bool) -> Iterator[Sample]:
+        """An epoch's samples; with `shuffle`, the tars in an order of their own and the samples buffered.
+
+        Raises ReadError where a stream breaks off or its command fails, ShardError where it holds no tar or too many
+        bad samples.
+        """
+        draw = random.Random(f"{seed} {epoch}")
+        entries = draw.sample(self.entries, len(self.entries)) if shuffle else self.entries
+        found = self._read(entries)
+        if not shuffle:
+            yield from found
+            return
+        from webdataset import filters
+
+        yield from filters.shuffle(self.buffer, initial=self.buffer, rng=draw)(found)
+
+    def _read(self, entries: Sequence[str]) -> Iterator[Sample]:
+        number = 0
+        for entry in entries:
+            if entry == "-" and self._spent:
+                raise ReadError("standard input was read to its end: give the shards as files to read them once more")
+            self._spent = self._spent or entry == "-"
+            with _opened(entry) as file:
+                for content in _grouped(entry, file):
+                    sample = self._sample(number, content)
+                    if sample:
+                        yield sample
+                    number += 1
+
+    def _sample(self, number: int, content: dict[str, Any]) -> Sample | None:
+        data = next((content[extension] for extension in shards.IMAGES if extension in content), None)
+        if data is None:
+            return None
+        kind, height, width = headers.image_size(data)
+        if kind in (headers.UNKNOWN, headers.MORE):
+            height = width = 0
+        finding = headers.check(data, height, width)
+        reason = why_undecodable(data) if finding == headers.NO_END else headers.REASONS.get(finding)
+        if reason:
+            self.reject(number, content["__key__"], reason)
+            return None
+        return Sample(number, content["__key__"], np.frombuffer(data, np.uint8), height, width, _label(content))
+
+    def reject(self, number: int, key: str, reason: str) -> None:
+        """Counts a bad sample and names it, once. Raises ShardError where there are too many."""
+        if number in self.bad:
+            return
+        self.bad[number] = f"{key}: {reason}"
+        _log.warning("bad sample left out: %s: %s", key, reason)
+        if len(self.bad) > max(_ALLOWED, number // 100):
+            raise ShardError(f"{len(self.bad)} samples of the stream are bad, the last is {key}: {reason}")
+
+
+def _label(content: dict[str, Any]) -> int:
+    found = shards._label_in(content.get("json", b""))
+    label = shards._int(content.get("cls", b""), -1 if found is None else found)
+    return label if -(2**31) <= label < 2**31 else -1
+
+
+@contextmanager
+def _opened(entry: str) -> Iterator[BinaryIO]:
+    """What a stream's name stands for. A command must have ended well when its tar was read to the end."""
+    try:
+        if entry.startswith("pipe:"):
+            with subprocess.Popen(entry.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as command:
+                assert command.stdout
+                try:
+                    yield command.stdout  # type: ignore[misc]
+                    command.stdout.read()  # what follows a tar's end
+                except GeneratorExit:  # nobody wants the rest
+                    command.terminate()
+                    raise
+                except BaseException:
+                    command.terminate()
+                    if command.wait() > 0:  # it failed of itself, which is why the tar breaks off
+                        raise ReadError(f"{entry!r} ended with exit code {command.returncode}") from None
+                    raise
+                if command.wait():
+                    raise ReadError(f"{entry!r} ended with exit code {command.returncode}")
+        elif entry == "-":
+            yield sys.stdin.buffer
+        elif shards.is_address(entry):
+            if not entry.lower().startswith("http"):
+                raise ShardError(f"{entry} is no stream: a ShardSet reads it, in any order")
+            with urllib.request.urlopen(entry, timeout=_TIMEOUT) as answer:
+                yield answer
+        else:
+            with Path(entry).open("rb") as file:
+                yield file
+    except ReadError:
+        raise
+    except urllib.error.HTTPError as error:
+        raise ReadError(f"{entry} could not be had: the server answers {error.code}") from None
+    except OSError as error:
+        raise ReadError(f"{entry} could not be had: {error.strerror or error}") from None
+
+
+def secure() -> Any:
+    """webdataset, in its secure mode for this whole process, unless WDS_SECURE in the environment says otherwise."""
+    import webdataset
+
+    if "WDS_SECURE" not in os.environ:
+        webdataset.utils.enforce_security = True
+    return webdataset
+
+
+def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    tariterators = secure().tariterators
+    files = tariterators.tar_file_expander([{"url": entry, "stream": file}])
+    try:
+        yield from tariterators.group_by_keys(files)
+    except (tarfile.ReadError, EOFError):
+        raise ReadError(f"{entry} is no tar, or one that is damaged or breaks off") from None
+    except ValueError as error:
+        raise ShardError(f"{entry}: {error.args[0]}") from None
+
+
+def as_webdataset(found: ShardSet, shardshuffle: int | bool = False, **options: Any) -> "webdataset.WebDataset":
+    """What `ShardSet.webdataset` gives."""
+    wds = secure()
+    made = wds.WebDataset([str(path) for path in found.paths], shardshuffle=shardshuffle, **options)
+    stages = [_Opener(found) if isinstance(stage, wds.cache.StreamingOpen) else stage for stage in made.pipeline]
+    if not any(isinstance(stage, _Opener) for stage in stages):
+        raise ShardError("a ShardSet keeps remote shards itself: leave cache_dir and WDS_CACHE out")
+    made.pipeline = stages
+    return made
+
+
+class _Opener:
+    """Opens shards in webdataset's place, which in secure mode opens none."""
+
+    def __init__(self, found: ShardSet):
+        self._found = found
+        self._number = {str(path): k for k, path in enumerate(found.paths)}
+
+    def __call__(self, urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for each in urls:
+            with self._found.open(self._number[each["url"]]) as file:
+                yield {**each, "stream": file}
