@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .correspondence import patch_targets as patch_targets
     from .host import cores as cores
     from .loader import Loader as Loader
+    from .masks import decode_mask as decode_mask
     from .recipes import Augmentation as Augmentation
     from .recipes import Cut as Cut
     from .recipes import Recipe as Recipe
@@ -37,6 +38,7 @@ _MODULES = {
     "Stream": "streams",
     "View": "batch",
     "cores": "host",
+    "decode_mask": "masks",
     "feature_locations": "correspondence",
     "location_matches": "correspondence",
     "pair_matches": "correspondence",

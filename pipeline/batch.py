@@ -18,6 +18,7 @@ class View:
 
     pixels: Tensor  # u8 (B, V, S, S, 3), RGB
     window: Tensor  # f32 (B, V, 4): (y0, x0, y1, x1) in pixels of the stored image; flipped where x1 < x0; on the host
+    mask: Tensor | None = None  # u8 (B, V, S, S): the class of each pixel, 255 for none; where the recipe has `masks`
 
     def tensor(
         self,
@@ -34,7 +35,8 @@ class View:
         return x.sub_(shift).div_(scale).to(dtype)
 
     def __repr__(self) -> str:
-        return f"View(pixels={_described(self.pixels)}, window={_described(self.window)})"
+        mask = "" if self.mask is None else f", mask {_described(self.mask)}"
+        return f"pixels {_described(self.pixels)}, window {_described(self.window)}{mask}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class Batch:
         return replace(
             self,
             views={
-                kind: replace(view, pixels=view.pixels.to(device, non_blocking=True))
+                kind: replace(
+                    view,
+                    pixels=view.pixels.to(device, non_blocking=True),
+                    mask=None if view.mask is None else view.mask.to(device, non_blocking=True),
+                )
                 for kind, view in self.views.items()
             },
             targets={name: target.to(device, non_blocking=True) for name, target in self.targets.items()},
@@ -61,7 +67,7 @@ class Batch:
     def __repr__(self) -> str:
         lines = [f"Batch of {len(self.index)} images on {self.label.device}"]
         for kind, view in self.views.items():
-            lines.append(f"  views[{kind!r}]: pixels {_described(view.pixels)}, window {_described(view.window)}")
+            lines.append(f"  views[{kind!r}]: {view}")
         lines += [f"  targets[{name!r}]: {_described(target)}" for name, target in self.targets.items()]
         return "\n".join([*lines, f"  label {_described(self.label)}, index {_described(self.index)}"])
 

@@ -319,3 +319,15 @@ def cut_image(outputs, image, windows, params):
         for view in range(len(out)):
             cut_view(out[view], image, windows[done + view], params[done + view])
         done += len(out)
+
+
+@kernel
+def cut_mask(out, mask, window):
+    """One view u8 (S, S) of class indices `mask` u8 (H, W), as window f32 (4,) says: each place's nearest pixel."""
+    size = out.shape[0]
+    y0, y1, x0, x1 = _bounds(window, mask.shape[0], mask.shape[1])
+    for y in range(size):
+        row = mask[y0 + (2 * y + 1) * (y1 - y0) // (2 * size)]
+        for x in range(size):
+            i = size - 1 - x if window[3] < window[1] else x
+            out[y, x] = row[x0 + (2 * i + 1) * (x1 - x0) // (2 * size)]

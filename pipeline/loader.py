@@ -143,7 +143,9 @@ class Loader:
                 raise ValueError("standard input feeds one process only: give each rank a command, or shards")
             self._prepare = StreamPreparation(task, self.shards, shuffle)
         else:
-            self._prepare = Preparation(task, Samples(self.shards, seed, max_bad), order if shuffle else None)
+            self._prepare = Preparation(
+                task, Samples(self.shards, seed, max_bad, recipe.masks), order if shuffle else None
+            )
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._announced: tuple[list[int], int] | None = None
@@ -339,7 +341,8 @@ class Loader:
                 pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
             if self._graph.form == "operators":
                 pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.augmentations)
-            views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]))
+            mask = self._on_device(prepared.masks[cut.kind]) if self.recipe.masks else None
+            views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]), mask)
         return Batch(
             views,
             {name: self._on_device(target) for name, target in prepared.targets.items()},

@@ -3,7 +3,7 @@
 Nothing here knows the loader, so that none of its threads keeps one alive.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, islice
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import draws
 from . import order as orders
+from .masks import cut_masks
 from .plan import Plan, plan
 from .recipes import Recipe
 from .samples import Samples
@@ -47,6 +48,7 @@ class Prepared:
     plan_of_views: Plan | None  # of the triton form
     targets: dict[str, NDArray[Any]]
     label: NDArray[np.int64]  # (B,)
+    masks: dict[str, NDArray[np.uint8]]  # by kind: (B, V, S, S), where the recipe has them
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,10 @@ class Preparation:
 
     def __call__(self, span: Span) -> Prepared | None:
         """The batch of a span. None, of a stream only: there are no more."""
-        index, images = self.samples.load(span.epoch, self.positions(span.epoch, span.start, span.stop))
+        index, images, masks = self.samples.load(span.epoch, self.positions(span.epoch, span.start, span.stop))
         rows = self.samples.shards.table[index]
-        return self._prepared(span, index, images, np.stack([rows["height"], rows["width"]], axis=-1), rows["label"])
+        sizes = np.stack([rows["height"], rows["width"]], axis=-1)
+        return self._prepared(span, index, images, sizes, rows["label"], masks)
 
     def again(self, prepared: Prepared, faults: dict[int, str]) -> Prepared | None:
         """The same batch without the samples at the places that `faults` names, with the reasons."""
@@ -142,19 +145,30 @@ class Preparation:
         return self(prepared.span)
 
     def _prepared(
-        self, span: Span, index: NDArray[Any], images: list[NDArray[np.uint8]], sizes: NDArray[Any], label: NDArray[Any]
+        self,
+        span: Span,
+        index: NDArray[Any],
+        images: list[NDArray[np.uint8]],
+        sizes: NDArray[Any],
+        label: NDArray[Any],
+        masks: Sequence[NDArray[np.uint8]] = (),
     ) -> Prepared:
         recipe = self._task.recipe
         windows, params = draws.draw(self._distributions, self._task.seed, span.epoch, index, sizes)
         targets = _targets(recipe, windows) if recipe.targets else {}
         planned = plan(recipe.cuts, windows, params, sizes) if self._task.plans else None
-        return Prepared(span, index, images, sizes, windows, params, planned, targets, label.astype(np.int64))
+        cut = cut_masks(recipe.cuts, masks, windows) if recipe.masks else {}
+        return Prepared(span, index, images, sizes, windows, params, planned, targets, label.astype(np.int64), cut)
 
 
 class StreamPreparation(Preparation):
     """The batches of a stream, one after the other and by one thread: a span only says that another one is wanted."""
 
     def __init__(self, task: Task, stream: Stream, shuffle: bool):
+        if task.recipe.masks:
+            raise ValueError(
+                f"recipe {task.recipe.name!r} asks for masks, which a stream does not have: use a ShardSet"
+            )
         self._task, self._stream, self._shuffle = task, stream, shuffle
         self._distributions = draws.distributions(task.recipe)
 

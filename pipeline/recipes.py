@@ -111,6 +111,7 @@ class Recipe:
     targets: Targets | None = field(default=None, compare=False)
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the unit range; for whoever normalises the pixels
     std: tuple[float, float, float] = IMAGENET_STD
+    masks: bool = False  # whether each image's label map, KEY.seg.png, is cut as well: see `View.mask`
 
     def __post_init__(self) -> None:
         """Raises ValueError for cuts that no batch can hold."""

@@ -1,103 +1,135 @@
-"""Sound images only: what a bad sample is, and which one takes its place.
+"""Good samples only: what a bad sample is, and which one takes its place.
 
 Whether a sample is bad depends on its stored bytes alone, so that every device, rank and resumed run replaces the same
 samples by the same others. Each image is checked on its way to the decoder (complete, an image, of the size that the
 table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless, damage in the
 middle of its data, is rejected then; there devices may judge differently, but a set verified when it was made has none.
-A sample known to be bad is not read again, so that a fault costs its batch once and nothing later. Bytes that cannot
-be had (a file system that fails, a shard that is gone) make no sample bad: which ones would depend on the moment.
+Masks are decoded here. A sample known to be bad is not read again, so that a fault costs its batch once and nothing
+later. Bytes that cannot be had (a file system that fails, a shard that is gone) make no sample bad: which ones would
+depend on the moment.
 """
 
 import io
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from . import headers
+from .masks import decode_mask
 from .order import replacement
-from .shards import ReadError, ShardError, ShardSet
+from .shards import MASK, ReadError, ShardError, ShardSet
 
+_Stored = TypeVar("_Stored", bytes, bytes | None)
 _log = logging.getLogger(__name__)
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between attempts to read: network file systems have bad moments
 _LISTED = 20  # bad samples that the closing error names
 
 
+class _Bad(ValueError):
+    """Why a sample is bad."""
+
+
+Loaded = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]
+"""The stored bytes of an image u8 (n,), and its mask u8 (H, W) where masks are asked for."""
+
+
 class Samples:
-    """The sound images of a shard set, for the draws of one seed.
+    """The good samples of a shard set, for the draws of one seed.
 
     `bad` holds why each bad sample found so far was rejected, by its place in the set. More than `max_bad` of the set
     (a share) raise ShardError with a list; None stands for a hundredth of the set, but never fewer than 32 samples.
-    Safe to use from several threads.
+    With `masks` a sample needs a label map of its image's size. Safe to use from several threads.
     """
 
-    def __init__(self, shards: ShardSet, seed: int, max_bad: float | None = None):
+    def __init__(self, shards: ShardSet, seed: int, max_bad: float | None = None, masks: bool = False):
         if max_bad is not None and not 0 <= max_bad <= 1:
             raise ValueError(f"max_bad is a share of the samples, in [0, 1], not {max_bad}")
         n = len(shards)
         self.shards, self.bad = shards, dict[int, str]()
-        self._seed = seed
+        self._seed, self._masks = seed, masks
         self._allowed = min(n - 1, max(32, n // 100) if max_bad is None else int(max_bad * n))
-        self._vouched: set[int] = set()  # in doubt by the quick check, and decoded in full since
+        self._decoded: set[int] = set()  # in doubt by the quick check, and decoded in full since
         self._lock = threading.Lock()
 
-    def load(self, epoch: int, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]]]:
-        """The samples taken, i64 (B,), and their stored bytes: those wanted, bad ones replaced for this epoch."""
+    def load(
+        self, epoch: int, wanted: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+        """The samples taken, i64 (B,), their stored images and their masks: those wanted, bad ones replaced for this
+        epoch. Raises ReadError where one cannot be had, ShardError where too many are bad.
+        """
         self.shards.advise(wanted)
-        pairs = [self._load(epoch, int(i)) for i in wanted]
-        return np.array([i for i, _ in pairs], dtype=np.int64), [image for _, image in pairs]
+        found = [self._load(epoch, int(i)) for i in wanted]
+        masks = [mask for _, (_, mask) in found if mask is not None]
+        return np.array([i for i, _ in found], dtype=np.int64), [image for _, (image, _) in found], masks
 
-    def _load(self, epoch: int, wanted: int) -> tuple[int, NDArray[np.uint8]]:
+    def _load(self, epoch: int, wanted: int) -> tuple[int, Loaded]:
         taken, attempt = wanted, 0
-        while (image := self._sound(taken)) is None:
-            self._stop_if_too_many()  # also where another thread met the last ones: a set may hold no sound sample
+        while (loaded := self._good(taken)) is None:
+            self._stop_if_too_many()  # also where another thread met the last ones: a set may hold no good sample
             attempt += 1
             taken = replacement(self._seed, epoch, wanted, attempt, len(self.shards))
-        return taken, image
+        return taken, loaded
 
-    def _sound(self, i: int) -> NDArray[np.uint8] | None:
+    def _good(self, i: int) -> Loaded | None:
         if i in self.bad:
             return None
-        found = self._inspect(i)
-        if isinstance(found, str):
-            self.reject(i, found)
+        try:
+            return self._image(i), self._mask(i) if self._masks else None
+        except _Bad as reason:
+            self.reject(i, str(reason))
             return None
-        return found
 
-    def _inspect(self, i: int) -> NDArray[np.uint8] | str:
-        """The bytes of a sample, or what is wrong with it."""
+    def _image(self, i: int) -> NDArray[np.uint8]:
+        """The stored bytes of an image. Raises _Bad."""
         row = self.shards.table[i]
         if row["size"] > headers.MAX_BYTES:
-            return f"too large: more than {headers.MAX_BYTES} bytes"
-        stored = self._read(i)
+            raise _Bad(f"too large: more than {headers.MAX_BYTES} bytes")
+        stored = self._read(i, self.shards.read)
         if len(stored) < row["size"]:
-            return f"the shard ends after {len(stored)} of its {row['size']} bytes"
+            raise _Bad(f"the shard ends after {len(stored)} of its {row['size']} bytes")
         if not stored:
-            return "no bytes"
+            raise _Bad("no bytes")
         finding = headers.check(stored, int(row["height"]), int(row["width"]))
-        if finding == headers.NO_END and i not in self._vouched:
-            reason = why_undecodable(stored)
-            if reason:
-                return reason
-            self._vouched.add(i)
+        if finding == headers.NO_END and i not in self._decoded:
+            if reason := why_undecodable(stored):
+                raise _Bad(reason)
+            self._decoded.add(i)
         elif finding not in (headers.OK, headers.NO_END):
-            return headers.REASONS[finding]
+            raise _Bad(headers.REASONS[finding])
         return np.frombuffer(stored, np.uint8)
 
-    def _read(self, i: int) -> bytes:
+    def _mask(self, i: int) -> NDArray[np.uint8]:
+        """The label map of an image u8 (H, W). Raises _Bad."""
+        stored = self._read(i, self.shards.read_mask)
+        if stored is None:
+            raise _Bad(f"no mask: its shard has no {self.shards.key(i)}.{MASK}")
+        try:
+            mask = decode_mask(stored)
+        except ValueError as error:
+            raise _Bad(str(error)) from None
+        row = self.shards.table[i]
+        if mask.shape != (row["height"], row["width"]):
+            measured = " x ".join(map(str, mask.shape))
+            raise _Bad(f"its mask measures {measured} pixels where the image has {row['height']} x {row['width']}")
+        return mask
+
+    def _read(self, i: int, read: Callable[[int], _Stored]) -> _Stored:
         for pause in _PAUSES:
             try:
-                return self.shards.read(i)
+                return read(i)
             except ReadError:  # says itself what was tried
                 raise
             except OSError:
                 time.sleep(pause)
         try:
-            return self.shards.read(i)
+            return read(i)
         except OSError as error:
             raise ReadError(
                 f"{self.shards.shard_of(i)} cannot be read ({error.strerror or error}; {len(_PAUSES) + 1} attempts "
@@ -133,7 +165,7 @@ class Samples:
 
 
 def why_undecodable(image: bytes) -> str | None:
-    """What Pillow has to say against an image, or None."""
+    """Why Pillow cannot decode an image, or None."""
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             opened.load()

@@ -1,0 +1,156 @@
+"""Label maps are cut as their images are: the same windows, the nearest pixel, indices that stay indices."""
+
+import io
+import re
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mapimages import SIZES, coordinates, encode, expected, map_image, still_recipe, write_tar
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline import Loader, ShardSet, decode_mask, recipes
+from pipeline.recipes import Recipe, describe
+from pipeline.streams import Stream
+
+RECIPE = replace(still_recipe(size=64, queries=3), masks=True)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def stripes(height: int, width: int) -> NDArray[np.uint8]:
+    """Classes in columns and rows of 32 pixels; the last one of a row is ignored."""
+    rows, columns = np.mgrid[:height, :width] // 32
+    return np.where(columns == columns.max(), 255, 8 * rows + columns).astype(np.uint8)
+
+
+def members(number: int, mask: bytes | None = None) -> list[tuple[str, bytes]]:
+    size = SIZES[number % len(SIZES)]
+    mask = encode(stripes(*size)) if mask is None else mask
+    return [(f"k{number:02d}.png", encode(map_image(number, *size))), (f"k{number:02d}.seg.png", mask)]
+
+
+def masked(folder: Path, changed: dict[int, bytes] | None = None, count: int = 12) -> ShardSet:
+    return ShardSet(write_tar(folder / "x.tar", [m for k in range(count) for m in members(k, (changed or {}).get(k))]))
+
+
+def loader(shards: ShardSet, recipe: Recipe = RECIPE, **options: object) -> Loader:
+    return Loader(shards, recipe, 4, **{"seed": 3, "num_threads": 1, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["fused", "operators"])
+def test_an_edge_of_the_mask_is_where_the_images_is(tmp_path: Path, form: str) -> None:
+    shards, flipped = masked(tmp_path), 0
+    for batch in loader(shards, form=form):
+        for kind, view in batch.views.items():
+            assert view.mask is not None and view.mask.dtype == torch.uint8
+            assert view.mask.shape == view.pixels.shape[:-1]
+            for b, v in np.ndindex(view.window.shape[:2]):
+                window, size = view.window[b, v].numpy(), view.pixels.shape[-2]
+                labels = stripes(*SIZES[int(batch.index[b]) % len(SIZES)])
+                y, x = np.moveaxis(np.floor(expected(window, size)).astype(int), -1, 0)
+                assert np.array_equal(view.mask[b, v].numpy(), labels[y, x]), kind
+                shown = coordinates(view.pixels[b, v].numpy())  # where the image itself says that its pixels lie
+                inside = (np.abs((shown + 16) % 32 - 16) > 1.5).all(axis=-1)  # of an edge's reach
+                y, x = np.moveaxis(np.floor(shown[inside]).astype(int), -1, 0)
+                assert np.array_equal(view.mask[b, v].numpy()[inside], labels[y, x])
+                flipped += window[3] < window[1]
+    assert flipped > 10
+
+
+def test_a_loader_without_masks_hands_out_none_and_the_same_views(tmp_path: Path) -> None:
+    shards = masked(tmp_path)
+    plain = replace(RECIPE, masks=False)
+    for batch, other in zip(loader(shards), loader(shards, plain), strict=True):
+        for kind, view in batch.views.items():
+            assert torch.equal(view.pixels, other.views[kind].pixels)
+            assert torch.equal(view.window, other.views[kind].window)
+            assert other.views[kind].mask is None
+            assert "mask uint8" in repr(batch)
+            assert "mask" not in repr(other)
+            moved = batch.to("cpu").views[kind].mask
+            assert moved is not None and view.mask is not None and torch.equal(moved, view.mask)
+    assert describe(plain) != describe(RECIPE)
+    with pytest.raises(ValueError, match=r"recipe\.masks"):
+        loader(shards).load_state_dict(loader(shards, plain).state_dict())
+
+
+def indexed(mask: NDArray[np.uint8], bits: int, palette: bool) -> bytes:
+    """A PNG of `bits` a pixel, gray or with a palette of bright colours."""
+    image = Image.fromarray(mask, "P" if palette else "L")
+    if palette:
+        image.putpalette(bytes(np.random.default_rng(0).integers(128, 256, 3 * 2**bits, np.uint8)))
+        out = io.BytesIO()
+        image.save(out, "PNG", bits=bits)
+        return out.getvalue()
+    if bits == 8:
+        return encode(image)
+    packed = np.packbits(np.unpackbits(mask[..., None], axis=-1)[..., 8 - bits :].reshape(len(mask), -1), axis=-1)
+    raw = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("palette", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_indices_are_never_taken_for_colours_or_brightness(bits: int, palette: bool) -> None:
+    mask = np.random.default_rng(1).integers(0, 2**bits, (20, 33), np.uint8)
+    data = indexed(mask, bits, palette)
+    assert data[24] == bits
+    decoded = decode_mask(data)
+    assert decoded.dtype == np.uint8 and np.array_equal(decoded, mask)
+
+
+def test_bad_masks_are_bad_samples(tmp_path: Path) -> None:
+    size = SIZES[0]
+    whole = encode(stripes(*size))
+    bad = {
+        0: (encode(stripes(size[0], size[1] - 1)), "160 x 239 pixels where the image has 160 x 240"),
+        4: (encode(np.dstack([stripes(*size)] * 3)), r"its mask has colours \(RGB\)"),
+        8: (whole[: len(whole) // 2], "its mask cannot be decoded"),
+        12: (encode(stripes(*size).astype(np.uint16)), "its mask has more than 8 bits"),
+        16: (b"", "its mask cannot be decoded"),
+        20: (encode(stripes(*size), "TIFF"), "its mask cannot be decoded"),
+    }
+    shards = masked(tmp_path, {k: mask for k, (mask, _) in bad.items()}, 24)
+    source = loader(shards)
+    seen = [i for batch in source for i in batch.index.tolist()]
+    assert set(source.bad) == set(bad)
+    assert not set(seen) & set(bad)
+    for k, (_, reason) in bad.items():
+        assert re.search(reason, source.bad[k])
+    assert not any(loader(shards, replace(RECIPE, masks=False)).bad)
+
+
+def test_an_image_without_a_mask_is_a_bad_sample_only_where_masks_are_asked_for(tmp_path: Path) -> None:
+    shards = ShardSet(write_tar(tmp_path / "x.tar", [m for k in range(8) for m in members(k)[: 1 if k == 5 else 2]]))
+    source = loader(shards)
+    list(source)
+    assert list(source.bad.items()) == [(5, "no mask: its shard has no k05.seg.png")]
+    plain = loader(shards, replace(RECIPE, masks=False))
+    assert sorted(i for batch in plain for i in batch.index.tolist()) == list(range(8))
+
+
+def test_a_stream_has_no_masks(tmp_path: Path) -> None:
+    path = masked(tmp_path).paths[0]
+    with pytest.raises(ValueError, match="asks for masks, which a stream does not have"):
+        Loader(Stream(str(path)), RECIPE, 4)
+
+
+def test_a_crop_for_classification_takes_its_mask_along(tmp_path: Path) -> None:
+    recipe = replace(recipes.plain(size=32), masks=True)
+    for batch in loader(masked(tmp_path), recipe):
+        mask = batch.views["image"].mask
+        assert mask is not None and mask.shape == (4, 1, 32, 32)
