@@ -28,7 +28,7 @@ def read(layout: pairs.Layout, root: Path, split: str, names: Path | None = None
         assert image.size == Image.open(io.BytesIO(sample.image.jpeg)).size == (sample.image.width, sample.image.height)
         mask = np.asarray(image)
         assert sample.pixels.tolist() == np.bincount(mask.ravel(), minlength=256).tolist()
-        found[pair.key.replace("/", "_")] = mask
+        found[pair.key] = mask
     return found
 
 

@@ -9,7 +9,7 @@ from sharding.labels import read_classes
 from . import classes
 from .classes import VOID, identity, without_first
 from .masks import Colours, Indices
-from .pairs import Layout
+from .pairs import Layout, every_key
 
 
 def folders(source: Path) -> Layout:
@@ -57,10 +57,6 @@ def _vaihingen_member(split: str, key: str) -> bool:
     return (int(key.removeprefix("area")) in {1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37}) == (
         split == "train"
     )
-
-
-def _all(split: str, key: str) -> bool:
-    return True
 
 
 _TRAIN_IDS = Indices(identity(19))
@@ -138,7 +134,7 @@ LAYOUTS: dict[str, Layout] = {
         _camvid_raw,  # SegNet's copy at half the size
         images=("{split}/{key}.png",),
         masks={"{split}annot/{key}.png": Indices(identity(11) | {11: VOID})},
-        member=_all,
+        member=every_key,
     ),
     "camvid32": replace(
         _camvid_raw,
@@ -169,7 +165,7 @@ LAYOUTS: dict[str, Layout] = {
             "{split}/" + mask.replace("top_potsdam", "top"): _ISPRS for mask in (*_potsdam.masks, *_vaihingen.masks)
         },
         splits={"train": ("Potsdam", 3800), "val": ("Vaihingen", None)},
-        member=_all,
+        member=every_key,
         patch=(800, 600),
         red_green={"train": (0, 1), "val": (1, 2)},
     ),

@@ -12,11 +12,22 @@ from pathlib import Path
 
 from PIL import Image
 from sharding import SourceError
+from sharding.plan import clean_key
 from sharding.sources import IMAGES
 
 from .masks import Encoding
 
 Box = tuple[int, int, int, int]  # y0, x0, y1, x1
+
+
+def every_key(split: str, key: str) -> bool:
+    return True
+
+
+def same_key(split: str, key: str) -> str:
+    return key
+
+
 _WILD = {"{key}": "([^/]+)", "{path}": "(.+)", "*": "[^/]+", ".*": r"\.[^./]+"}
 
 
@@ -29,8 +40,8 @@ class Layout:
     masks: Mapping[str, Encoding]  # pattern -> how such a mask is coded; a sample's is the first that is there
     splits: Mapping[str, tuple[str, int | None]]  # name -> `{split}`, and how many samples it has as published
     lists: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)  # split -> see `_listed`
-    member: Callable[[str, str], bool] = lambda split, key: True  # of a split that neither a folder nor a list makes
-    partner: Callable[[str, str], str | None] = lambda split, key: key  # a mask's key -> its image's; None: other split
+    member: Callable[[str, str], bool] = every_key  # whether a key is of a split that no folder or list makes
+    partner: Callable[[str, str], str | None] = same_key  # a mask's key -> its image's; None: it is of another split
     patch: tuple[int, int] | None = None  # side and stride of the patches that large images are cut into
     red_green: Mapping[str, tuple[int, int]] | None = None  # split -> channels of an image that becomes R, G, (R+G)/2
     oversized: bool = False  # a mask larger than its image is cut at the right and at the bottom
@@ -42,11 +53,15 @@ class Layout:
 class Pair:
     """One sample: an image and its mask, or the same patch of both."""
 
-    key: str
+    name: str  # of the image in its data set, folders included
     image: str  # path below the source, as is `mask`
     mask: str
     encoding: int  # which of the layout's masks
     box: Box | None = None
+
+    @property
+    def key(self) -> str:
+        return clean_key(self.name + (f"_{self.box[0]}_{self.box[1]}" if self.box else "") + ".png", "path")
 
 
 def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -> list[Pair]:
@@ -143,8 +158,7 @@ def _patches(pair: Pair, source: Path, side: int, stride: int) -> Iterator[Pair]
         width, height = image.size
     for y in _starts(height, side, stride):
         for x in _starts(width, side, stride):
-            box = (y, x, min(y + side, height), min(x + side, width))
-            yield replace(pair, key=f"{pair.key}_{y}_{x}", box=box)
+            yield replace(pair, box=(y, x, min(y + side, height), min(x + side, width)))
 
 
 def _starts(length: int, side: int, stride: int) -> list[int]:
