@@ -2,6 +2,8 @@
 
 import errno
 import json
+import multiprocessing
+import operator
 import os
 import random
 import resource
@@ -129,6 +131,19 @@ def test_a_worker_dies_with_its_parent(slow_source, tmp_path):
     time.sleep(0.5)
     assert make.contents(tmp_path / "out") == before
     assert len(list((tmp_path / "out").glob("*.tar"))) < 12
+
+
+def test_a_worker_that_fails_just_now_is_not_taken_for_one_that_is_done(monkeypatch):
+    """Its pipe closes a little before its exit code can be read: the first look finds none."""
+    exitcode, looks = multiprocessing.process.BaseProcess.exitcode, {}
+
+    def late(process):
+        looks[process.pid] = looks.get(process.pid, 0) + 1
+        return exitcode.fget(process) if looks[process.pid] % 2 == 0 else None
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "exitcode", property(late))
+    with pytest.raises(RuntimeError, match="TypeError"):
+        pool.run(operator.add, [0, 1], 2, workers=2)  # a shard and a function cannot be added
 
 
 def test_a_full_disk_is_a_sentence_and_the_next_run_ends_the_same(slow_source, slow_wanted, tmp_path):

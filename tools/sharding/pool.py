@@ -74,13 +74,14 @@ def _run_many(make: Make, shards: list[int], workers: int, progress: Progress) -
         while alive:
             wait_for([process.sentinel for process in alive], timeout=0.25)
             progress.show(counts[:])
-            if any(process.exitcode not in (None, 0) for process in alive):
+            codes = [process.exitcode for process in alive]  # once: a process may end between two looks
+            if any(codes):
                 if not errors.empty():
                     raise errors.get()
                 raise RuntimeError(
                     "a worker was killed (out of memory?): run the same command again, perhaps with fewer --workers"
                 )
-            alive = [process for process in alive if process.exitcode is None]
+            alive = [process for process, code in zip(alive, codes, strict=True) if code is None]
     finally:
         for process in processes:
             if process.is_alive():
