@@ -107,6 +107,8 @@ LIES = {
     "config of nothing": ({"config": "optim: {}"}, "settings.*loca"),
     "settings a list": ({"config": "loca: [1]"}, "settings"),
     "settings unknown": ({"config": "loca: {hiden: 8}"}, "hiden"),
+    "settings of an older version": ({"config": "loca: {size: 224, hidden: 8}"}, "unknown size: before version 0.2"),
+    "views a path": ({"config": "loca: {views: /etc/passwd}"}, "views must be a mapping"),
     "settings of another type": ({"config": "loca: {hidden: wide}"}, "hidden"),
     "settings out of range": ({"config": "loca: {eta: 2}"}, "eta is 2"),
     "settings of other sizes": (

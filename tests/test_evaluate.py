@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,6 @@ from trainer.evaluate import PENALTIES, features, knn_accuracy, ridge_accuracy, 
 from trainer.methods import loca
 
 Set = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only wait for each other over tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def blobs(n: int, seed: int, spread: float = 1.5) -> Set:
@@ -248,10 +239,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_program(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = loca.Config("vit_nano_patch16", size=64, focal_size=32, queries=2, hidden=8, prototypes=4)
+    views = recipes.Loca(size=64, focal_size=32, focal_views=1)
+    cfg = loca.Config("vit_nano_patch16", views=views, hidden=8, prototypes=4)
     torch.manual_seed(5)
     method: nn.Module = loca.Method(cfg)
-    text = f"method: loca\nloca: {json.dumps(vars(cfg))}\n"
+    text = f"method: loca\nloca: {json.dumps(asdict(cfg))}\n"
     saved = {"step": 1, "method": "loca", "config": text, "model": method.state_dict()}
     checkpoint.save(tmp_path / "checkpoints", saved, keep_last=1, keep_every=None)
     arguments = [str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "64", "--device", "cpu"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline import recipes
 from trainer import checkpoint, export
 from trainer.backbones import ConvNeXt, convnet, vit
 from trainer.methods import loca, vicregl
@@ -75,7 +77,12 @@ def saved(tmp_path: Path) -> tuple[Path, loca.Method]:
     with torch.no_grad():
         for parameter in method.student.parameters():
             parameter.add_(0.1)
-    payload = {"step": 5, "method": "loca", "config": yaml.safe_dump({"loca": vars(cfg)}), "model": method.state_dict()}
+    payload = {
+        "step": 5,
+        "method": "loca",
+        "config": yaml.safe_dump({"loca": asdict(cfg)}),
+        "model": method.state_dict(),
+    }
     checkpoint.save(tmp_path / "run" / "checkpoints", payload, keep_last=1, keep_every=None)
     return tmp_path, method
 
@@ -92,10 +99,14 @@ def test_the_teacher_is_exported_unless_the_student_is_asked_for(saved: tuple[Pa
 
 def test_a_vicregl_run_is_exported(tmp_path: Path) -> None:
     cfg = vicregl.Config(
-        "vit_nano_patch16", size=32, small=0, gamma=None, feature_gamma=None, expander=(8,), projector=(8,)
+        "vit_nano_patch16",
+        views=recipes.VICRegL(size=32, small=0, gamma=None),
+        feature_gamma=None,
+        expander=(8,),
+        projector=(8,),
     )
     method = vicregl.Method(cfg)
-    payload = {"step": 1, "method": "vicregl", "config": yaml.safe_dump({"vicregl": vars(cfg)})}
+    payload = {"step": 1, "method": "vicregl", "config": yaml.safe_dump({"vicregl": asdict(cfg)})}
     checkpoint.write(tmp_path / "run.pt", payload | {"model": method.state_dict()})
     assert export.main([str(tmp_path / "run.pt"), str(tmp_path / "out")]) == 0
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["norm.weight"], method.encoder.norm.weight)

@@ -523,7 +523,7 @@ def test_vicregl_resnet_without_a_local_projector(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out.endswith("resnet50: encoder, expander; initialised at random: projector\n")
     features(method, lambda x: resnet(backbone, x))
     assert torch.equal(method.expander[4].running_var, expander["4.running_var"])
-    assert method.cfg.small == 0
+    assert method.cfg.views.small == 0 and method.cfg.views.large_scale == (0.08, 1.0)
 
 
 def test_vicregl_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ steps: 6
 batch_size: 8
 optim: {warmup_epochs: 1}
 log: {every: 1, checkpoint_every: 100, tensorboard: false}
-loca: {backbone: vit_nano_patch16, queries: 2, prototypes: 32, hidden: 64}
+loca: {backbone: vit_nano_patch16, views: {focal_views: 1}, prototypes: 32, hidden: 64}
 """
 
 
@@ -42,7 +42,8 @@ steps: 6
 batch_size: 8
 optim: {lr: 1.0e-3, warmup_epochs: 1}
 log: {every: 1, checkpoint_every: 100, tensorboard: false}
-vicregl: {backbone: vit_nano_patch16, drop_path: 0.0, small: 1, expander: [64, 64, 64], projector: [32, 32, 32]}
+vicregl:
+  {backbone: vit_nano_patch16, drop_path: 0.0, views: {small: 1}, expander: [64, 64, 64], projector: [32, 32, 32]}
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import Batch, View
+from pipeline import Batch, View, recipes
 from trainer.methods import loca
 from trainer.visualise import CAPTION, GAP, SIDE
 
@@ -15,7 +15,7 @@ from trainer.visualise import CAPTION, GAP, SIDE
 @pytest.mark.parametrize(("patch", "size"), [(16, 224), (14, 224), (8, 224), (16, 448), (8, 64)])
 def test_places_of_any_grid(tmp_path: Path, patch: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     method = loca.Method(
-        loca.Config(f"vit_pico_patch{patch}", size=size, focal_size=4 * patch, queries=1, hidden=8, prototypes=4)
+        loca.Config(f"vit_pico_patch{patch}", views=recipes.Loca(size=size, focal_views=0), hidden=8, prototypes=4)
     )
     grid = size // patch
     truth, guess, seen = (1, 2), (grid - 1, grid - 3), [(grid - 2, 1), (0, 0)]  # row, column

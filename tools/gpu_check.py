@@ -86,7 +86,7 @@ class Bench:
         if self.gpu:
             return room.Config()
         name = room.__name__.rpartition(".")[2]
-        return room.Config(**yaml.safe_load((ROOT / f"trainer/presets/{name}_demo.yaml").read_text())[name])
+        return methods.config(name, yaml.safe_load((ROOT / f"trainer/presets/{name}_demo.yaml").read_text())[name])
 
 
 def check(function: Callable[[Bench], None]) -> Callable[[Bench], None]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 import yaml
 from torch import nn
@@ -106,22 +105,14 @@ def restore(payload: Payload) -> Method:
     name = payload["method"]
     if name not in methods.names():
         raise ValueError(f"the checkpoint is of method {name!r}, which is none of {', '.join(methods.names())}")
-    module = methods.load(name)
     with _one_sentence(f"the checkpoint's settings of {name} cannot be used"):
-        method: Method = module.Method(_settings(payload["config"], name, module.Config))
+        settings = yaml.safe_load(payload["config"])
+        if not isinstance(settings, dict) or not isinstance(settings.get(name), dict):
+            raise ValueError(f"they hold no mapping {name!r}")
+        method: Method = methods.load(name).Method(methods.config(name, settings[name]))
     with _one_sentence("the checkpoint's weights do not fit its settings"):
         method.load_state_dict(payload["model"])
     return method
-
-
-def _settings(text: str, name: str, kind: type) -> Any:
-    """The method's Config in a run's YAML. Raises TypeError, ValueError, YAMLError, ArgumentError."""
-    found = yaml.safe_load(text)
-    if not isinstance(found, dict) or not isinstance(found.get(name), dict):
-        raise ValueError(f"they hold no mapping {name!r}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, name)
-    return parser.instantiate(parser.parse_object({name: found[name]}))[name]
 
 
 @contextmanager

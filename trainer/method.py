@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline import Batch
+
+
+def fp32(x: Tensor) -> Tensor:
+    """At least single precision, whatever autocast made of it: losses, variances and distances need its digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Method(nn.Module):

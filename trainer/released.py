@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pipeline import recipes
 from trainer import checkpoint, methods
 from trainer.backbones import CONVNEXT_SIZES, VIT_SIZES
 from trainer.command import command
@@ -207,7 +209,7 @@ def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]
         raise ValueError(f"a ViT of width, blocks and heads {shape}: none of {', '.join(VIT_SIZES)}")
     settings = {
         "backbone": f"vit_{size}_patch{patch}",
-        "size": patch * found[f"{tree}/ToTokenSequence_0/posembed_input"].shape[1],
+        "views": recipes.Loca(size=patch * found[f"{tree}/ToTokenSequence_0/posembed_input"].shape[1]),
     }
     projector = f"{tree}/{where('projection_head_for_clustering_prediction')}"
     if (kernel := found.get(f"{projector}/prototypes/kernel")) is not None:
@@ -229,7 +231,7 @@ def vicregl(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Pla
     full = any(key.startswith(f"{start}backbone.") for key in found)
     encoder = f"{start}backbone." if full else start
     if f"{encoder}layer1.0.conv1.weight" in found:
-        settings: dict[str, Any] = {"backbone": "resnet50", "drop_path": 0.0, "small": 0, "large_scale": (0.08, 1.0)}
+        settings: dict[str, Any] = {"backbone": "resnet50", "drop_path": 0.0, "views": recipes.VICRegLResNet50()}
     else:
         shape = len({key for key in found if re.fullmatch(rf"{re.escape(encoder)}stages\.2\.\d+\.norm\.weight", key)})
         width = found[f"{encoder}downsample_layers.0.0.weight"].shape[0]
@@ -311,7 +313,7 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
     summary = f"{cfg.backbone}: {', '.join(part for part in parts if part not in fresh)}"
     if fresh:
         summary += f"; initialised at random: {', '.join(fresh)}"
-    text = yaml.safe_dump({"method": method_name, method_name: vars(cfg)})
+    text = yaml.safe_dump({"method": method_name, method_name: asdict(cfg)})
     return {"step": 0, "method": method_name, "config": text, "model": method.state_dict()}, summary
 
 

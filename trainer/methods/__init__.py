@@ -4,9 +4,14 @@ A method is one file with `Config` (a frozen dataclass), `views(cfg) -> Recipe` 
 correspondences) and `Method`, a subclass of trainer.method.Method. Files whose names begin with "_" are no methods.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import jsonargparse
 
 
 def names() -> list[str]:
@@ -17,3 +22,18 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """The method's module."""
     return import_module(f"{__name__}.{name}")
+
+
+def config(name: str, values: Mapping[str, Any]) -> Any:
+    """The method's Config of values as YAML has them. Raises ValueError, TypeError or jsonargparse's ArgumentError."""
+    kind = load(name).Config
+    if unknown := values.keys() - {f.name for f in fields(kind)}:
+        raise ValueError(
+            f"unknown {', '.join(sorted(unknown))}: before version 0.2, settings of views were not under {name}.views; "
+            "use such a file with the version that wrote it"
+        )
+    if not isinstance(values.get("views", {}), Mapping):  # else the parser would open a file of that name
+        raise ValueError(f"{name}.views must be a mapping")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, name)
+    return parser.instantiate(parser.parse_object({name: dict(values)}))[name]

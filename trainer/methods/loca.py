@@ -7,18 +7,16 @@ Letters: B images, T query tokens of one image (all its query views one after an
 K prototypes, D width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import log, pi
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -35,7 +33,7 @@ from trainer.backbones import (
     vit,
     vit_shape,
 )
-from trainer.boxes import box_loss, relative_boxes
+from trainer.methods import _loca_ablations as ablations
 from trainer.parallel import mean_over_ranks, sum_over_ranks_
 
 
@@ -47,30 +45,7 @@ class Config:
     """vit_SIZE_patchP: pico or nano (for a CPU), tiny, small, base, large, huge; 16, 14 or 8 pixels"""
     drop_path: float = 0.1
     """of the last block, falling linearly to 0 at the first; acts in the teacher too (released code)"""
-    size: int = 224
-    """side of the reference and of the random query, in pixels"""
-    focal_size: int = 96
-    """side of the focal queries; patch 14 needs a multiple of it, 98"""
-    fidelity: Literal["paper", "released"] = "released"
-    """which recipe cuts the views: see pipeline.recipes.loca"""
-    rule: Literal["released", "overlap"] = "released"
-    """which reference patch belongs to a query patch: under its sampled centre, or the one of greatest overlap"""
-    scale: tuple[float, float] = (0.32, 1.0)
-    """share of the image's area that the reference and the random query show"""
-    focal_scale: tuple[float, float] = (0.05, 0.32)
-    flip: float = 0.5
-    """probability of the mirror image; likewise jitter, gray and, for the random query, solarize"""
-    jitter: float = 0.8
-    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """of the jitter: ranges of brightness, contrast, saturation and hue"""
-    gray: float = 0.2
-    blur: tuple[float, float, float] | None = None
-    """probabilities for reference, random query and focal queries; null: none if released, else 1, 0.1 and 0.5"""
-    sigma: tuple[float, float] = (0.1, 2.0)
-    """of the blur, in pixels of the view"""
-    solarize: float = 0.2
-    queries: int = 10
-    """query views: a random one and queries - 1 focal ones (Table 6d: 10, 5, 2, 1)"""
+    views: recipes.Loca = field(default_factory=recipes.Loca)
     query_keep: float = 70 / 196
     """share of the random query's tokens that enter the network"""
 
@@ -108,18 +83,19 @@ class Config:
             raise ValueError(f"eta is {self.eta}: it must lie between 0 and 1")
         if not 0 < self.query_keep <= 1:
             raise ValueError(f"query_keep is {self.query_keep}: it must lie above 0 and be at most 1")
-        if self.queries < 1 or self.prototypes < 2 or self.sinkhorn < 0:
-            raise ValueError("queries must be at least 1, prototypes at least 2 and sinkhorn at least 0")
+        if self.prototypes < 2 or self.sinkhorn < 0:
+            raise ValueError("prototypes must be at least 2 and sinkhorn at least 0")
         if min(self.teacher_temperature, self.student_temperature) <= 0 or self.me_max < 0 or self.hidden < 1:
             raise ValueError("temperatures and hidden must be positive, and me_max not negative")
         if not (0 <= self.momentum <= 1 and 0 <= self.drop_path < 1):
             raise ValueError("momentum must lie in [0, 1] and drop_path in [0, 1)")
         if self.position == "off" and self.clusters == "off":
-            raise ValueError("position and clusters are both off: nothing would be learnt")
+            raise ValueError("position and clusters are both off: nothing would be learned")
         if self.position == "single" and (self.clusters != "off" or self.eta == 1):
             raise ValueError(
                 "position 'single' has no queries to cluster and no reference to hide: clusters off, eta < 1"
             )
+        views(self)  # names a backbone, a size or a probability that cannot be
 
     def visible(self, total: int) -> int:
         """How many of `total` reference tokens the query sees."""
@@ -127,38 +103,14 @@ class Config:
 
 
 def views(cfg: Config) -> Recipe:
-    """A reference, a random query and focal queries, with the reference patch of every query patch; box adds "box"."""
-    recipe = recipes.loca(
-        cfg.fidelity,
-        focal_views=cfg.queries - 1,
-        patch=vit_shape(cfg.backbone).patch,
-        size=cfg.size,
-        focal_size=cfg.focal_size,
-        scale=cfg.scale,
-        focal_scale=cfg.focal_scale,
-        flip=cfg.flip,
-        jitter=cfg.jitter,
-        strength=cfg.strength,
-        gray=cfg.gray,
-        blur=cfg.blur,
-        sigma=cfg.sigma,
-        solarize=cfg.solarize,
-        rule=cfg.rule,
-    )
-    if cfg.position == "single":
-        return replace(recipe, cuts=tuple(cut for cut in recipe.cuts if cut.kind == "reference"), targets=None)
-    if cfg.position == "box" and (patches := recipe.targets) is not None:
-        kinds = [cut.kind for cut in recipe.cuts if cut.kind != "reference"]
-
-        def with_boxes(windows: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-            queries = np.concatenate([windows[kind] for kind in kinds], axis=1)
-            return {**patches(windows), "box": relative_boxes(windows["reference"], queries)}
-
-        return replace(recipe, targets=with_boxes)
-    return recipe
+    """A reference, a random query and focal queries, with the reference patch that each query patch shows."""
+    patch = vit_shape(cfg.backbone).patch
+    if cfg.views.patch not in (None, patch):
+        raise ValueError(f"views.patch is {cfg.views.patch}: {cfg.backbone} has patches of {patch}; leave it null")
+    return ablations.views(cfg, replace(cfg.views, patch=patch).recipe())
 
 
-# ---- What is learnt --------------------------------------------------------------------------------------------------
+# ---- The network -----------------------------------------------------------------------------------------------------
 
 
 class CrossAttention(nn.Module):
@@ -222,7 +174,8 @@ class Branch(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.backbone = vit(cfg.backbone, size=cfg.size, drop_path=cfg.drop_path, cls_token=cfg.clusters == "cls")
+        size = cfg.views.size
+        self.backbone = vit(cfg.backbone, size=size, drop_path=cfg.drop_path, cls_token=cfg.clusters == "cls")
         width, positions = self.backbone.width, self.backbone.grid**2
         if cfg.clusters != "off":
             self.clusters = Clusters(width, cfg.hidden, cfg.prototypes)
@@ -232,19 +185,13 @@ class Branch(nn.Module):
         if cfg.position != "off":
             self.head = mlp([width, width, width, 4] if cfg.position == "box" else [width, positions], nn.ReLU)
 
-    def locate(self, queries: Tensor, reference: Tensor | None, lengths: list[int] | None = None) -> Tensor:
-        """Query tokens (B, T, D) and visible reference tokens (B, n, D) -> what the head says of each token, fp32.
-
-        With `lengths`, tokens per view, the tokens of a view are averaged first and the head speaks of each view.
-        """
-        x = self.norm(self.cross(queries, reference))
-        if lengths is not None:
-            x = torch.stack([view.mean(1) for view in x.split(lengths, dim=1)], dim=1)
-        return fp32(self.head(x))
+    def locate(self, queries: Tensor, reference: Tensor | None) -> Tensor:
+        """Query tokens (B, T, D) and visible reference tokens (B, n, D) -> position logits of every query token."""
+        return method.fp32(self.head(self.norm(self.cross(queries, reference))))
 
 
 class Method(method.Method):
-    """LOCA. Query views run through the backbone image-major."""
+    """LOCA. Its ablations of what is located and what is clustered are in _loca_ablations.py."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -252,7 +199,7 @@ class Method(method.Method):
         self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
         self.student = Branch(cfg)
         if cfg.position == "single" or (cfg.clusters == "off" and cfg.eta == 1):
-            # Nothing in this variant has a position: none is learnt, and what is exported needs none.
+            # Nothing in this variant has a position: none is learned, and what is exported needs none.
             nn.init.zeros_(self.student.backbone.pos_embed).requires_grad_(False)
         self.teacher = deepcopy(self.student).requires_grad_(False) if cfg.clusters != "off" else None
 
@@ -264,41 +211,33 @@ class Method(method.Method):
         cfg = self.cfg
         images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
         if cfg.position == "single":
-            return self.single_view(images["reference"])
+            return ablations.single_view(self, images["reference"])
         keep, visible = self.draw(len(images["reference"]), images["reference"].device)
-        whole, seen = self.encode_reference(images["reference"], visible)
+        reference, seen = self.encode_reference(images["reference"], visible)
         queries = self.encode_queries(images, keep)
         prefix = self.student.backbone.num_prefix_tokens
         patches = [view[:, prefix:] for view in queries]
-        lengths = [view.shape[1] for view in patches]
-        tokens = torch.cat(patches, dim=1)
+        tokens, lengths = torch.cat(patches, dim=1), [view.shape[1] for view in patches]
         targets = [take(batch.targets["query"].flatten(1), keep)]
         if "focal" in images:
             targets.append(batch.targets["focal"].flatten(1))
         target = torch.cat(targets, dim=1).long()
 
         losses, metrics = [], {"valid_tokens": (target >= 0).float().mean()}
-        if cfg.position == "box":
-            predicted = self.student.locate(tokens, seen, lengths).sigmoid()
-            valid = batch.targets["box"][..., 2] > 0
-            boxes = torch.where(valid[..., None], batch.targets["box"], predicted.detach())
-            loss, metrics["box_iou"] = (pooled(x, valid) for x in box_loss(predicted, boxes))
-        elif cfg.position == "centre":
-            at = self.centres(lengths)
-            loss, metrics["position_accuracy"] = self.position_loss(tokens[:, at], seen, target[:, at], [1] * len(at))
-        elif cfg.position == "patch":
-            loss, metrics["position_accuracy"] = self.position_loss(tokens, seen, target, lengths)
         if cfg.position != "off":
+            if cfg.position == "patch":
+                loss, metrics["position_accuracy"] = self.position_loss(tokens, seen, target, lengths)
+            elif cfg.position == "centre":
+                loss, metrics["position_accuracy"] = ablations.centre_loss(self, tokens, seen, target, lengths)
+            else:
+                loss, metrics["box_iou"] = ablations.box_loss(self, tokens, seen, batch.targets["box"], lengths)
             losses.append(loss)
             metrics["position_loss"] = loss
-
-        if cfg.clusters == "patch":
-            loss, parts = self.cluster_loss(tokens, whole[:, prefix:], target, lengths)
-        elif cfg.clusters != "off":  # of whole views: each belongs to the only row of its image
-            summaries = torch.cat([self.summary(view) for view in queries], dim=1)
-            rows = target.new_zeros(summaries.shape[:2])
-            loss, parts = self.cluster_loss(summaries, self.summary(whole), rows, [1] * len(queries))
         if cfg.clusters != "off":
+            if cfg.clusters == "patch":
+                loss, parts = self.cluster_loss(tokens, reference[:, prefix:], target, lengths)
+            else:
+                loss, parts = ablations.image_cluster_loss(self, queries, reference)
             losses.append(loss)
             metrics |= parts
         return torch.stack(losses).sum(), {name: value.detach() for name, value in metrics.items()}
@@ -306,14 +245,13 @@ class Method(method.Method):
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which tokens of the random query are kept, in any order, and which of the reference are visible.
 
-        Both i64 (1, n), one draw for the rank's `count` images, or (count, n), one for each. A central patch that is to
-        be located is always kept, and comes first.
+        Both i64 (1, n), one draw for the rank's `count` images, or (count, n), one for each.
         """
         cfg, grid = self.cfg, self.student.backbone.grid
         total, rows = grid**2, count if cfg.draws == "sample" else 1
         order = torch.rand(rows, total, device=device)
-        if cfg.position == "centre":
-            order[:, centre(grid)] = -1
+        if cfg.position == "centre":  # the patch that is to be located is always kept, and comes first
+            order[:, ablations.centre(grid)] = -1
         keep = order.argsort(dim=1)[:, : round(cfg.query_keep * total)]
         n = cfg.visible(total)
         if cfg.mask == "unstructured":
@@ -339,18 +277,9 @@ class Method(method.Method):
         vit, positions = self.student.backbone, self.teacher is not None
         queries = [vit(images["query"], keep, positions=positions)]
         if "focal" in images:
-            focal = vit(images["focal"], positions=positions)
+            focal = vit(images["focal"], positions=positions)  # image by image
             queries += focal.unflatten(0, (len(images["query"]), -1)).unbind(1)
         return queries
-
-    def summary(self, tokens: Tensor) -> Tensor:
-        """One feature (B, 1, D) of a whole view."""
-        return tokens[:, :1] if self.cfg.clusters == "cls" else tokens.mean(dim=1, keepdim=True)
-
-    def centres(self, lengths: list[int]) -> list[int]:
-        """Where the central patch of every view stands among an image's query tokens."""
-        starts = [sum(lengths[:v]) for v in range(len(lengths))]
-        return [0] + [start + centre(round(n**0.5)) for start, n in zip(starts[1:], lengths[1:], strict=True)]
 
     def position_loss(
         self, tokens: Tensor, seen: Tensor | None, target: Tensor, lengths: list[int]
@@ -388,16 +317,6 @@ class Method(method.Method):
             "target_entropy": torch.special.entr(assigned).sum(-1).mean(),
             "prototypes_in_use": used.sum(),
         }
-
-    def single_view(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every patch of a view tells its own place; only visible patches are attended to."""
-        vit = self.student.backbone
-        _, visible = self.draw(len(images), images.device)
-        context = torch.zeros(len(visible), vit.grid**2, dtype=torch.bool, device=images.device)
-        logits = fp32(self.student.head(vit(images, context=context.scatter(1, visible, True))))
-        target = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        loss = F.cross_entropy(logits.mT, target)
-        return loss, {"position_loss": loss.detach(), "position_accuracy": (logits.argmax(-1) == target).float().mean()}
 
     def average(self, x: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
         """The mean of `x` (B, T) where `valid`: over all tokens, or over the queries that have any, of each one's."""
@@ -467,16 +386,6 @@ class Method(method.Method):
 
 
 # ---- Formulas --------------------------------------------------------------------------------------------------------
-
-
-def fp32(x: Tensor) -> Tensor:
-    """At least single precision, whatever autocast made of it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def centre(grid: int) -> int:
-    """The patch whose upper left corner, or whose middle, is the middle of the view."""
-    return (grid // 2) * grid + grid // 2
 
 
 def pooled(x: Tensor, valid: Tensor) -> Tensor:

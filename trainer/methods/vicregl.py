@@ -7,7 +7,7 @@ Letters: B images of this rank, n images of all ranks, N views, T cells of all v
 width. A slot is one matched pair of cells of a pair of views; its statistics run over the n images.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import Batch, Recipe, recipes
 from trainer import method
-from trainer.backbones import BatchNorm, convnet, normalise, vit
+from trainer.backbones import BatchNorm, convnet, normalise, vit, vit_shape
 from trainer.parallel import gather, rank, world_size
 
 
@@ -28,28 +28,7 @@ class Config:
     """resnet50, convnext_{tiny,small,base,large,xlarge}, or vit_SIZE_patchP as LOCA has them"""
     drop_path: float = 0.1
     """of the last block, falling linearly to 0 at the first (released code; ResNet-50 has none: set 0)"""
-    fidelity: Literal["paper", "released"] = "paper"
-    """which recipe cuts the views; "released" grids ignore that a view is mirrored: see pipeline.recipes.vicregl"""
-    large: int = 2
-    """large views; each is paired with every other view"""
-    small: int = 6
-    """small views; 0 for ResNet-50"""
-    size: int = 224
-    small_size: int = 96
-    large_scale: tuple[float, float] = (0.4, 1.0)
-    """share of the image's area; (0.08, 1.0) for ResNet-50, which has no small views"""
-    small_scale: tuple[float, float] = (0.08, 0.4)
-    flip: float = 0.5
-    """probability of the mirror image; likewise jitter, gray and, for odd views, solarize"""
-    jitter: float = 0.8
-    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """of the jitter: ranges of brightness, contrast, saturation and hue"""
-    gray: float = 0.2
-    blur: tuple[float, float] = (1.0, 0.1)
-    """probabilities for even and odd views"""
-    sigma: tuple[float, float] = (0.1, 2.0)
-    """of the blur, in pixels of the view"""
-    solarize: float = 0.2
+    views: recipes.VICRegL = field(default_factory=recipes.VICRegL)
 
     alpha: float = 0.75
     """weight of the global loss, 1 - alpha of the local one; 1 is VICReg, 0 is local only (Fig. 2: 0.9 and 0.75)"""
@@ -57,10 +36,8 @@ class Config:
     """match cells by where they lie (L_s); without, its half of the local loss is missing"""
     features: bool = True
     """match cells by their features' distance (L_d); without, its half of the local loss is missing"""
-    gamma: tuple[int, int] | None = (20, 4)
-    """location matches kept from a large view to another, and back; null keeps one for each cell"""
     feature_gamma: tuple[int, int] | None = (20, 4)
-    """the same for feature matches; null is the released code's default, which its author says should not be"""
+    """as views.gamma, for feature matches; null is the released code's default, which its author says should not be"""
 
     criterion: Literal["vicreg", "simclr"] = "vicreg"
     """"simclr" puts the contrastive loss in VICReg's place, globally and in each slot: SimCLR-L (Table 4)"""
@@ -76,8 +53,9 @@ class Config:
     """widths of the head on every cell's feature"""
 
     def __post_init__(self) -> None:
-        if self.large < 1 or self.small < 0 or self.large + self.small < 2:
-            raise ValueError(f"large is {self.large}, small {self.small}: a large view and another one are needed")
+        v, stride, grids = self.views, self.stride, self.grids
+        if v.large < 1 or v.small < 0 or v.large + v.small < 2:
+            raise ValueError(f"large is {v.large}, small {v.small}: a large view and another one are needed")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}: it must lie between 0 and 1")
         if self.alpha < 1 and not (self.locations or self.features):
@@ -86,49 +64,32 @@ class Config:
             raise ValueError(f"temperature is {self.temperature}: it must be positive")
         if not (self.expander and self.projector and 0 <= self.drop_path < 1):
             raise ValueError("expander and projector need a width at least, and drop_path lies in [0, 1)")
-        stride = self.stride
-        for name, size in (("size", self.size), ("small_size", self.small_size)):
+        if v.stride not in (None, stride):
+            raise ValueError(f"views.stride is {v.stride}: {self.backbone} has a stride of {stride}; leave it null")
+        for name, size in (("size", v.size), ("small_size", v.small_size)):
             if size < stride or size % stride:
                 raise ValueError(f"{name} is {size}: {self.backbone} needs a multiple of {stride}")
-        for name, gamma in (("gamma", self.gamma), ("feature_gamma", self.feature_gamma)):
-            fewest = min((self.small_size if self.small else self.size) // stride, self.size // stride) ** 2
-            most = (self.size // stride) ** 2
+        for name, gamma in (("gamma", v.gamma), ("feature_gamma", self.feature_gamma)):
+            most, fewest = grids[0] ** 2, min(grids) ** 2
             if gamma is not None and self.alpha < 1 and not (1 <= gamma[0] <= most and 1 <= gamma[1] <= fewest):
                 raise ValueError(f"{name} is {gamma}: at most {most} and {fewest} cells can match, at least 1")
+        views(self)  # names a probability or a scale that cannot be
 
     @property
     def stride(self) -> int:
         """Pixels per side of a cell."""
-        _, _, patch = self.backbone.rpartition("patch")
-        return int(patch) if patch.isdigit() and int(patch) else 32
+        return vit_shape(self.backbone).patch if self.backbone.startswith("vit") else 32
 
     @property
     def grids(self) -> list[int]:
         """Cells per side of every view."""
-        stride = self.stride
-        return [self.size // stride] * self.large + [self.small_size // stride] * self.small
+        v, stride = self.views, self.stride
+        return [v.size // stride] * v.large + [v.small_size // stride] * v.small
 
 
 def views(cfg: Config) -> Recipe:
     """Large and small views, and which of their cells lie closest: "matches" i32 (B, M, 2)."""
-    recipe = recipes.vicregl(
-        cfg.fidelity,
-        large=cfg.large,
-        small=cfg.small,
-        size=cfg.size,
-        small_size=cfg.small_size,
-        stride=cfg.stride,
-        large_scale=cfg.large_scale,
-        small_scale=cfg.small_scale,
-        flip=cfg.flip,
-        jitter=cfg.jitter,
-        strength=cfg.strength,
-        gray=cfg.gray,
-        blur=cfg.blur,
-        sigma=cfg.sigma,
-        solarize=cfg.solarize,
-        gamma=cfg.gamma,
-    )
+    recipe = replace(cfg.views, stride=cfg.stride).recipe()
     return recipe if cfg.locations and cfg.alpha < 1 else replace(recipe, targets=None)
 
 
@@ -165,34 +126,36 @@ def terms(grids: list[int], large: int, gamma: tuple[int, int] | None) -> list[T
 class Matches(nn.Module):
     """Which cells are compared in an image, and how much each comparison counts."""
 
-    weight: Tensor
-    whole: Tensor
-    moving: Tensor
+    slot_weight: Tensor
+    fixed_cells: Tensor
+    varying_slots: Tensor
     side_weight: Tensor
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        grids = cfg.grids
+        grids, large = cfg.grids, cfg.views.large
         cells = [grid**2 for grid in grids]
         self.first = [sum(cells[:v]) for v in range(len(cells) + 1)]  # of each view's cells among all T
-        self.large = self.first[cfg.large]  # cells of large views: every pair has one of them
-        self.locations = terms(grids, cfg.large, cfg.gamma) if cfg.locations else []
-        self.features = terms(grids, cfg.large, cfg.feature_gamma) if cfg.features else []
+        self.large = self.first[large]  # cells of large views: every pair has one of them
+        self.locations = terms(grids, large, cfg.views.gamma) if cfg.locations else []
+        self.features = terms(grids, large, cfg.feature_gamma) if cfg.features else []
 
-        every, own = torch.empty(0, dtype=torch.float64), torch.zeros(self.first[-1], dtype=torch.float64)
-        moving = torch.empty(0, dtype=torch.long)
-        for term in self.locations + self.features:
-            each = torch.full((term.kept,), term.weight / term.kept, dtype=torch.float64)
-            if term.kept == cells[term.query]:  # slot k queries with cell k in every image: one for all such terms
-                own[self.first[term.query] : self.first[term.query + 1]] += each
-            else:
-                moving = torch.cat([moving, torch.arange(len(every), len(every) + term.kept)])
-            every = torch.cat([every, each])
-        whole = own.nonzero()[:, 0]
-        self.register_buffer("weight", every, persistent=False)  # (M,) of each slot
-        self.register_buffer("whole", whole, persistent=False)  # cells that query in every image
-        self.register_buffer("moving", moving, persistent=False)  # slots whose query cell differs between images
-        self.register_buffer("side_weight", torch.cat([own[whole], every[moving], every]) / 2, persistent=False)
+        with torch.device("cpu"):  # also where the rest is made without contents, to estimate what it costs
+            slot_weight, varying = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.long)
+            cell_weight = torch.zeros(self.first[-1], dtype=torch.float64)
+            for term in self.locations + self.features:
+                weight = torch.full((term.kept,), term.weight / term.kept, dtype=torch.float64)
+                if term.kept == cells[term.query]:  # slot k queries with cell k in every image: one for all such terms
+                    cell_weight[self.first[term.query] : self.first[term.query + 1]] += weight
+                else:
+                    varying = torch.cat([varying, torch.arange(len(slot_weight), len(slot_weight) + term.kept)])
+                slot_weight = torch.cat([slot_weight, weight])
+            fixed = cell_weight.nonzero()[:, 0]
+            side_weight = torch.cat([cell_weight[fixed], slot_weight[varying], slot_weight]) / 2
+        self.register_buffer("slot_weight", slot_weight, persistent=False)  # (M,)
+        self.register_buffer("fixed_cells", fixed, persistent=False)  # cells that query in every image
+        self.register_buffer("varying_slots", varying, persistent=False)  # whose query cell differs between images
+        self.register_buffer("side_weight", side_weight, persistent=False)  # (S,), as `sides` orders them
 
     def forward(self, squared: Tensor, located: Tensor | None) -> Tensor:
         """Squared feature distances (B, cells of large views, T) and location matches (B, M', 2) -> slots (B, M, 2)."""
@@ -216,11 +179,11 @@ class Matches(nn.Module):
 
     def sides(self, slots: Tensor) -> Tensor:
         """The cells whose statistics count, query and candidate sides, each once: (B, S) from the slots (B, M, 2)."""
-        whole = self.whole.expand(len(slots), -1)
-        return torch.cat([whole, slots[:, self.moving, 0], slots[..., 1]], dim=1)
+        fixed = self.fixed_cells.expand(len(slots), -1)
+        return torch.cat([fixed, slots[:, self.varying_slots, 0], slots[..., 1]], dim=1)
 
 
-# ---- What is learnt --------------------------------------------------------------------------------------------------
+# ---- The network and its loss ----------------------------------------------------------------------------------------
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -301,12 +264,7 @@ def my_slots(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     share = slice(rank(), None, world_size())
     first = torch.arange(len(cells), device=index.device) * cells.shape[1]
     rows = index[:, share].transpose(0, 1) + first.reshape(-1, *(1,) * (index.ndim - 2))
-    return full(cells).flatten(0, 1), rows, weight[share] * world_size()
-
-
-def full(x: Tensor) -> Tensor:
-    """Half precision as float32: variances, covariances and distances need its digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return method.fp32(cells).flatten(0, 1), rows, weight[share] * world_size()
 
 
 def spread(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +272,7 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
 
     0 and 1 say collapse. The sum over all pairs of channels is the square of a sum, so that no D x D matrix is needed.
     """
-    x = full(x.detach())
+    x = method.fp32(x.detach())
     std = F.normalize(x, dim=1).std(0, correction=min(len(x) - 1, 1)).mean()
     x = x - x.mean(0)
     x = x / (x.square().mean(0).sqrt() + 1e-5)
@@ -337,29 +295,30 @@ class Objective(nn.Module):
     def global_loss(self, embeddings: Tensor) -> dict[str, Tensor]:
         """VICReg of embeddings (B, N, D): variance and covariance of all views, invariance of the ordered pairs."""
         cfg, (count, n_views, width) = self.cfg, embeddings.shape
-        pairs = cfg.large * (n_views - 1)
-        e, everyone = full(embeddings), gather(embeddings)
+        large = cfg.views.large
+        pairs = large * (n_views - 1)
+        e, everyone = method.fp32(embeddings), gather(embeddings)
         if cfg.criterion == "simclr":
-            which = [(i, j) for i in range(cfg.large) for j in range(i + 1, n_views)]
-            weight = e.new_tensor([(2 if j < cfg.large else 1) / pairs for _, j in which])
+            which = [(i, j) for i in range(large) for j in range(i + 1, n_views)]
+            weight = e.new_tensor([(2 if j < large else 1) / pairs for _, j in which])
             return self.contrastive(
                 everyone, torch.tensor(which, device=e.device).expand(len(everyone), -1, -1), weight
             )
-        difference = e[:, : cfg.large, None] - e[:, None]
+        difference = e[:, : cfg.views.large, None] - e[:, None]
         invariance = cfg.invariance / (pairs * count * width) * difference.square().sum()
         index = torch.arange(n_views, device=e.device).expand(len(everyone), -1)
         return self.regularised(invariance, everyone, index, e.new_full((n_views,), 1 / n_views))
 
     def local_loss(self, cells: Tensor, located: Tensor | None) -> dict[str, Tensor]:
         """The loss of matched cells, (B, T, D), by place (B, M', 2) and by features: see `terms` for the weights."""
-        z, everyone, matches = full(cells), gather(cells), self.matches
+        z, everyone, matches = method.fp32(cells), gather(cells), self.matches
         squared = squared_distances(z[:, : matches.large], z)
         slots = matches(squared.detach(), located)
         if self.cfg.criterion == "simclr":
-            return self.contrastive(everyone, gather(slots.int()), matches.weight.to(z.dtype))
+            return self.contrastive(everyone, gather(slots.int()), matches.slot_weight.to(z.dtype))
         # One cell of each slot is a large view's, and these come first: the table of distances has them all.
         where = torch.minimum(slots[..., 0], slots[..., 1]) * z.shape[1] + torch.maximum(slots[..., 0], slots[..., 1])
-        weight = matches.weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
+        weight = matches.slot_weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
         invariance = (squared.flatten(1).gather(1, where) * weight).sum()
         sides = gather(matches.sides(slots).int())
         return self.regularised(invariance, everyone, sides, matches.side_weight.to(z.dtype))
@@ -396,7 +355,7 @@ class Method(method.Method):
         recipe = views(cfg)
         self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
         self.encoder: Any = (
-            vit(cfg.backbone, size=cfg.size, drop_path=cfg.drop_path)
+            vit(cfg.backbone, size=cfg.views.size, drop_path=cfg.drop_path)
             if cfg.backbone.startswith("vit")
             else convnet(cfg.backbone, drop_path=cfg.drop_path)
         )
