@@ -255,7 +255,7 @@ class Graph:
         triton form one `Decoded`.
 
         On a GPU they are ready on the CUDA `stream` given, without the host waiting for them. Raises DecodeError when
-        the run failed; the runs behind it are not touched.
+        the run failed; later runs are not affected.
         """
         try:
             outputs = self._pipe.outputs(cuda_stream=stream)

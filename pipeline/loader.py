@@ -1,4 +1,4 @@
-"""Batches of views: prefetched, resumable at every step, undisturbed by bad samples.
+"""Batches of views: prefetched, resumable at every step, not stopped by bad samples.
 
 A batch is a stretch of positions of an epoch; all that is random about it follows from (seed, epoch, sample, view). So
 the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
@@ -259,7 +259,7 @@ class Loader:
             self._graph.submit(prepared.images, prepared.windows, prepared.params)
 
     def _next(self) -> Batch:
-        if self._pool is not None and self._process != os.getpid():  # its threads stayed behind: it would wait for ever
+        if self._pool is not None and self._process != os.getpid():  # threads do not survive a fork: it would hang
             raise RuntimeError("this loader was started before the process forked: make one in each process")
         try:
             with self._current_device():
@@ -274,7 +274,7 @@ class Loader:
                 self._fill()
             self._epoch, self._position = prepared.span.after
             return batch
-        except BaseException:  # also Ctrl-C: what is under way no longer matches our books
+        except BaseException:  # also Ctrl-C: the batches under way no longer match the state
             self.close()
             raise
 
@@ -303,7 +303,7 @@ class Loader:
 
     def _repair(self, run: _Run) -> tuple[Prepared, list[Any]]:
         """The same batch without the samples that the device cannot decode."""
-        for later in self._runs:  # what was started behind it comes out first
+        for later in self._runs:  # later runs come out first
             self._take(later)
         while True:
             prepared = run.prepared

@@ -109,7 +109,7 @@ class Recipe:
     fidelity: Fidelity
     cuts: tuple[Cut, ...]
     targets: Targets | None = field(default=None, compare=False)
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the unit range; for whoever normalises the pixels
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the unit range, to normalise the pixels with
     std: tuple[float, float, float] = IMAGENET_STD
     masks: bool = False  # whether each image's label map, KEY.seg.png, is cut as well: see `View.mask`
 

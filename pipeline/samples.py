@@ -28,7 +28,7 @@ from .shards import MASK, ReadError, ShardError, ShardSet
 _Stored = TypeVar("_Stored", bytes, bytes | None)
 _log = logging.getLogger(__name__)
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between attempts to read: network file systems have bad moments
+_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between attempts to read: a network file system may be away for that long
 _LISTED = 20  # bad samples that the closing error names
 
 
@@ -55,7 +55,7 @@ class Samples:
         self.shards, self.bad = shards, dict[int, str]()
         self._seed, self._masks = seed, masks
         self._allowed = min(n - 1, max(32, n // 100) if max_bad is None else int(max_bad * n))
-        self._decoded: set[int] = set()  # in doubt by the quick check, and decoded in full since
+        self._decoded: set[int] = set()  # without an end mark, but decoded in full since
         self._lock = threading.Lock()
 
     def load(
@@ -153,7 +153,7 @@ class Samples:
             more = f"; and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
             raise ShardError(
                 f"{len(self.bad)} of {len(self.shards)} samples are bad, but max_bad allows {self._allowed}: "
-                f"mend the shards or raise max_bad. They are {listed}{more}"
+                f"repair the shards or raise max_bad. They are {listed}{more}"
             )
 
     def _named(self, i: int) -> str:

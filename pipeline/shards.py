@@ -1,7 +1,7 @@
 """A set of WebDataset shards as one numbered list of images.
 
 A table says where each image lies: shard, first byte, length, height and width by its header, label. It comes from
-beside our own shards; for anybody else's it is found by one walk over their headers and kept in the user's cache
+beside our own shards; for others it is found by one walk over their headers and kept in the user's cache
 folder. Index files are not read: a stale one cannot hurt. Images are read by position, so that any order costs the
 same.
 """
@@ -328,7 +328,7 @@ def _in_directory(folder: Path, split: str | None) -> tuple[list[Path], dict | N
     if not paths:
         raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
     odd = next((path for path in paths if not path.is_file()), None)
-    if odd:  # opening a pipe would wait for ever
+    if odd:  # opening a pipe would hang
         raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
     infos = (folder / name for name in ("_info.json", "info.json"))
     info = next((info for path in infos if (info := read_json(path))), {})
@@ -512,7 +512,7 @@ def _scan_named(path: Path) -> tuple[NDArray[np.void], tar.Walk]:
         return _scan(path)
     except OSError as error:
         reason = error.strerror or error
-        raise ShardError(f"{path} cannot be read ({reason}): mend that, or leave it out of the set") from None
+        raise ShardError(f"{path} cannot be read ({reason}): make it readable, or leave it out of the set") from None
 
 
 def _scan(path: Path) -> tuple[NDArray[np.void], tar.Walk]:
