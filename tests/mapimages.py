@@ -34,6 +34,11 @@ def encode(image: NDArray[np.uint8] | Image.Image, form: str = "PNG", **options:
     return out.getvalue()
 
 
+def image(number: int, height: int = 20, width: int = 30, form: str = "JPEG") -> bytes:
+    """A small map image as a file."""
+    return encode(map_image(number, height, width), form)
+
+
 def smooth_image(number: int, height: int, width: int) -> NDArray[np.uint8]:
     """A photograph's stand-in: smooth, different for each number, colourful."""
     y, x = np.mgrid[:height, :width] / max(height, width)

@@ -1,30 +1,18 @@
 """The loader's promises: what is random follows from (seed, epoch, sample, view), and nothing else changes a batch."""
 
 import gc
-import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loaders import RECIPE, N, epochs, facts, loader
 from mapimages import coordinates, expected, smooth_image, still_recipe, write_set
 
-from pipeline import Batch, Loader, ShardSet, recipes
-from pipeline.graph import Graph
+from pipeline import ShardSet, recipes
 from pipeline.recipes import Recipe
-
-N = 24
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +24,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet(write_set(tmp_path_factory.mktemp("photos"), 12, 2, make=smooth_image, form="JPEG"))
-
-
-RECIPE = still_recipe(size=32, queries=2)
-
-
-def loader(shards: ShardSet, batch_size: int = 4, recipe: Recipe = RECIPE, **options: object) -> Loader:
-    return Loader(shards, recipe, batch_size, **{"seed": 5, "num_threads": 1, **options})  # type: ignore[arg-type]
-
-
-def facts(batches: Iterable[Batch]) -> dict[tuple[int, int], str]:
-    """(place in the sequence, sample) -> a hash of all that the batch says of it: pixels, windows, targets, label."""
-    found = {}
-    place = 0
-    for batch in batches:
-        tensors = [t for view in batch.views.values() for t in (view.pixels, view.window)]
-        tensors += [*batch.targets.values(), batch.label]
-        for b, i in enumerate(batch.index.tolist()):
-            content = b"".join(t[b].contiguous().numpy().tobytes() for t in tensors)
-            found[place, i] = hashlib.sha256(content).hexdigest()
-            place += 1
-    return found
-
-
-def epochs(source: Loader, count: int) -> list[dict[tuple[int, int], str]]:
-    return [facts(source) for _ in range(count)]
 
 
 def test_a_batch_is_what_the_contract_says(photos: ShardSet) -> None:
@@ -169,26 +132,6 @@ def test_batch_size_threads_and_form_do_not_matter(photos: ShardSet) -> None:
     assert epochs(loader(photos, 4, recipe, seed=6), 1)[0] != wanted[0]
 
 
-def test_prefetching_changes_nothing_but_when(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same batches at any depth, also when resumed at another; no more than `prefetch` are ever in DALI's hands."""
-    wanted = epochs(loader(shards), 2)
-    submit, submitted = Graph.submit, []
-    monkeypatch.setattr(Graph, "submit", lambda *a: submitted.append(1) or submit(*a))
-    for depth in (1, 2, 4):
-        source = loader(shards, prefetch=depth)
-        assert epochs(source, 2) == wanted
-        source, batches = loader(shards, prefetch=depth), []
-        submitted.clear()
-        for batch in source:
-            batches.append(batch)
-            assert len(batches) <= len(submitted) <= len(batches) + depth
-            if len(batches) == 4:
-                break
-        resumed = loader(shards, prefetch=5 - depth)
-        resumed.load_state_dict(source.state_dict())
-        assert facts([*batches, *resumed]) == wanted[0]
-
-
 @pytest.mark.parametrize("order", ["global", "block"])
 def test_ranks_share_what_one_process_would_see(shards: ShardSet, order: str) -> None:
     """World sizes 1, 2, 4, 8 with a global batch of 8: the k-th batches together are the same samples, cut the same."""
@@ -203,142 +146,11 @@ def test_ranks_share_what_one_process_would_see(shards: ShardSet, order: str) ->
             assert sum(len(part) for part in parts) == 8
 
 
-def test_resume_at_every_step(shards: ShardSet) -> None:
-    """At each step of two epochs: the state goes through JSON into new loaders, twice in a row; nothing changes."""
-    source = loader(shards, 8)
-    states = [source.state_dict()]
-    batches = []
-    for _ in range(2):
-        for batch in source:
-            batches.append(batch)
-            states.append(source.state_dict())
-    assert [(s["epoch"], s["position"]) for s in states] == [(0, 0), (0, 8), (0, 16), (1, 0), (1, 8), (1, 16), (2, 0)]
-    for k, state in enumerate(states[:-1]):
-        resumed = loader(shards, 8)
-        resumed.load_state_dict(json.loads(json.dumps(state)))
-        assert resumed.state_dict() == state
-        again = loader(shards, 8)
-        again.load_state_dict(resumed.state_dict())
-        rest = list(again)
-        assert again.state_dict() == states[3 if k < 3 else 6]
-        assert facts(rest) == facts(batches[k : 3 if k < 3 else 6])
-        if k == 4:  # ... and once more, from the middle of what was resumed
-            resumed.load_state_dict(states[4])
-            next(iter(resumed))
-            third = loader(shards, 8)
-            third.load_state_dict(resumed.state_dict())
-            assert facts(third) == facts(batches[5:6])
-
-
-def test_resume_with_other_ranks_batches_and_threads(shards: ShardSet) -> None:
-    source = loader(shards, 4)
-    wanted = dict(facts(source))
-    for steps in range(6):
-        source = loader(shards, 4)
-        for _ in range(steps):
-            next(iter(source))
-        state = source.state_dict()
-        after = {i: h for (place, i), h in wanted.items() if place >= 4 * steps}
-        for world, batch_size in ((1, 2), (2, 2), (4, 1), (2, 1), (8, 1)):
-            if steps % 2 and world == 8:
-                continue  # half a batch would be left over
-            seen: dict[int, str] = {}
-            for rank in range(world):
-                part = loader(shards, batch_size, rank=rank, world_size=world, num_threads=2)
-                part.load_state_dict(state)
-                seen.update({i: h for (_, i), h in facts(part).items()})
-                assert part.epoch == 1
-            assert seen == after
-
-
 def test_what_an_epoch_leaves_out_differs_from_the_next(shards: ShardSet) -> None:
     source = loader(shards, 5)
     left = [set(range(N)) - {i for _, i in facts(source)} for _ in range(6)]
     assert {len(missing) for missing in left} == {4}
     assert len({frozenset(missing) for missing in left}) == 6
-
-
-def test_bytes_are_asked_for_before_they_are_read(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system is told of all of a batch's images before the first of them is read."""
-    told: list[tuple[int, int]] = []
-    asked: list[tuple[int, int]] = []
-    advise, pread = os.posix_fadvise, os.pread
-
-    def spy(fd: int, offset: int, size: int, how: int) -> None:
-        assert how == os.POSIX_FADV_WILLNEED
-        told.append((offset, size))
-        advise(fd, offset, size, how)
-
-    def read(fd: int, size: int, offset: int) -> bytes:
-        if not len(asked) % 4:
-            assert len(told) == len(asked) + 4
-        asked.append((offset, size))
-        return pread(fd, size, offset)
-
-    samples = loader(shards)._prepare.samples
-    monkeypatch.setattr(os, "posix_fadvise", spy)
-    monkeypatch.setattr(os, "pread", read)
-    for start in range(0, 12, 4):
-        samples.load(0, np.arange(start, start + 4))
-    assert asked == told
-    assert len(asked) == 12
-
-
-def test_an_epoch_without_a_batch_left_is_over(shards: ShardSet) -> None:
-    source = loader(shards, 4)
-    for _ in range(5):
-        next(iter(source))
-    resumed = loader(shards, 8)  # four samples are left, half a batch
-    resumed.load_state_dict(source.state_dict())
-    assert resumed.epoch == 1
-    assert len(list(resumed)) == 3
-
-
-def test_a_broken_off_loop_goes_on(shards: ShardSet) -> None:
-    wanted = facts(loader(shards))
-    source = loader(shards)
-    batches = []
-    while source.epoch == 0:
-        for batch in source:
-            batches.append(batch)
-            if len(batches) % 2:
-                break
-    assert facts(batches) == wanted
-    source.close()
-    assert [len(facts([b])) for b in source] == [4] * 6
-
-
-@pytest.mark.parametrize(
-    ("field", "change"),
-    [
-        ("seed", {"seed": 6}),
-        (r"recipe\.cuts\[0\]\.scale", {"recipe": still_recipe(size=32, queries=2).cuts}),
-        ("order", {"order": "block"}),
-        ("order", {"shuffle": False}),
-        (r"recipe\.name", {"recipe": recipes.loca("paper")}),
-    ],
-)
-def test_a_state_of_something_else_is_refused(shards: ShardSet, field: str, change: dict) -> None:
-    state = loader(shards).state_dict()
-    if isinstance(change.get("recipe"), tuple):
-        wider = [recipes.Cut(**{**vars(cut), "scale": (0.5, 1.0)}) for cut in change["recipe"]]
-        change = {"recipe": Recipe("still", "paper", tuple(wider))}
-    with pytest.raises(ValueError, match=field):
-        loader(shards, **change).load_state_dict(state)
-
-
-def test_a_state_of_another_set_or_none_is_refused(shards: ShardSet, photos: ShardSet) -> None:
-    state = loader(shards).state_dict()
-    with pytest.raises(ValueError, match="shards"):
-        loader(photos).load_state_dict(state)
-    with pytest.raises(ValueError, match="'seed'"):
-        loader(shards).load_state_dict({"version": 1})
-    with pytest.raises(ValueError, match="not taken from a Loader"):
-        loader(shards).load_state_dict(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="position 99"):
-        loader(shards).load_state_dict({**state, "position": 99})
-    with pytest.raises(ValueError, match="epoch 1180591620717411303424"):
-        loader(shards).load_state_dict({**state, "epoch": 2**70})
 
 
 def test_numbers_may_be_numpys(shards: ShardSet) -> None:
@@ -348,40 +160,6 @@ def test_numbers_may_be_numpys(shards: ShardSet) -> None:
     for options in ({"batch_size": 4.5}, {"prefetch": 1.5}, {"num_threads": "2"}):
         with pytest.raises(TypeError, match=f"{next(iter(options))} .* must be a whole number"):
             loader(shards, **options)
-
-
-def test_two_iterators_share_one_epoch(shards: ShardSet) -> None:
-    source, wanted = loader(shards), facts(loader(shards))
-    one, other = iter(source), iter(source)
-    assert facts(next(one if k % 2 else other) for k in range(6)) == wanted
-    assert next(one, None) is next(other, None) is None
-
-
-def test_a_state_may_be_loaded_inside_the_loop(shards: ShardSet) -> None:
-    source, seen, states = loader(shards), [], []
-    for batch in source:
-        seen.append(batch)
-        states.append(source.state_dict())
-        if len(seen) == 4:
-            source.load_state_dict(states[1])
-    wanted = list(facts(loader(shards)).values())
-    assert list(facts(seen).values()) == wanted[:16] + wanted[8:]
-
-
-@pytest.mark.filterwarnings("ignore:This process")  # Python 3.12 warns of what is tested here
-def test_a_started_loader_does_not_hang_in_a_fork(shards: ShardSet) -> None:
-    source = loader(shards)
-    next(iter(source))
-    child = os.fork()
-    if not child:
-        signal.alarm(20)  # rather than hanging
-        try:
-            next(iter(source))
-        except RuntimeError as error:
-            os._exit(0 if "forked" in str(error) else 1)
-        os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert len(list(source)) == 5  # here it goes on
 
 
 def test_evaluation_sees_all_in_order(shards: ShardSet) -> None:
@@ -427,16 +205,6 @@ def test_a_device_that_is_not_the_current_one(photos: ShardSet) -> None:
             assert torch.equal(view.pixels.cpu(), one.views[kind].pixels.cpu())
 
 
-def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr("pipeline.loader.Graph", lambda *_, num_threads, **__: asked.append(num_threads))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    for ranks in ("1", "4", "64"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        Loader(shards, RECIPE, 4)._build()
-    assert asked == [12, 3, 1]
-
-
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -480,90 +248,3 @@ def test_the_measure_of_shuffling(shards: ShardSet) -> None:
     quality = loader(shards).shuffle_quality()
     assert set(quality) == {"spread", "shards"}
     assert loader(shards, shuffle=False).shuffle_quality()["spread"] < 0.2 < quality["spread"]
-
-
-def test_a_dropped_loader_leaves_no_thread(shards: ShardSet) -> None:
-    before = set(threading.enumerate())
-    source = loader(shards)
-    next(iter(source))
-    assert set(threading.enumerate()) - before
-    gone = weakref.ref(source)
-    del source
-    gc.collect()
-    assert gone() is None
-    for _ in range(50):
-        if not set(threading.enumerate()) - before:
-            break
-        time.sleep(0.05)
-    assert not set(threading.enumerate()) - before
-
-
-PROGRAM = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-sys.path.insert(0, {tests!r})
-from mapimages import still_recipe
-from pipeline import Loader
-loader = Loader({shards!r}, still_recipe(size=32, queries=2), 4, num_threads=1)
-for epoch in range(10**6):
-    for batch in loader:
-        if loader.epoch == 1 and {end}:
-            sys.exit(0)
-        print("batch", flush=True)
-        time.sleep({pause})
-"""
-
-
-@pytest.mark.slow  # seconds of imports; the next one shows nearly the same
-def test_the_process_ends_in_the_middle_of_an_epoch(shards: ShardSet) -> None:
-    code = PROGRAM.format(tests=str(ROOT / "tests"), shards=str(shards.paths[0].parent), end=True, pause=0)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_ctrl_c_ends_it(shards: ShardSet) -> None:
-    code = PROGRAM.format(tests=str(ROOT / "tests"), shards=str(shards.paths[0].parent), end=False, pause=0.01)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "batch\n"
-        process.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        _, error = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in error
-    assert process.returncode != 0
-    assert time.monotonic() - start < 20
-
-
-def test_iterating_goes_on_after_an_interruption(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C at the worst moment, a result just taken out of DALI: the next batch is still the right one."""
-    wanted = facts(loader(shards))
-    source = loader(shards)
-    batches = [next(iter(source)), next(iter(source))]
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(source, "_batch", interrupt)
-        next(iter(source))
-    assert facts([*batches, *source]) == wanted
-
-
-@pytest.mark.slow
-def test_memory_stays_flat_over_twenty_epochs(photos: ShardSet) -> None:
-    source = loader(photos, 6, recipes.loca("paper"), num_threads=2)
-    sizes = []
-    for _ in range(20):
-        for _batch in source:
-            pass
-        del _batch
-        sizes.append(_resident())
-    assert max(sizes[10:]) - min(sizes[3:10]) < 30 << 20, [s >> 20 for s in sizes]
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
