@@ -25,6 +25,22 @@ def run(*arguments: object) -> int:
     return runpy.run_path(str(TOOL))["main"](words + ["--workers", "1"] * ("--workers" not in words))
 
 
+def stored(out: Path, split: str) -> dict[str, dict[str, bytes]]:
+    """{key: {extension: content}} of a split's tars."""
+    return photos.samples(out, f"*-{split}-*.tar")
+
+
+def masks(out: Path, split: str) -> Truth:
+    """{key: mask} of a split's tars, each proven to be of the stored image's size and of one channel."""
+    found = {}
+    for key, members in stored(out, split).items():
+        assert list(members) == ["jpg", "seg.png", "cls", "json"]
+        image, mask = (Image.open(io.BytesIO(members[name])) for name in ("jpg", "seg.png"))
+        assert (image.format, mask.format, mask.mode, mask.size) == ("JPEG", "PNG", "L", image.size)
+        found[key] = np.asarray(mask)
+    return found
+
+
 def labels(seed: int, classes: int, height: int = 20, width: int = 28, void: bool = True) -> NDArray[np.uint8]:
     """u8 (height, width): blocks of random classes, and of void."""
     random = np.random.default_rng(seed)

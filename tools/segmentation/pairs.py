@@ -48,6 +48,9 @@ class Layout:
     as_stored: bool = True  # masks were drawn on the pixels as stored, whatever EXIF says of turning; False: who knows
     hint: str = ""  # said where a mask is missing
 
+    def encoding(self, pair: "Pair") -> Encoding:
+        return list(self.masks.values())[pair.encoding]
+
 
 @dataclass(frozen=True)
 class Pair:

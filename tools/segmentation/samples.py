@@ -1,6 +1,7 @@
-"""One pair of files -> the JPEG and the mask that are stored, of one size and turned alike."""
+"""Shards of pairs: each image proven, each mask converted, both of one size and turned alike."""
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,50 +11,100 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from sharding import SourceError, images
+from sharding import SourceError, images, printable
+from sharding.samples import Unreadable, persistent
+from sharding.target import Target
+from sharding.writer import OnProgress, Quarantined, Sample
 
 from .masks import png
-from .pairs import Layout, Pair
+from .pairs import Box, Layout, Pair
+from .statistics import sums
 
+MEMBERS = ("jpg", "seg.png", "cls", "json")  # timm asks every sample for a class: -1
 _ORIENTATION = 0x0112  # the tag of EXIF
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What is stored of a pair."""
+class ShardMaker:
+    """Makes shards of a split. Travels to worker processes."""
 
-    image: images.Sound
-    mask: bytes  # PNG
-    pixels: NDArray[np.int64]  # (256,): how many of each class, void last
+    target: Target
+    layout: Layout
+    source: Path
+    pairs: list[Pair]
+    bounds: list[int]  # shard s holds pairs[bounds[s]:bounds[s + 1]]
+    rules: images.Rules
 
+    def __call__(self, shard: int, on_progress: OnProgress) -> None:
+        pairs = self.pairs[self.bounds[shard] : self.bounds[shard + 1]]
+        self.target.make(shard, map(self._sample, pairs), on_progress)
 
-def make(layout: Layout, source: Path, split: str, pair: Pair, rules: images.Rules) -> Sample:
-    """Raises images.Refused for a damaged image; SourceError, which names the file, for a mask that is damaged, coded
-    in another way than the layout's, or of another size than its image.
-    """
-    encoding, file = list(layout.masks.values())[pair.encoding], source / pair.mask
-    if pair.box is None:
-        content, coded = (source / pair.image).read_bytes(), file.read_bytes()
-        image = images.examine(content, rules)
-        with _named(file):
+    def count(self, shards: list[int]) -> int:
+        return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
+
+    def _sample(self, pair: Pair) -> Sample | Quarantined:
+        """A damaged image is quarantined. A mask that is damaged, coded in another way than the layout's, or of another
+        size than its image raises SourceError, which names the file.
+        """
+        try:
+            image, mask = self._patch(pair, pair.box) if pair.box else self._whole(pair)
+        except Unreadable as error:
+            raise RuntimeError(f"{self.source / pair.image} or its mask is {error}") from None
+        except images.Refused as refusal:
+            return Quarantined(pair.key, str(refusal), printable(pair.image))
+        metadata = {"filename": printable(pair.image), "label": -1, "height": image.height, "width": image.width}
+        if image.repairs:
+            metadata["repaired"] = list(image.repairs)
+        members = zip(MEMBERS, (image.content, png(mask), b"-1", json.dumps(metadata).encode()), strict=True)
+        counts = {"repairs": image.repairs, "notes": image.notes, "sums": sums(mask), "read": len(image.content)}
+        return Sample(pair.key, tuple(members), image.height, image.width, **counts)
+
+    def _whole(self, pair: Pair) -> tuple[images.Jpeg, NDArray[np.uint8]]:
+        content, coded = (persistent(Path.read_bytes, self.source / name) for name in (pair.image, pair.mask))
+        image, encoding = images.examine(content, self.rules), self.layout.encoding(pair)
+        with _named(self.source / pair.mask):
             mask = encoding.label(encoding.decode(coded))
-            if "EXIF orientation" in image.repairs:
-                mask = _turned(mask, content, layout.as_stored)
-        if layout.oversized:
+            if image.orientation > 1:
+                mask = _turned(mask, image, self.layout.as_stored)
+        if self.layout.oversized:
             mask = mask[: image.height, : image.width]
         _same_size(pair, mask.shape, (image.height, image.width))
-    else:
-        y0, x0, y1, x1 = pair.box
-        tile, tile_mask = _tile(source / pair.image), _tile(file)
-        _same_size(pair, tile_mask.shape, tile.shape)
+        return image, mask
+
+    def _patch(self, pair: Pair, box: Box) -> tuple[images.Jpeg, NDArray[np.uint8]]:
+        y0, x0, y1, x1 = box
+        tile, coded = _tile(self.source / pair.image), _tile(self.source / pair.mask)
+        _same_size(pair, coded.shape, tile.shape)
         patch = tile[y0:y1, x0:x1]
-        if layout.red_green:
-            red, green = (patch[..., channel] for channel in layout.red_green[split])
+        if self.layout.red_green:
+            red, green = (patch[..., channel] for channel in self.layout.red_green[self.target.spec.split])
             patch = np.stack([red, green, ((red.astype(np.uint16) + green) // 2).astype(np.uint8)], axis=-1)
-        image = images.examine(png(patch), rules)
-        with _named(file):
-            mask = encoding.label(tile_mask[y0:y1, x0:x1])
-    return Sample(image, png(mask), np.bincount(mask.ravel(), minlength=256))
+        with _named(self.source / pair.mask):
+            mask = self.layout.encoding(pair).label(coded[y0:y1, x0:x1])
+        return images.examine(png(patch), self.rules), mask
+
+
+@lru_cache(maxsize=2)  # an image and its mask, 108 MB each: patches of one tile follow each other
+def _tile(file: Path) -> NDArray[np.uint8]:
+    """u8 (height, width, 3)."""
+    content = persistent(Path.read_bytes, file)
+    with _named(file), Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _turned(mask: NDArray[np.uint8], image: images.Jpeg, as_stored: bool) -> NDArray[np.uint8]:
+    """The mask of an image that was turned by its EXIF orientation, turned likewise if it was drawn before."""
+    quarter = image.orientation >= 5
+    if mask.shape != ((image.width, image.height) if quarter else (image.height, image.width)):
+        return mask  # drawn on the turned image; if it fits neither, the size tells
+    if not as_stored and (not quarter or image.height == image.width):
+        raise ValueError(
+            f"may have been drawn before or after its image is turned (EXIF orientation {image.orientation}), "
+            "and their size does not say which: turn the image for good, or remove that tag"
+        )
+    picture = Image.fromarray(mask)
+    picture.getexif()[_ORIENTATION] = image.orientation
+    return np.asarray(ImageOps.exif_transpose(picture))
 
 
 def _same_size(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> None:
@@ -61,30 +112,6 @@ def _same_size(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
         raise SourceError(
             f"{pair.mask} has {mask[1]} x {mask[0]} pixels, its image {pair.image} {image[1]} x {image[0]}"
         )
-
-
-def _turned(mask: NDArray[np.uint8], content: bytes, as_stored: bool) -> NDArray[np.uint8]:
-    """The mask as the image is stored, which was turned as its EXIF orientation says."""
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        orientation = image.getexif()[_ORIENTATION]
-    if mask.shape != (height, width):
-        return mask  # drawn on the turned image; if it fits neither, the size tells
-    if (orientation < 5 or height == width) and not as_stored:
-        raise ValueError(
-            f"may have been drawn before or after its image is turned (EXIF orientation {orientation}), and their size "
-            "does not say which: turn the image for good, or remove that tag"
-        )
-    picture = Image.fromarray(mask)
-    picture.getexif()[_ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(picture))
-
-
-@lru_cache(maxsize=2)  # an image and its mask, 108 MB each: patches of one tile follow each other
-def _tile(file: Path) -> NDArray[np.uint8]:
-    """u8 (height, width, 3)."""
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 @contextmanager

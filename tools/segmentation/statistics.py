@@ -1,0 +1,72 @@
+"""How many pixels each class has: counted when shards are made, and again when they are checked."""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sharding.check import Found
+
+from .classes import VOID
+
+
+def sums(mask: NDArray[np.uint8]) -> dict[str, int]:
+    """What a mask adds to its split: the pixels of each class and of void, and one image that has such pixels."""
+    pixels = np.bincount(mask.ravel(), minlength=256)
+    present = np.flatnonzero(pixels).tolist()
+    return {f"pixels {label}": int(pixels[label]) for label in present} | {f"images {label}": 1 for label in present}
+
+
+def statistics(classes: list[str], added: Mapping[str, int]) -> dict[str, Any]:
+    """The manifest's fields `classes` and `void`: pixels, their share in percent (of the labelled pixels for a class,
+    of all for void), and the number of images with such pixels.
+    """
+    pixels = {label: added.get(f"pixels {label}", 0) for label in (*range(len(classes)), VOID)}
+    whole = max(1, sum(pixels.values()))
+    labelled = max(1, whole - pixels[VOID])
+
+    def row(label: int, of: int) -> dict[str, float]:
+        share = round(100 * pixels[label] / of, 4)
+        return {"pixels": pixels[label], "share": share, "images": added.get(f"images {label}", 0)}
+
+    return {"classes": {name: row(k, labelled) for k, name in enumerate(classes)}, "void": row(VOID, whole)}
+
+
+def look(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
+    """One sample of finished shards: an image, a mask of its size whose numbers are classes or void, and no label."""
+    try:
+        width, height = Image.open(io.BytesIO(read("jpg"))).size
+        mask = Image.open(io.BytesIO(read("seg.png")))
+        numbers, metadata = np.asarray(mask), json.loads(read("json"))
+        said = [metadata["width"], metadata["height"], metadata["label"], int(read("cls"))]
+        added = sums(numbers)
+    except Exception as error:  # whatever Pillow and json raise on damaged data
+        return Found(0, 0, -1, (f"{key} cannot be read: {error}",))
+    differences = []
+    if (mask.format, mask.mode, mask.size) != ("PNG", "L", (width, height)):
+        form = f"a {mask.format} of mode {mask.mode}, {mask.width} x {mask.height}"
+        differences.append(f"{key}.seg.png is {form}: not one channel of {width} x {height} pixels as its image")
+    if beyond := sorted(set(np.unique(numbers).tolist()) - {*range(len(classes)), VOID}):
+        differences.append(f"{key}.seg.png holds {beyond[0]}: there are {len(classes)} classes")
+    if said != [width, height, -1, -1]:
+        differences.append(f"{key}: its json and cls say width, height, label, class = {said}")
+    return Found(height, width, -1, tuple(differences), added)
+
+
+def compare(out: Path, manifest: dict[str, Any], added: Mapping[str, int]) -> list[str]:
+    """How the manifest's statistics differ from those of a split's masks."""
+    file = out / manifest["class_file"]
+    names = file.read_text("utf-8").splitlines() if file.is_file() else []
+    counted, rows = statistics(names, added), manifest.get("classes")
+    if not isinstance(rows, dict) or list(rows) != names:
+        return [f"{file.name}: its classes are not those of the manifest of split {manifest['split']!r}"]
+    pairs = [(name, rows[name], row) for name, row in counted["classes"].items()]
+    return [
+        f"{name}: the masks of split {manifest['split']!r} have {row}, the manifest says {said}"
+        for name, said, row in [*pairs, ("void", manifest.get("void"), counted["void"])]
+        if said != row
+    ]

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Labelled images for segmentation -> WebDataset tars of KEY.jpg and KEY.seg.png, masks as class indices, 255 = void.
+
+    python tools/shard_segmentation.py SOURCE OUT --layout voc --split train_aug    # shard; run it again to resume
+    python tools/shard_segmentation.py --check OUT                                  # verify a finished folder
+
+SOURCE: `--layout folders` is images/SPLIT, masks/SPLIT (gray PNGs of class indices) and classes.txt, a name a line.
+Every other layout is a public data set as its archives unpack; docs/sharding.md says which folders each one wants.
+OUT gets what tools/shard_imagenet.py writes, classes.txt, and the pixels and share of each class in the manifest.
+
+Refused, by name: a mask of another size than its image, one that is coded in another way than the layout says (a
+palette or colours where indices are due), a number or colour that stands for no class, images and masks without each
+other. Same source and options give the same bytes, whatever the number of workers, however often the run was killed.
+Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable input.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from segmentation import layouts
+from segmentation.pairs import pairs
+from segmentation.samples import MEMBERS, ShardMaker
+from segmentation.statistics import compare, look, statistics
+from sharding import SourceError, check, command, plan
+from sharding.images import Rules
+from sharding.target import Spec, Target
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    return command.run("shard_segmentation", lambda: verify(args) if args.check else shard(args))
+
+
+def shard(args: argparse.Namespace) -> int:
+    maker = list_and_plan(args)
+    if args.dry_run:
+        return 0
+    more = partial(statistics, maker.target.spec.classes)
+    code = command.carry_out(maker.target, maker, args, images=maker.count, more=more)
+    if manifest := maker.target.manifest():  # else other parts are still at work
+        rows = manifest["classes"].items()
+        shares = ", ".join(f"{name} {row['share']:.2f}" for name, row in rows if row["pixels"])
+        absent = sum(not row["pixels"] for _, row in rows)
+        print(f"percent of the labelled pixels: {shares}" + f"; {absent} classes have none" * bool(absent))
+        print(f"void: {manifest['void']['share']:.2f} percent of all pixels")
+    return code
+
+
+def verify(args: argparse.Namespace) -> int:
+    return command.report(args.check, check.run(args.check, args.workers, look, partial(compare, args.check)))
+
+
+def list_and_plan(args: argparse.Namespace) -> ShardMaker:
+    """Which pair goes into which shard: everything that is decided before the first image is read."""
+    if not args.source.is_dir():
+        raise SourceError(f"{args.source} is no folder: SOURCE is where the data set's archives are unpacked")
+    if args.out.resolve().is_relative_to(args.source.resolve()):
+        raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
+    layout = layouts.folders(args.source) if args.layout == "folders" else layouts.LAYOUTS[args.layout]
+    print(f"listing {args.source}", flush=True)
+    found = pairs(layout, args.source, args.split, args.list)
+    order, _ = plan.shuffled((pair.name for pair in found), args.seed)  # patches of a tile stay together, as they are
+    found = [found[position] for position in order]
+    by_key = {pair.key: pair for pair in found}
+    for pair in found:
+        if by_key[pair.key] is not pair:
+            raise SourceError(f"{pair.image} and {by_key[pair.key].image} have one key, {pair.key}: rename one of them")
+    sizes = {name: (args.source / name).stat().st_size for pair in found for name in (pair.image, pair.mask)}
+    rows = [[key, sizes[pair.image], sizes[pair.mask]] for key, pair in sorted(by_key.items())]
+    content = hashlib.sha256(json.dumps([layout.classes, rows]).encode())
+    size = sum(sizes.values())
+    bounds = plan.bounds(len(found), size, args.shards)
+    rules = Rules(subsampling="4:4:4")  # of PNGs that become JPEGs: small coloured things are classes here
+    spec = Spec(
+        name=args.name or (args.source.resolve().name if args.layout == "folders" else args.layout),
+        split=args.split,
+        shards=len(bounds) - 1,
+        seed=args.seed,
+        options={"layout": args.layout, "shards": len(bounds) - 1, **dataclasses.asdict(rules)},
+        source={"images": len(found), "bytes": size, "sha256": content.hexdigest()},
+        classes=list(layout.classes),
+        class_file="classes.txt",
+        members=MEMBERS,
+    )
+    published = layout.splits[args.split][1]
+    if published not in (None, len(found)) and args.list is None:
+        print(f"note: {args.layout} {args.split} has {published:,} samples as published, {args.source} {len(found):,}")
+    print(
+        f"{len(found):,} samples, {len(layout.classes)} classes, {size / 1e9:.2f} GB -> "
+        f"{spec.shards} shards {spec.shard_file(0)} ..., seed {spec.seed}"
+    )
+    return ShardMaker(Target(args.out, spec), layout, args.source.resolve(), found, bounds, rules)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    add = parser.add_argument_group("which images").add_argument
+    add("--layout", choices=["folders", *layouts.LAYOUTS], help="how SOURCE is laid out and its masks are coded")
+    add("--list", type=Path, metavar="FILE", help="names the split's images, one a line, in the layout's place")
+    args = command.parse(parser, argv)
+    if not args.check and args.layout is None:
+        parser.error("--layout is needed: folders, or the data set's")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
