@@ -1,0 +1,69 @@
+"""What can be proved of the GPU's path without a GPU; docs/gpu.md says what cannot."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h100
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "trainer" / "presets"
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gpu_check measures"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds what stands in for CUDA's libraries"),
+]
+
+
+@pytest.fixture(scope="module")
+def sees_h100(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return h100.environment(tmp_path_factory.mktemp("h100"))
+
+
+def predict(environment: dict[str, str], *words: object) -> list[dict[str, Any]]:
+    """The lines of a run of predict_gpu.py."""
+    command = [sys.executable, str(ROOT / "tests" / "predict_gpu.py"), *(str(word) for word in words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_step_on_an_h100_has_no_wrong_device_and_the_kernels_no_spills(sees_h100: dict[str, str]) -> None:
+    """In one process, because each start costs seconds: both methods' steps, small, and the machine code of the views.
+
+    The ceilings are what is reached (docs/gpu.md), a little rounded up.
+    """
+    made, *steps = predict(sees_h100, "--views", "--step", PRESETS / "loca_demo.yaml", PRESETS / "vicregl_demo.yaml")
+    assert all(step["gflop_per_image"] > 0 and step["gib"]["Total"] > 0 for step in steps)
+    assert len(steps) == 2
+    for name, kernel in made["kernels"].items():
+        assert kernel["spilled"] == 0 and kernel["registers"] <= 64, name  # so that 8 blocks of 128 threads share an SM
+    assert len(made["kernels"]) == 4
+    ceilings = {"LOCA": (3.6, 6.0), "LOCA, paper": (5.3, 9.8), "VICRegL": (4.7, 14.0), "VICRegL, ResNet-50": (2.6, 7.0)}
+    for name, (megabytes, microseconds) in ceilings.items():
+        found = made["recipes"][name]
+        assert found["megabytes"] <= megabytes and found["microseconds"] <= microseconds, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml") if "demo" not in p.stem))
+def test_every_presets_step_at_its_size(sees_h100: dict[str, str], preset: str) -> None:
+    (found,) = predict(sees_h100, "--step", PRESETS / f"{preset}.yaml")
+    fits = found["gib"]["Total"] < 76  # of 80 GB, less what CUDA and DALI hold
+    assert fits or preset.startswith(("loca_h16", "vicregl_convnext_xl")), f"{preset} takes {found['gib']['Total']} GiB"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", ["loca", "vicregl"])
+def test_the_step_is_one_graph_on_an_h100(sees_h100: dict[str, str], method: str) -> None:
+    (alone,), (among,) = (predict(sees_h100, "--graphs", PRESETS / f"{method}_demo.yaml", "--ranks", n) for n in (1, 8))
+    assert alone["graphs"] == among["graphs"] == 1
+    assert alone["breaks"] == among["breaks"] == 0
+    assert alone["collectives"] == 0 < among["collectives"]
+    assert among["graphs_in_ddp"] > 1  # DDP splits it at its buckets, so that the all-reduce overlaps the backward pass
