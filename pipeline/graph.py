@@ -29,7 +29,6 @@ from numba import types as numba_types
 from numpy.typing import NDArray
 from nvidia import dali
 from nvidia.dali import backend, fn, types
-from nvidia.dali.plugin.numba import NumbaFunction
 
 from .cutting import cut_image
 from .kernel import kept
@@ -80,15 +79,23 @@ def _decode(images: Any, gpu: bool, hw_decoder_load: float | None) -> Any:
     return _call("decoders__Image", "mixed" if gpu else "cpu", fn.decoders.image, images, **arguments)
 
 
-def _operators(image: Any, cuts: Sequence[Cut], device: str) -> list[Any]:
+_WINDOWS = {  # what the operators read of a window: pairs (y, x)
+    "start": types.DALIDataType.INT32,
+    "shape": types.DALIDataType.INT32,
+    "roi_start": types.DALIDataType.FLOAT,
+    "roi_end": types.DALIDataType.FLOAT,
+}
+
+
+def _operators(image: Any, cuts: Sequence[Cut], device: str, batch_size: int) -> list[Any]:
     """Each kind's views (V, S, S, 3), not augmented."""
-    start, shape = (_source(name, types.DALIDataType.INT32, 2) for name in ("start", "shape"))
-    roi_start, roi_end = (_source(name, types.DALIDataType.FLOAT, 2) for name in ("roi_start", "roi_end"))
     kinds, view = [], 0
     for cut in cuts:
         views = []
         for _ in range(cut.count):
-            window = _call("Slice", device, fn.slice, image, start=start[view], shape=shape[view], axes=(0, 1))
+            # A source of its own for each: a subscript is an operator, and DALI runs those of the CPU one at a time.
+            at = {name: _source(f"{name}{view}", dtype, 1) for name, dtype in _WINDOWS.items()}
+            window = _call("Slice", device, fn.slice, image, start=at["start"], shape=at["shape"], axes=(0, 1))
             views.append(
                 _call(
                     "Resize",
@@ -96,10 +103,11 @@ def _operators(image: Any, cuts: Sequence[Cut], device: str) -> list[Any]:
                     fn.resize,
                     window,
                     size=(cut.size, cut.size),
-                    roi_start=roi_start[view],
-                    roi_end=roi_end[view],
+                    roi_start=at["roi_start"],
+                    roi_end=at["roi_end"],
                     interp_type=_FILTERS[cut.interpolation],
                     antialias=cut.antialias,
+                    minibatch_size=batch_size,  # one launch for all images; by default for 32
                 )
             )
             view += 1
@@ -146,52 +154,54 @@ def _shapes(counts_and_sizes: tuple[tuple[int, int], ...]) -> Any:
     return setup
 
 
-class _Fused(NumbaFunction):
+def _fused(cuts: tuple[Cut, ...]) -> Any:
     """DALI's numba operator with functions that are compiled already.
 
-    DALI wraps the functions it is given and compiles them in each process, which takes 3 to 10 s. What it then
-    calls is this: two C functions, the first of which numba keeps on disk.
+    DALI wraps the functions it is given and compiles them in each process, which takes 3 to 10 s. What it then calls is
+    this: two C functions, the first of which numba keeps on disk.
     """
+    from nvidia.dali.plugin.numba import NumbaFunction  # it asks numba about CUDA, which may fail where nobody needs it
 
-    def __init__(self, cuts: Sequence[Cut]):
-        self._sizes = tuple((cut.count, cut.size) for cut in cuts)
-        byte, real, kinds = types.DALIDataType.UINT8, types.DALIDataType.FLOAT, len(cuts)
-        super().__init__(
-            run_fn=None,
-            setup_fn=None,
-            out_types=[byte] * kinds,
-            outs_ndim=[4] * kinds,
-            in_types=[byte, real, real],
-            ins_ndim=[3, 2, 2],
-            device="cpu",
+    class Fused(NumbaFunction):
+        def _get_run_fn_cpu(self, *_: Any) -> int:
+            return _cut_all().address
+
+        def _get_setup_fn_cpu(self, _: Any) -> int:
+            return _shapes(tuple((cut.count, cut.size) for cut in cuts)).address
+
+    byte, real, kinds = types.DALIDataType.UINT8, types.DALIDataType.FLOAT, len(cuts)
+    return Fused(
+        run_fn=None,
+        setup_fn=None,
+        out_types=[byte] * kinds,
+        outs_ndim=[4] * kinds,
+        in_types=[byte, real, real],
+        ins_ndim=[3, 2, 2],
+        device="cpu",
+    )
+
+
+@cache
+def _fits() -> bool:
+    """Whether this DALI calls a numba operator's functions as 2.4 does. Warns where it does not."""
+    from nvidia.dali.plugin.numba import NumbaFunction
+
+    operator: Any = NumbaFunction
+    try:
+        signatures = operator._run_fn_sig(None, False), operator._setup_fn_sig(None)
+    except (AttributeError, TypeError):
+        signatures = None
+    word, number = numba_types.uint64, numba_types.int32
+    run = [word, word, word, number] * 2
+    setup = [word, word, number, word, word, number, number]
+    fitting = signatures == (numba_types.void(*run), numba_types.void(*setup))
+    if not fitting:
+        warnings.warn(
+            f"DALI {dali.__version__} calls numba functions in another way than 2.4 does: views are cut by its own "
+            "operators, several times slower on a CPU; install a 2.4 release",
+            stacklevel=2,
         )
-
-    def _get_run_fn_cpu(self, *_: Any) -> int:
-        return _cut_all().address
-
-    def _get_setup_fn_cpu(self, _: Any) -> int:
-        return _shapes(self._sizes).address
-
-    @staticmethod
-    @cache
-    def fits() -> bool:
-        """Whether this DALI calls a numba operator's functions as 2.4 does. Warns where it does not."""
-        operator: Any = NumbaFunction
-        try:
-            signatures = operator._run_fn_sig(None, False), operator._setup_fn_sig(None)
-        except (AttributeError, TypeError):
-            signatures = None
-        word, number = numba_types.uint64, numba_types.int32
-        run = [word, word, word, number] * 2
-        setup = [word, word, number, word, word, number, number]
-        fitting = signatures == (numba_types.void(*run), numba_types.void(*setup))
-        if not fitting:
-            warnings.warn(
-                f"DALI {dali.__version__} calls numba functions in another way than 2.4 does: views are cut by its own "
-                "operators, several times slower on a CPU; install a 2.4 release",
-                stacklevel=2,
-            )
-        return fitting
+    return fitting
 
 
 class Graph:
@@ -210,7 +220,7 @@ class Graph:
         form: Form | None = None,
         hw_decoder_load: float | None = None,
     ):
-        self.form: Form = form or ("fused" if device_id is None and _Fused.fits() else "operators")
+        self.form: Form = form or ("fused" if device_id is None and _fits() else "operators")
         gpu = device_id is not None
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
@@ -220,7 +230,7 @@ class Graph:
         with self._pipe:
             image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding)
             if self.form == "fused":
-                views: Any = _Fused(recipe.cuts)(
+                views: Any = _fused(recipe.cuts)(
                     image,
                     _source("windows", types.DALIDataType.FLOAT, 2),
                     _source("params", types.DALIDataType.FLOAT, 2),
@@ -230,7 +240,7 @@ class Graph:
             elif self.form == "triton":
                 outputs = [image]
             else:
-                outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu")
+                outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu", batch_size)
             self._pipe.set_outputs(*outputs)
 
     def submit(self, images: Images, windows: NDArray[np.float32], params: NDArray[np.float32]) -> None:
@@ -244,10 +254,16 @@ class Graph:
             y0, x0, y1, x1 = np.moveaxis(windows, -1, 0)
             height, width = y1 - y0, np.abs(x1 - x0)
             zero, flipped = np.zeros_like(height), x1 < x0
-            feed("start", np.stack([y0, np.minimum(x0, x1)], -1).astype(np.int32))
-            feed("shape", np.stack([height, width], -1).astype(np.int32))
-            feed("roi_start", np.stack([zero, np.where(flipped, width, zero)], -1))
-            feed("roi_end", np.stack([height, np.where(flipped, zero, width)], -1))
+            pairs = {
+                "start": (y0, np.minimum(x0, x1)),
+                "shape": (height, width),
+                "roi_start": (zero, np.where(flipped, width, zero)),
+                "roi_end": (height, np.where(flipped, zero, width)),
+            }
+            for name, pair in pairs.items():
+                dtype = np.int32 if _WINDOWS[name] == types.DALIDataType.INT32 else np.float32
+                for view, column in enumerate(np.stack(pair, -1).astype(dtype).swapaxes(0, 1)):
+                    feed(f"{name}{view}", np.ascontiguousarray(column))
         self._pipe.schedule_run()
 
     def take(self, stream: int | None = None) -> list[Any]:

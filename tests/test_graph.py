@@ -9,6 +9,7 @@ import torch
 from mapimages import SIZES, coordinates, encode, expected, map_image, smooth_image, still_recipe
 from numba import types as numba_types
 from numpy.typing import NDArray
+from nvidia.dali.plugin.numba import NumbaFunction
 from PIL import Image
 
 from pipeline import colour, draws, graph, recipes
@@ -178,11 +179,11 @@ def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("Resize", "gpu"),
         ("Stack", "gpu"),
     }
-    # ... and nothing else is in the graph as DALI has it, but the subscripts of windows, on the host.
+    # ... and nothing else is in the graph as DALI has it: no subscripts, which it would run one at a time on the host.
     g._pipe._build_graph()
     specs = [str(op.spec) for op in g._pipe._ops]
     found = {(_after("OpSpec for ", spec).rstrip(":"), _after("device: ", spec)) for spec in specs}
-    assert found == asked | {("_TensorSubscript", "cpu")}
+    assert found == asked
     registered = {
         "cpu": graph.backend.RegisteredCPUOps(),
         "gpu": graph.backend.RegisteredGPUOps(),
@@ -194,15 +195,29 @@ def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert float(_after("hw_decoder_load: ", decoder)) == 0.5
 
 
-@pytest.mark.parametrize(("form", "nodes"), [("fused", 5), ("triton", 2)])
-def test_the_gpu_graphs_of_other_forms_are_short(form: str, nodes: int) -> None:
-    """Fused: nothing but copies is done by the GPU. Triton: nothing but decoding is done by DALI."""
+@pytest.mark.parametrize(("form", "nodes"), [("operators", 71), ("fused", 5), ("triton", 2)])
+def test_dali_knows_what_the_gpus_graph_asks_of_it(form: str, nodes: int) -> None:
+    """By its own registry, without a GPU: operators, arguments, where inputs lie. Nothing is decoded twice or in vain.
+
+    Fused: only copies are the GPU's. Triton: only decoding is DALI's.
+    """
     g = Graph(recipes.loca(), 4, device_id=0, form=form)  # type: ignore[arg-type]
     g._pipe._build_graph()
-    found = [str(op.spec) for op in g._pipe._ops]
-    assert len(found) == nodes
-    decoders = [_after("device: ", spec) for spec in found if "OpSpec for decoders__Image" in spec]
-    assert decoders == (["mixed"] if form == "triton" else ["cpu"])
+    assert len(g._pipe._ops) == nodes
+    decoders = []
+    for operator in g._pipe._ops:
+        spec, text = operator.spec, str(operator.spec)
+        name, device = _after("OpSpec for ", text).rstrip(":"), _after("device: ", text)
+        decoders += [device] if name == "decoders__Image" else []
+        schema = graph.backend.GetSchema(name)
+        arguments = {line.split(":")[0].strip() for line in text.partition("Arguments:")[2].splitlines() if ":" in line}
+        known = {"device", "preserve_name"} | {a for a in arguments if a.startswith("_") or schema.HasArgument(a)}
+        assert arguments <= known, f"{name} has no {arguments - known}"
+        regular = spec.NumRegularInput()
+        fed = [spec.InputDevice(i) for i in range(spec.NumInput())]
+        assert set(fed[:regular]) <= {"gpu" if device == "gpu" else "cpu"}, f"{name} takes {fed}"
+        assert set(fed[regular:]) <= {"cpu"}, f"{name}: GPU operators read their arguments on the host"
+    assert decoders == (["cpu"] if form == "fused" else ["mixed"])
     assert {output.device for output in g._pipe._graph_outputs} == {"gpu"}
 
 
@@ -220,15 +235,15 @@ def test_a_missing_kernel_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch
 def test_another_way_of_calling_numba_operators_is_noticed_and_said_once(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    request.addfinalizer(graph._Fused.fits.cache_clear)
-    graph._Fused.fits.cache_clear()
+    request.addfinalizer(graph._fits.cache_clear)
+    graph._fits.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Graph(still_recipe(), 4).form == "fused"  # with the DALI that is installed here
-    monkeypatch.setattr(graph.NumbaFunction, "_run_fn_sig", lambda self, batch: numba_types.void(numba_types.uint64))
-    for change in (lambda: None, lambda: monkeypatch.delattr(graph.NumbaFunction, "_setup_fn_sig")):
+    monkeypatch.setattr(NumbaFunction, "_run_fn_sig", lambda self, batch: numba_types.void(numba_types.uint64))
+    for change in (lambda: None, lambda: monkeypatch.delattr(NumbaFunction, "_setup_fn_sig")):
         change()
-        graph._Fused.fits.cache_clear()
+        graph._fits.cache_clear()
         with pytest.warns(UserWarning, match="several times slower on a CPU") as warned:
             assert [Graph(still_recipe(), 4).form for _ in range(2)] == ["operators"] * 2
         assert len(warned) == 1
