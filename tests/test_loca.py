@@ -7,7 +7,7 @@ import pytest
 import torch
 from loca_cases import EVERY, START, VARIANTS, build, random_batch, tiny
 from oracles_loca import log_softmax, naive_loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import Batch, View, recipes
 from trainer.methods.loca import Clusters, Config, CrossAttention, Method, sinkhorn, views
@@ -208,6 +208,40 @@ def test_momentum_of_the_teacher(step: int, momentum: float) -> None:
     method.after_step(torch.tensor(step / 125_100))
     for p in method.teacher.parameters():  # every one: prototypes, cross-attention and head too
         assert p.flatten()[0].item() == pytest.approx(1 - momentum, abs=1e-6) and p.min() == p.max()
+
+
+@pytest.mark.parametrize("clusters", ["patch", "off"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_branches_dropped_together(shared: bool, clusters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights and pixels are the same, so are tokens, if the same branches were dropped."""
+    cfg = tiny(drop_path=0.5, drop_path_shared=shared, focal_size=32, clusters=clusters, eta=0.0, mask="first")
+    torch.manual_seed(0)
+    method, count = Method(cfg), 64
+    nn.init.zeros_(method.student.backbone.pos_embed)
+    nn.init.zeros_(method.backbone().pos_embed)
+    pixels = torch.randint(0, 256, (count, 1, 32, 32, 3), dtype=torch.uint8)
+    images = {"reference": pixels, "query": pixels, "focal": pixels.expand(-1, 2, -1, -1, -1)}
+    targets = {kind: torch.zeros(count, pixels.shape[1], 16) for kind, pixels in images.items()}
+    seen = []
+    monkeypatch.setattr(method, "draw", lambda *_: (torch.arange(16)[None], torch.arange(16)[None]))
+    for name in ("encode_reference", "encode_queries"):
+        original = getattr(method, name)
+        monkeypatch.setattr(method, name, lambda *a, f=original: seen.append(f(*a)) or seen[-1])
+    method(
+        Batch({k: View(v, torch.zeros(1)) for k, v in images.items()}, targets, torch.zeros(1), torch.zeros(1)), START
+    )
+    (_, reference), (query, first, second) = seen
+    alike = [
+        (reference - view).flatten(1).abs().amax(1) < 1e-4 for view in (query, first, second)
+    ]  # whether an image's both branches of the last block, each dropped half the time, were
+    assert [x.float().mean().item() == 1 for x in alike] == [shared, shared, False]
+    assert all(0.1 < x.float().mean() < 0.5 for x in alike[2 if shared else 0 :])  # a quarter, by chance
+    method.eval()
+    seen.clear()
+    method(
+        Batch({k: View(v, torch.zeros(1)) for k, v in images.items()}, targets, torch.zeros(1), torch.zeros(1)), START
+    )
+    torch.testing.assert_close(seen[0][1], seen[1][2])  # nothing is dropped
 
 
 def test_backbone_is_the_teacher_s() -> None:

@@ -177,6 +177,10 @@ def test_one_graph(name: str) -> None:
     assert np.isfinite(steps(tiny(drop_path=0.1, **changes), "eager")).all()
 
 
+def test_shared_drop_path_is_one_graph() -> None:
+    assert np.isfinite(steps(tiny(drop_path=0.1, drop_path_shared=True), "eager")).all()
+
+
 @pytest.mark.slow
 def test_the_compiled_step_computes_the_same() -> None:
     cfg = tiny(mask="first", query_keep=1.0)  # what is drawn does not matter: inductor draws otherwise

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import convnext as timm_convnext
 from timm.models import resnet as timm_resnet
-from timm.models.vision_transformer import Block
+from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -144,6 +144,19 @@ def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool =
     return VisionTransformer(width, depth, heads, patch=patch, size=size, drop_path=drop_path, cls_token=cls_token)
 
 
+class Block(timm_vit.Block):
+    """timm's pre-norm block. Which images drop a branch may be decided outside, so that several passes share it."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, drops: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D). `drops` (B, 2), uniform in [0, 1), decides on attention and MLP; None draws."""
+        if drops is None:
+            return super().forward(x, attn_mask)
+        kept = 1 - getattr(self.drop_path1, "drop_prob", 0.0)
+        scale = ((drops < kept) / kept).to(x.dtype)[:, :, None, None]
+        x = x + scale[:, 0] * self.attn(self.norm1(x), attn_mask=attn_mask)
+        return x + scale[:, 1] * self.mlp(self.norm2(x))
+
+
 class VisionTransformer(nn.Module):
     """A pre-norm ViT with learned 2-D positions and, as LOCA's code has it, no CLS token; its output is normalised.
 
@@ -198,18 +211,25 @@ class VisionTransformer(nn.Module):
             block_init_(block)
 
     def forward(
-        self, pixels: Tensor, keep: Tensor | None = None, *, positions: bool = True, context: Tensor | None = None
+        self,
+        pixels: Tensor,
+        keep: Tensor | None = None,
+        *,
+        positions: bool = True,
+        context: Tensor | None = None,
+        drops: Tensor | None = None,
     ) -> Tensor:
         """f32 (B, 3, H, W) -> (B, N, D), or (B, 1 + N, D) with a CLS token in front.
 
         `keep`, i64 (n,) for all images alike or (B, n), names the patches that enter the first block; the others cost
         nothing. `positions=False` leaves the position embeddings out. `context`, bool (1 or B, N), names the tokens
-        that serve as keys and values in every block; by default all do.
+        that serve as keys and values in every block; by default all do. `drops` (B, L, 2), uniform in [0, 1), decides
+        which branches are dropped; by default each pass draws for itself.
         """
         x = self.embed(pixels, keep, positions)
         mask = None if context is None else context[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, mask)
+        for l, block in enumerate(self.blocks):
+            x = block(x, mask, None if drops is None else drops[:, l])
         return self.norm(x)
 
     def forward_intermediates(
