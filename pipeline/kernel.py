@@ -48,6 +48,13 @@ def kept() -> Iterator[bool]:
             _config.CACHE_DIR = before
 
 
+def _remove_unused(place: Path) -> None:
+    for folder in place.glob("kernels-*"):
+        with suppress(OSError):  # another process may be at it
+            if folder.stat().st_mtime < time.time() - _UNUSED:
+                shutil.rmtree(folder)
+
+
 @cache
 def _folder() -> Path | None:
     here = Path(__file__).parent
@@ -60,8 +67,6 @@ def _folder() -> Path | None:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             os.utime(folder)  # used today
-            for other in folder.parent.glob("kernels-*"):
-                if other.stat().st_mtime < time.time() - _UNUSED:
-                    shutil.rmtree(other, ignore_errors=True)
+            _remove_unused(folder.parent)
             return folder
     return None

@@ -183,7 +183,7 @@ class StreamPreparation(Preparation):
         if position:
             raise ValueError(
                 f"this state was taken {position} samples into an epoch: a stream goes on at the start of one only; "
-                "begin the epoch anew, or make a ShardSet of its shards, which goes on anywhere"
+                "restart the epoch, or make a ShardSet of its shards, which goes on anywhere"
             )
         return self.restart(epoch, position)
 
@@ -207,13 +207,13 @@ class StreamPreparation(Preparation):
         return self._prepared(span, index, [s.image for s in samples], sizes, np.array([s.label for s in samples]))
 
     def again(self, prepared: Prepared, faults: dict[int, str]) -> Prepared | None:
-        """Sound samples of the batch take the place of the others: the stream has gone on."""
+        """Good samples of the batch take the place of the others: the stream has gone on."""
         for k, reason in faults.items():
             self._stream.reject(int(prepared.index[k]), f"number {prepared.index[k]}", reason)
-        sound = [k for k in range(len(prepared.images)) if k not in faults]
-        if not sound:
+        good = [k for k in range(len(prepared.images)) if k not in faults]
+        if not good:
             raise ShardError(f"no sample of a whole batch can be decoded: {next(iter(faults.values()))}")
-        spare = cycle(sound)
+        spare = cycle(good)
         places = [next(spare) if k in faults else k for k in range(len(prepared.images))]
         images = [prepared.images[k] for k in places]
         return self._prepared(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pipeline import host
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -20,7 +22,7 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "cpu_quota": _quota(),
+        "cpu_quota": host.quota(),
         "load_before": round(os.getloadavg()[0], 1),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -60,15 +62,6 @@ def _cpu_name() -> str:
         if text.startswith("model name"):
             return text.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _quota() -> float | None:
-    """Cores' worth of time that the control group allows, or None for no limit."""
-    limit, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
-    if limit.strip().isdigit():
-        return round(int(limit) / int(period), 2)
-    old, base = (_text(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return round(int(old) / int(base), 2) if old.isdigit() and base.isdigit() else None
 
 
 def _driver() -> str:

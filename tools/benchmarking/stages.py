@@ -109,7 +109,7 @@ class Pool:
         n, b = len(task.shards), task.batch_size
         self.wanted = [positions(0, 0, k * b % n, min(k * b % n + b, n), n) for k in range(min(_POOL, -(-n // b)))]
         loaded = [self.samples.load(0, wanted) for wanted in self.wanted]
-        self.index, self.images = [index for index, _ in loaded], [images for _, images in loaded]
+        self.index, self.images = [index for index, _, _ in loaded], [images for _, images, _ in loaded]
         rows = [task.shards.table[index] for index in self.index]
         self.sizes = [np.stack([r["height"], r["width"]], -1) for r in rows]
         if task.recipe is not None:
