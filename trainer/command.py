@@ -1,8 +1,11 @@
 """What the commands beside run.py share: a mistake in what was asked for is one sentence and exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
+
+import torch
 
 
 def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], int]]:
@@ -21,3 +24,13 @@ def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list
         return program
 
     return decorate
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for an ``--untrained`` that is no seed and a ``--device`` that is not there."""
+    if args.untrained is not None and not 0 <= args.untrained < 2**63:
+        raise ValueError(f"--untrained {args.untrained}: a seed lies between 0 and 2**63")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # torch has no one error for a device that is not there
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None

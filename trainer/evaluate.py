@@ -25,8 +25,8 @@ from tqdm import tqdm
 from pipeline import Batch, Loader, ShardSet, recipes
 from trainer import checkpoint, config
 from trainer.backbones import normalise
-from trainer.command import command
-from trainer.stored import arrays, fingerprint
+from trainer.command import check, command
+from trainer.stored import arrays, fingerprint, keep
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
 FORMAT = 1  # of stored features: counts up when the same weights and images would give others
@@ -103,23 +103,14 @@ def stored(
                 start += len(y)
                 bar.update(len(y))
                 if step % 32 == 0:
-                    _keep(found, start)
+                    keep(found, start)
                 if start == count:
                     break
         finally:
-            _keep(found, start)
+            keep(found, start)
             loader.close()
             bar.close()
     return torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
-
-
-def _keep(found: dict[str, Any], filled: int) -> None:
-    """Rows before their number: a power cut may lose rows, but never call lost ones filled."""
-    for name, part in found.items():
-        if name == "filled":
-            part[0] = filled
-        if isinstance(part, np.memmap):
-            part.flush()
 
 
 class Probe:
@@ -225,12 +216,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--features", type=Path, help="folder that keeps features; by default beside the checkpoint")
     args = parser.parse_args(argv)
 
-    if args.untrained is not None and not 0 <= args.untrained < 2**63:
-        raise ValueError(f"--untrained {args.untrained}: a seed lies between 0 and 2**63")
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:  # torch has no one error for a device that is not there
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    check(args)
     method: Any = checkpoint.restore(checkpoint.load(args.checkpoint))
     if args.untrained is not None:
         torch.manual_seed(args.untrained)

@@ -49,3 +49,20 @@ def arrays(folder: Path | None, layout: Layout) -> dict[str, NDArray[Any]]:
     if any((found[name].dtype, found[name].shape) != (np.dtype(kind), shape) for name, (kind, shape) in layout.items()):
         raise ValueError(f"{folder}: holds arrays of other types or shapes; remove it")
     return found
+
+
+def keep(found: Mapping[str, NDArray[Any]], filled: int) -> None:
+    """Writes what is in the arrays to the disk, and then to the array ``filled``, i64 (1,), how many rows they hold.
+
+    In this order: a power cut may lose rows, but never call lost ones filled.
+    """
+    for name, part in found.items():
+        if name != "filled":
+            _flush(part)
+    found["filled"][0] = filled
+    _flush(found["filled"])
+
+
+def _flush(array: NDArray[Any]) -> None:
+    if isinstance(array, np.memmap):
+        array.flush()

@@ -1,0 +1,129 @@
+"""A backbone's patch features of all images of a set, and how the labels fill each patch. Computed once.
+
+In a folder they are memory-mapped files, half precision, filled in any number of sittings: an interrupted extraction
+goes on where it was. The folder's name is made of all that decides what is in it: weights, images and settings.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.host import cores
+from trainer.backbones import stride
+from trainer.segmentation.frozen import Frozen
+from trainer.segmentation.labelled import Labelled, class_shares
+from trainer.stored import arrays, fingerprint, keep
+
+FORMAT = 1  # counts up when the same inputs would give other features
+PIXELS = 1 << 20  # in a batch: fills a GPU, and a CPU's memory holds it many times
+
+
+class Features(NamedTuple):
+    """Of n images with P patches in all, each image's row by row."""
+
+    x: Tensor  # f16 (P, D)
+    shares: Tensor  # f16 (P, C): each class's share of the patch's pixels; a row sums to what is labelled
+    colour: Tensor  # f16 (P, 6): mean and deviation of red, green and blue, of the unit range
+    start: NDArray[np.int64]  # (n,): each image's first patch
+    grids: NDArray[np.int64]  # (n, 2): rows and columns
+    images: NDArray[np.int64]  # (n,): their numbers in the set
+
+    def rows(self, j: int) -> slice:
+        """The patches of the j-th image."""
+        return slice(int(self.start[j]), int(self.start[j] + self.grids[j].prod()))
+
+
+def extract(
+    frozen: Frozen,
+    data: Labelled,
+    classes: int,
+    *,
+    short_side: int | None,
+    images: NDArray[np.int64] | None = None,
+    cache: Path | None = None,
+    show: str | None = None,
+) -> Features:
+    """Features of `images` of a set, all by default, in memory or below the folder `cache`; `show` titles a bar.
+
+    Raises ValueError for an image or a mask that cannot be used and for features that half precision cannot hold,
+    OSError where the disk is too small.
+    """
+    images = np.arange(len(data)) if images is None else images
+    device, multiple = frozen.device, stride(frozen.backbone)
+    tried = frozen(torch.zeros(1, 2 * multiple, 2 * multiple, 3, dtype=torch.uint8, device=device))
+    cell = 2 * multiple // tried.shape[2]  # of several layers the finest counts
+    sides = np.array([data.fitted(int(i), short_side, multiple) for i in images])
+    grids = sides // cell
+    ends = grids.prod(1).cumsum()
+    start, patches = ends - grids.prod(1), int(ends[-1])
+    widths = {"x": tried.shape[1], "shares": classes, "colour": 6}
+    if cache is not None:
+        settings = [*frozen[1:], data.shards.fingerprint, classes, images.tolist(), short_side]
+        cache /= fingerprint(frozen.backbone, FORMAT, *settings)
+    layout = {name: (np.float16, (patches, width)) for name, width in widths.items()}
+    found = arrays(cache, {**layout, "filled": (np.int64, (1,))})
+
+    def load(j: int) -> tuple[Tensor, Tensor]:
+        i = int(images[j])
+        (height, width), (rows, columns) = sides[j].tolist(), grids[j].tolist()
+        picture = data.image(i).resize((width, height), Image.Resampling.BICUBIC)  # antialiased, as timm evaluates
+        return torch.from_numpy(np.array(picture)), class_shares(data.mask(i), rows, columns, classes)
+
+    order = np.lexsort((sides[:, 1], sides[:, 0])).tolist()  # images of one size make a batch
+    filled = int(found["filled"][0])
+    with tqdm(total=len(order), initial=filled, desc=show, unit=" images", disable=not show) as bar:
+        try:
+            for step, (batch, loaded) in enumerate(_ahead(load, _batches(order[filled:], sides)), 1):
+                pixels = torch.stack([picture for picture, _ in loaded]).to(device)
+                x = frozen(pixels).permute(0, 2, 3, 1).flatten(1, 2).half()
+                if not torch.isfinite(x).all():
+                    raise ValueError("features are not finite in half precision: the weights have diverged")
+                for j, features, colour, (_, shares) in zip(
+                    batch, x.cpu(), _colours(pixels, cell), loaded, strict=True
+                ):
+                    part = slice(start[j], ends[j])
+                    found["x"][part], found["shares"][part], found["colour"][part] = features, shares, colour
+                filled += len(batch)
+                bar.update(len(batch))
+                if step % 32 == 0:
+                    keep(found, filled)
+        finally:
+            keep(found, filled)
+    x, shares, colours = (torch.from_numpy(found[name]) for name in ("x", "shares", "colour"))
+    return Features(x, shares, colours, start, grids, images)
+
+
+def _batches(order: list[int], sides: NDArray[np.int64]) -> Iterator[list[int]]:
+    """Images of one size, as many as PIXELS holds."""
+    for (height, width), group in groupby(order, key=lambda j: tuple(sides[j].tolist())):
+        same, most = list(group), max(1, PIXELS // (height * width))
+        yield from (same[first : first + most] for first in range(0, len(same), most))
+
+
+def _ahead(load: Callable[[int], Any], batches: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Any]]]:
+    """Each batch with what `load` makes of its images, in threads, two batches ahead of the one that is worked on."""
+    with ThreadPoolExecutor(cores()) as pool:
+        waiting: deque[tuple[list[int], list[Future]]] = deque()
+        for following in chain(batches, ([], [])):
+            waiting.append((following, [pool.submit(load, j) for j in following]))
+            if len(waiting) > 2:
+                batch, futures = waiting.popleft()
+                yield batch, [future.result() for future in futures]
+
+
+def _colours(pixels: Tensor, cell: int) -> Tensor:
+    """u8 (B, H, W, 3) -> f32 (B, cells, 6) on the CPU: each cell's mean and deviation of red, green and blue."""
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    mean, square = F.avg_pool2d(x, cell), F.avg_pool2d(x.square(), cell)
+    return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1).flatten(2).mT.cpu()

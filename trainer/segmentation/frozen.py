@@ -1,0 +1,73 @@
+"""A frozen backbone, from wherever its weights come: a run, a checkpoint, timm's hub, a released file."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer import checkpoint, released
+from trainer.backbones import ResNet, feature_map, timm_backbone
+
+
+class Frozen(NamedTuple):
+    """A backbone in evaluation mode and how its images are prepared."""
+
+    backbone: nn.Module
+    mean: tuple[float, ...]  # of the unit range
+    std: tuple[float, ...]
+    layers: tuple[int, ...] = (-1,)
+    norm: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """u8 (B, H, W, 3) -> f32 (B, D, rows, columns)."""
+        x = pixels.permute(0, 3, 1, 2).float() / 255
+        x = (x - x.new_tensor(self.mean)[:, None, None]) / x.new_tensor(self.std)[:, None, None]
+        return feature_map(self.backbone, x, self.layers, norm=self.norm)
+
+
+def load(what: str, *, untrained: int | None = None) -> Frozen:
+    """The backbone that `what` names: a run's folder, a checkpoint, ``timm:NAME`` or ``released:FILE``.
+
+    A method with an EMA teacher gives the teacher's; a ResNet gets output stride 8. `untrained` is a seed: the same
+    network with random weights. Raises ValueError naming what is wrong with `what`.
+    """
+    kind, _, rest = what.partition(":")
+    if kind == "timm":
+        backbone: Any = _from_timm(rest, untrained)
+        return Frozen(backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+    payload = _released(Path(rest)) if kind == "released" else checkpoint.load(Path(what))
+    method: Any = checkpoint.restore(payload)
+    if untrained is not None:
+        torch.manual_seed(untrained)
+        method = type(method)(method.cfg)
+    backbone = method.backbone().eval().requires_grad_(False)
+    return Frozen(backbone.dilated() if isinstance(backbone, ResNet) else backbone, method.mean, method.std)
+
+
+def _from_timm(name: str, untrained: int | None) -> nn.Module:
+    if untrained is not None:
+        torch.manual_seed(untrained)
+        return timm_backbone(name, pretrained=False)
+    try:
+        return timm_backbone(name, pretrained=True)
+    except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors; what it lacks, timm calls RuntimeError
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"timm:{name}: no pretrained weights ({reason}): name another, or say --untrained SEED for random ones"
+        ) from None
+
+
+def _released(path: Path) -> checkpoint.Payload:
+    """VICRegL's files are torch's (zip archives or pickles), LOCA's are not."""
+    try:
+        with path.open("rb") as file:
+            torchs = file.read(2) in (b"PK", b"\x80\x02")
+        return released.convert(path, "vicregl" if torchs else "loca", True)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"released:{path}: {error}") from None

@@ -1,0 +1,84 @@
+"""Intersection over union at the labels' own resolution, from one confusion matrix over all images."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.segmentation.labelled import VOID, Labelled
+
+Scores = Callable[[int], Tensor]  # the j-th image -> scores (C, rows, columns) of any grid that covers it
+
+
+class Confusion:
+    """Counts of (true class, predicted class): i64 `matrix` (C, C), a sum over pixels of all images.
+
+    Matrices of parts of a set add up: other ranks' come in by `parallel.sum_over_ranks_(confusion.matrix)`.
+    """
+
+    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+
+    def add(self, predicted: Tensor, truth: Tensor) -> None:
+        """Counts label maps of one shape, any integers; `predicted` in [0, C), `truth` in [0, C) or VOID."""
+        classes = len(self.matrix)
+        labelled = truth != VOID
+        pairs = truth[labelled].long() * classes + predicted[labelled].long()
+        self.matrix += pairs.bincount(minlength=classes**2).view(classes, classes)
+
+    @property
+    def iou(self) -> Tensor:
+        """f64 (C,): TP / (TP + FP + FN) of each class, NaN for one that is neither labelled nor predicted."""
+        right = self.matrix.diagonal().double()
+        return right / (self.matrix.sum(0) + self.matrix.sum(1) - right)
+
+    @property
+    def miou(self) -> float:
+        """The mean IoU of the classes that occur, labelled or predicted; NaN where there are none."""
+        return self.iou.nanmean().item()
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """The share of labelled pixels that are right."""
+        return (self.matrix.diagonal().sum() / self.matrix.sum()).item()
+
+
+def label_map(scores: Tensor, height: int, width: int, strip: int = 1 << 24) -> Tensor:
+    """The best class of every pixel, i64 (height, width), from scores (C, rows, columns) of a patch grid.
+
+    Scores are interpolated bilinearly between the centres of patches (align_corners=False), never labels; in strips of
+    rows that hold about `strip` scores, as 150 classes of a large photograph would take gigabytes.
+    """
+    classes, rows, _ = scores.shape
+    y = ((torch.arange(height, device=scores.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
+    above = y.long()
+    below, share = (above + 1).clamp(max=rows - 1), (y - above).to(scores.dtype)[:, None]
+    step = max(1, strip // (classes * width))
+    found = torch.empty(height, width, dtype=torch.int64, device=scores.device)
+    for top in range(0, height, step):
+        part = slice(top, top + step)
+        lines = torch.lerp(scores[:, above[part]], scores[:, below[part]], share[part])
+        whole = F.interpolate(lines[None], (lines.shape[1], width), mode="bilinear", align_corners=False)
+        torch.argmax(whole[0], 0, out=found[part])
+    return found
+
+
+def evaluate(
+    data: Labelled,
+    images: NDArray[np.int64],
+    predictors: Mapping[str, Scores],
+    classes: int,
+    *,
+    show: str | None = None,
+) -> dict[str, Confusion]:
+    """The confusion matrix of each predictor over `images`, numbers in the set, at label size; `show` titles a bar."""
+    found = {name: Confusion(classes) for name in predictors}
+    for j, i in enumerate(tqdm(images, show, unit=" images", disable=not show)):
+        truth = data.mask(int(i))
+        for name, scores in predictors.items():
+            found[name].add(label_map(scores(j), *truth.shape).cpu(), truth)
+    return found
