@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import trainer
 from trainer import checkpoint, export
 from trainer.methods import loca
 
@@ -144,6 +145,17 @@ def test_a_checkpoint_that_lies_is_one_sentence(
         assert export.main([str(tmp_path / path), str(tmp_path / "out")]) == 2
         assert capsys.readouterr().err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_for_code_of_ones_own(tmp_path: Path, whole: checkpoint.Payload) -> None:
+    checkpoint.save(tmp_path / "checkpoints", whole, keep_last=1, keep_every=None)
+    for where in (tmp_path, str(tmp_path / "checkpoints" / "last")):
+        backbone = trainer.load(where)
+        assert not any(module.training for module in backbone.modules())
+        for name, value in backbone.state_dict().items():
+            assert torch.equal(value, whole["model"][f"teacher.backbone.{name}"])
+    with pytest.raises(ValueError, match="nowhere"):
+        trainer.load(tmp_path / "nowhere")
 
 
 def test_an_optimizer_s_lies_are_one_sentence(whole: checkpoint.Payload) -> None:

@@ -147,7 +147,9 @@ def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool =
 class Block(timm_vit.Block):
     """timm's pre-norm block. Which images drop a branch may be decided outside, so that several passes share it."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, drops: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, attn_mask: Tensor | None = None, drops: Tensor | None = None
+    ) -> Tensor:
         """(B, N, D) -> (B, N, D). `drops` (B, 2), uniform in [0, 1), decides on attention and MLP; None draws."""
         if drops is None:
             return super().forward(x, attn_mask)
