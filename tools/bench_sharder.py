@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -29,8 +30,9 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
+from pipeline import host
+
 TOOL = Path(__file__).with_name("shard_imagenet.py")
-IMAGENET = {"ImageNet-1k": 138e9, "ImageNet-21k, winter21": 1.1e12}  # bytes
 
 
 def main() -> None:
@@ -44,46 +46,40 @@ def main() -> None:
         source, out = Path(work, "source"), Path(work, "out")
         files = link(args.folder, source, args.copies)
         total = sum(len(file.read_bytes()) for file in files)  # also warms the page cache
-        print(f"{machine()}\n{len(files)} images, {total / 1e6:.0f} MB, {sizes(files, total)}")
+        print(f"{machine()}\n{len(files)} images, {total / 1e6:.0f} MB, mean {total / len(files) / 1e3:.0f} kB")
+        shard = [sys.executable, str(TOOL), str(source), str(out), "--part", "0/1", "--workers"]
         many = f"sharder, {args.workers} workers"
-        runs: dict[str, Callable[[], None]] = {
-            "cp": lambda: process("cp", "-r", source, out),
+        candidates: dict[str, Callable[[], object]] = {
+            "cp": lambda: process(["cp", "-r", str(source), str(out)]),
             "ShardWriter": lambda: shard_writer(files, out),
             "decode": lambda: decode(files),
-            "sharder, 1 worker": lambda: sharder(source, out, 1),
-            many: lambda: sharder(source, out, args.workers),
+            "sharder, 1 worker": lambda: process([*shard, "1"]),
+            many: lambda: process([*shard, str(args.workers)]),
         }
-        wall: dict[str, list[float]] = {name: [] for name in runs}
-        cpu: dict[str, list[float]] = {name: [] for name in runs}
+        wall: dict[str, list[float]] = {name: [] for name in candidates}
+        cpu: dict[str, list[float]] = {name: [] for name in candidates}
         for _ in range(args.rounds):
-            for name, run in runs.items():
+            for name, candidate in candidates.items():
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()  # no candidate pays for writing back what another one left
                 began, busy = time.perf_counter(), sum(os.times()[:4])
-                run()
+                candidate()
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(sum(os.times()[:4]) - busy)
-        peak = peak_memory(source, out, args.workers)
 
-    for name, times in wall.items():
-        middle, each = statistics.median(times), statistics.median(cpu[name]) / len(files)
-        print(
-            f"{name:20s} {len(files) / middle:7.0f} images/s {total / middle / 1e6:6.0f} MB/s   "
-            f"wall {middle:6.2f} s ({min(times):.2f} to {max(times):.2f})   CPU {each * 1e3:.2f} ms/image"
-        )
     seconds = {name: statistics.median(times) for name, times in wall.items()}
-    busy_for = {name: statistics.median(times) for name, times in cpu.items()}
-    print(f"against {args.workers} x decoding: wall {seconds[many] / (seconds['decode'] / args.workers):.2f}", end=", ")
-    print(f"CPU {busy_for[many] / busy_for['decode']:.2f} times as long")
-    for name in ("ShardWriter", "cp"):
-        print(f"{args.workers} workers against {name}: wall {seconds[many] / seconds[name]:.2f} times as long")
-    print(f"memory of the largest worker: {peak:.0f} MB")
-    hours = {name: busy_for[many] / total * size / 64 / 3600 for name, size in IMAGENET.items()}
-    for name, projected in hours.items():
-        need = IMAGENET[name] / projected / 3600 / 1e9
-        print(f"{name}: {projected:.2f} h of CPU on 64 cores, if the disk reads and writes {need:.1f} GB/s")
-    said = {"images": len(files), "bytes": total, "workers": args.workers, "wall_s": wall, "cpu_s": cpu}
-    print(json.dumps(said | {"worker_mb": round(peak), "cpu_hours_on_64_cores": hours}))
+    for name, times in wall.items():
+        each = statistics.median(cpu[name]) / len(files)
+        print(
+            f"{name:20s} {len(files) / seconds[name]:7.0f} images/s {total / seconds[name] / 1e6:6.0f} MB/s   "
+            f"wall {seconds[name]:6.2f} s ({min(times):.2f} to {max(times):.2f})   CPU {each * 1e3:.2f} ms/image"
+        )
+    print(f"{many} against as many that only decode: {seconds[many] / (seconds['decode'] / args.workers):.2f}", end="")
+    print("".join(f", {name}: {seconds[many] / seconds[name]:.2f}" for name in ("ShardWriter", "cp")), "times as long")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"memory of the sharder's largest process: {peak:.0f} MB")
+    result = {"images": len(files), "bytes": total, "workers": args.workers, "wall_s": wall, "cpu_s": cpu}
+    print(json.dumps(result | {"largest_process_mb": round(peak)}))
 
 
 def link(folder: Path, source: Path, copies: int) -> list[Path]:
@@ -97,8 +93,8 @@ def link(folder: Path, source: Path, copies: int) -> list[Path]:
     return files
 
 
-def process(*words: object) -> None:
-    subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def process(words: list[str]) -> None:
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def shard_writer(files: list[Path], out: Path) -> None:
@@ -107,8 +103,8 @@ def shard_writer(files: list[Path], out: Path) -> None:
     with webdataset.ShardWriter(f"{out}/x-%04d.tar", maxcount=1250, verbose=0) as writer:
         for file in files:
             label = labels[file.parent.name]
-            said = {"filename": file.name, "label": label}
-            writer.write({"__key__": file.stem, "jpg": file.read_bytes(), "cls": label, "json": said})
+            metadata = {"filename": file.name, "label": label}
+            writer.write({"__key__": file.stem, "jpg": file.read_bytes(), "cls": label, "json": metadata})
 
 
 def decode(files: list[Path]) -> None:
@@ -117,48 +113,10 @@ def decode(files: list[Path]) -> None:
             image.load()
 
 
-def sharder(source: Path, out: Path, workers: int) -> None:
-    process(sys.executable, TOOL, source, out, "--workers", workers, "--part", "0/1")
-
-
-def peak_memory(source: Path, out: Path, workers: int) -> float:
-    """MB that the largest worker process ever held, by the kernel's own high-water mark; an untimed run of its own."""
-    shutil.rmtree(out, ignore_errors=True)
-    words = [sys.executable, str(TOOL), str(source), str(out), "--workers", str(max(2, workers)), "--part", "0/1"]
-    peak = 0
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while run.poll() is None:
-            for child in children(run.pid):
-                try:
-                    status = Path(f"/proc/{child}/status").read_text()
-                except OSError:
-                    continue  # it has just ended
-                peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
-            time.sleep(0.02)
-    return peak / 1024
-
-
-def children(parent: int) -> list[str]:
-    try:
-        return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    except OSError:
-        return []
-
-
-def sizes(files: list[Path], total: int) -> str:
-    found = []
-    for file in files:
-        with Image.open(file) as image:
-            found.append(image.size)
-    width, height = (statistics.mean(side) for side in zip(*found, strict=True))
-    return f"mean {total / len(files) / 1e3:.0f} kB, {width:.0f} x {height:.0f}"
-
-
 def machine() -> str:
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in info if "model name" in line), "unknown CPU")
-    cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores allowed, load before {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}"
+    return f"{cpu}, {host.cores()} cores, load before {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}"
 
 
 if __name__ == "__main__":

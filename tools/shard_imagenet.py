@@ -37,7 +37,7 @@ def shard(args: argparse.Namespace) -> int:
     request = sources.Request(**{name: getattr(args, name) for name in fields}, class_list=args.classes, rules=rules)
     if args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
-    planned = plan.known(args.out, request) or list_and_plan(request)
+    planned = list_and_plan(request)
     describe(planned, args.part)
     if args.dry_run:
         return 0
@@ -57,7 +57,7 @@ def shard(args: argparse.Namespace) -> int:
 
 def prepare(target: Target, planned: plan.Plan, missing: list[int]) -> None:
     """What the workers read: the plan, and the images of a .tar.gz."""
-    if not (target.work / "plan.json").exists():
+    if not (target.work / "rows.npy").exists():
         planned.save(target.work)
     if planned.gzipped:
         with pool.Progress(planned.images(missing), "sorting") as progress:

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from sharding import SourceError, images, printable
-from sharding.samples import Unreadable, persistent
+from sharding.samples import persistent
 from sharding.target import Target
-from sharding.writer import OnProgress, Quarantined, Sample
+from sharding.writer import Quarantined, Sample
 
 from .masks import png
 from .pairs import Box, Layout, Pair
@@ -35,9 +36,9 @@ class ShardMaker:
     bounds: list[int]  # shard s holds pairs[bounds[s]:bounds[s + 1]]
     rules: images.Rules
 
-    def __call__(self, shard: int, on_progress: OnProgress) -> None:
+    def __call__(self, shard: int) -> dict[str, Any]:
         pairs = self.pairs[self.bounds[shard] : self.bounds[shard + 1]]
-        self.target.make(shard, map(self._sample, pairs), on_progress)
+        return self.target.make(shard, map(self._sample, pairs))
 
     def count(self, shards: list[int]) -> int:
         return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
@@ -48,15 +49,13 @@ class ShardMaker:
         """
         try:
             image, mask = self._patch(pair, pair.box) if pair.box else self._whole(pair)
-        except Unreadable as error:
-            raise RuntimeError(f"{self.source / pair.image} or its mask is {error}") from None
         except images.Refused as refusal:
             return Quarantined(pair.key, str(refusal), printable(pair.image))
         metadata = {"filename": printable(pair.image), "label": -1, "height": image.height, "width": image.width}
         if image.repairs:
             metadata["repaired"] = list(image.repairs)
         members = zip(MEMBERS, (image.content, png(mask), b"-1", json.dumps(metadata).encode()), strict=True)
-        counts = {"repairs": image.repairs, "notes": image.notes, "sums": sums(mask), "read": len(image.content)}
+        counts = {"repairs": image.repairs, "notes": image.notes, "sums": sums(mask)}
         return Sample(pair.key, tuple(members), image.height, image.width, **counts)
 
     def _whole(self, pair: Pair) -> tuple[images.Jpeg, NDArray[np.uint8]]:

@@ -17,10 +17,8 @@ from pipeline import host, tar
 from pipeline.shards import SAMPLE
 
 from . import SourceError, pool, writer
-from .target import named
+from .target import fault, named
 
-_FIELDS = {"name": str, "split": str, "num_samples": int, "num_classes": int, "shards": list}
-_SHARD_FIELDS = {"file": str, "bytes": int, "samples": int, "sha256": str}
 _LARGEST = 1 << 28  # bytes of a member that is read
 
 
@@ -70,26 +68,12 @@ def run(
     listed: set[str] = set()
     for path in manifests:
         manifest = host.read_json(path) or {}
-        if fault := _fault(manifest):
-            differences.append(f"{path.name}: {fault}")
+        if wrong := fault(manifest):
+            differences.append(f"{path.name}: {wrong}")
         else:
             listed |= {entry["file"] for entry in manifest["shards"]}
             differences += _split(path, manifest, workers, look, compare)
     return differences + [f"{tar.name}: in no manifest" for tar in sorted(out.glob("*.tar")) if tar.name not in listed]
-
-
-def _fault(manifest: dict) -> str:
-    if manifest.get("format") != 1 or not _has(manifest, _FIELDS):
-        return "no manifest of format 1"
-    if not all(isinstance(entry, dict) and _has(entry, _SHARD_FIELDS) for entry in manifest["shards"]):
-        return "an entry of shards is none"
-    if any(Path(entry["file"]).name != entry["file"] for entry in manifest["shards"]):
-        return "a shard's name leads out of the folder"
-    return ""
-
-
-def _has(fields: dict, kinds: dict[str, type]) -> bool:
-    return all(isinstance(fields.get(name), kind) for name, kind in kinds.items())
 
 
 def _split(path: Path, manifest: dict, workers: int, look: Look, compare: Compare) -> list[str]:

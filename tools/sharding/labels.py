@@ -10,8 +10,7 @@ from pathlib import Path
 
 from . import SourceError
 
-_INTEGER = re.compile(r"-?\d+")
-_DIGITS = 18  # of a label; Python refuses to read very long numbers
+_INTEGER = re.compile(r"-?\d{1,18}")  # Python refuses to read very long numbers
 WNID = re.compile(r"n\d{8}")
 # Number of classes -> (what it is, the name its shards get). Names are those of timm's published shards.
 RELEASES = {
@@ -89,10 +88,7 @@ def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
         words = [row for row in labelled if not _INTEGER.fullmatch(row[2])]
         few, kind = (words, "integers") if len(words) < len(integers) else (integers, "class names")
         number, _, label = few[0]
-        raise SourceError(f"{path}, line {number}: {label!r} stands among {kind}: correct it; labels are of one kind")
-    huge = next(((number, label) for number, _, label in labelled if len(label) > _DIGITS), None)
-    if huge:
-        raise SourceError(f"{path}, line {huge[0]}: label {huge[1]:.25} is no number of a class: correct it")
+        raise SourceError(f"{path}, line {number}: {label:.40} stands among {kind}: correct it; labels are of one kind")
     numbers = {stem: int(label) for _, stem, label in labelled}
     if offset is None and min(numbers.values()) == 1:
         raise SourceError(f"{path}: labels begin at 1; say --label-offset -1 (or 0 if they really mean 1)")
@@ -119,33 +115,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 def _devkit(path: Path) -> dict[str, str | int]:
     """The ground truth counts in the devkit's own ids, which are not the sorted order: meta.mat translates."""
     names = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
-    if path.is_dir():
-        found = {name: next(path.rglob(name), None) for name in names}
-        contents = {name: file.read_bytes() for name, file in found.items() if file}
-    elif path.suffix == ".txt":
-        near = next(path.parent.glob("meta.mat"), None)
-        contents = {names[0]: path.read_bytes()} | ({names[1]: near.read_bytes()} if near else {})
-    else:
-        with tarfile.open(path) as tar:
-            members = {Path(member.name).name: member for member in tar if member.isfile()}
-            files = {name: tar.extractfile(members[name]) for name in names if name in members}
-            contents = {name: file.read() for name, file in files.items() if file}
-    for name in names:
-        if name not in contents:
-            raise SourceError(
-                f"{path}: {name} of the ILSVRC2012 devkit is not there; its ids mean nothing without meta.mat, "
-                f"so give the devkit's folder or .tar.gz as --labels (or LOC_val_solution.csv)"
-            )
     try:
         from scipy.io import loadmat  # only this one file needs it, and it is slow to import
 
+        if path.is_dir() or path.name == names[0]:
+            files = path.rglob("*") if path.is_dir() else path.parent.iterdir()
+            contents = {file.name: file.read_bytes() for file in files if file.name in names}
+        else:
+            with tarfile.open(path) as tar:
+                found = {Path(member.name).name: tar.extractfile(member) for member in tar if member.isfile()}
+                contents = {name: file.read() for name in names if (file := found.get(name))}
+        if missing := [name for name in names if name not in contents]:
+            raise SourceError(
+                f"{path}: {missing[0]} of the ILSVRC2012 devkit is not there; its ids mean nothing without meta.mat, "
+                f"so give the devkit's folder or .tar.gz as --labels (or LOC_val_solution.csv)"
+            )
         synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True, struct_as_record=True)["synsets"]
         wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
         ids = [int(line) for line in contents[names[0]].decode("ascii").split()]
         return {f"ILSVRC2012_val_{number:08d}": wnid[one] for number, one in enumerate(ids, 1)}
     except ImportError:
         raise SourceError(f"{path}: reading the devkit's meta.mat needs scipy; or give LOC_val_solution.csv") from None
-    except (KeyError, ValueError, TypeError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # tarfile, gzip and scipy raise many kinds on damaged files
         raise SourceError(f"{path}: not the ILSVRC2012 devkit ({type(error).__name__}: {error})") from None
 
 

@@ -6,14 +6,12 @@ a tar of class tars and a .tar.gz of the same images give the same shards, on an
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -26,9 +24,6 @@ from .target import Spec
 SHARD_BYTES = 140_000_000  # what timm's 1,024 shards of ImageNet-1k average
 _FEW_CLASSES = 100_000  # a label file may number so many whatever the number of images
 _CLEAN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-_ROW = np.dtype(
-    [("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name_bytes", "<i4")]
-)
 
 
 @dataclass(frozen=True)
@@ -53,47 +48,30 @@ class Plan:
     gzipped: bool
     bounds: list[int]  # shard s holds rows[bounds[s]:bounds[s + 1]]
     refused: list[tuple[str, str]]  # (name, reason)
-    request: dict[str, Any] | None  # stamped
     rows: np.ndarray
-    names: bytearray | np.ndarray
-
-    def items(self, shard: int) -> Iterator[Item]:
-        for row in self.rows[self.bounds[shard] : self.bounds[shard + 1]]:
-            name_at = int(row["name_at"])
-            name = os.fsdecode(bytes(self.names[name_at : name_at + int(row["name_bytes"])]))
-            key = clean_key(name, self.spec.options["key"])
-            yield Item(key, name, int(row["tar"]), int(row["offset"]), int(row["size"]), int(row["label"]))
+    names: bytearray
 
     def images(self, shards: Iterable[int]) -> int:
         return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
 
     def save(self, folder: Path) -> None:
-        """Each file appears whole, plan.json last: where it is, the plan is whole."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("rows", "names")}
-        fields["spec"] = dataclasses.asdict(self.spec)
-        host.write_atomic(folder / "rows.npy", lambda file: np.save(file, self.rows))
+        """The columns, for `load`; rows.npy last: where it is, both are whole."""
         host.write_atomic(folder / "names.npy", lambda file: np.save(file, np.frombuffer(self.names, np.uint8)))
-        host.write_atomic(folder / "plan.json", lambda file: file.write(json.dumps(fields).encode()))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Plan":
-        """Maps the columns: a worker pays for the rows it reads. Raises RuntimeError where the plan is damaged."""
-        try:
-            fields = host.read_json(folder / "plan.json") or {}
-            fields["spec"] = Spec(**fields["spec"])
-            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "names")}
-            return cls(**fields, **columns)
-        except (OSError, ValueError, TypeError, KeyError, EOFError):
-            raise RuntimeError(f"the plan in {folder} is damaged: delete it and run the command again") from None
+        host.write_atomic(folder / "rows.npy", lambda file: np.save(file, self.rows))
 
 
-def known(out: Path, request: Request) -> Plan | None:
-    """The plan of an unfinished run of just this request: a tar need not be walked, nor a .tar.gz unpacked, again."""
-    stamped = request.stamped()
-    for path in out.glob(f".*-{request.split}.work/plan.json") if stamped else ():
-        if (host.read_json(path) or {}).get("request") == stamped:
-            return Plan.load(path.parent)
-    return None
+def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The saved rows and names, mapped: a worker pays for what it reads."""
+    rows, names = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "names"))
+    return rows, names
+
+
+def items(rows: np.ndarray, names: np.ndarray, key_style: str) -> Iterator[Item]:
+    for row in rows:
+        start = int(row["name_at"])
+        name = os.fsdecode(bytes(names[start : start + int(row["name_bytes"])]))
+        key = clean_key(name, key_style)
+        yield Item(key, name, int(row["tar"]), int(row["offset"]), int(row["size"]), int(row["label"]))
 
 
 def clean_key(name: str, style: str) -> str:
@@ -161,15 +139,8 @@ def build(listing: Listing, request: Request) -> Plan:
             raise SourceError(f"--subset {request.subset}: the source has only {len(order)} images")
         order, ranked = order[: request.subset], ranked[: request.subset]
 
-    chosen = kept[order]
-    ends = np.frombuffer(listing.name_end, np.int64)
-    rows = np.empty(len(chosen), _ROW)
-    rows["name_at"] = np.where(chosen > 0, ends[chosen - 1], 0)
-    rows["name_bytes"] = ends[chosen] - rows["name_at"]
-    rows["tar"] = np.frombuffer(listing.tar, np.int32)[chosen]
-    rows["offset"] = np.frombuffer(listing.offset, np.int64)[chosen]
-    rows["size"] = np.frombuffer(listing.size, np.int64)[chosen]
-    rows["label"] = label[chosen]
+    rows = listing.table[kept[order]]
+    rows["label"] = label[kept[order]]
     size = int(rows["size"].sum())
     starts = bounds(len(rows), size, request.shards)
     content = hashlib.sha256(ranked.tobytes() + "\n".join(classes).encode("utf-8", "surrogateescape"))
@@ -199,7 +170,6 @@ def build(listing: Listing, request: Request) -> Plan:
         gzipped=listing.gzipped,
         bounds=starts,
         refused=listing.refused,
-        request=request.stamped(),
         rows=rows,
         names=listing.names,
     )
@@ -209,7 +179,7 @@ def _labels(listing: Listing, class_list: list[str] | None) -> tuple[list[str], 
     """Class names by label, and each image's label: -1 without classes, -2 for a class that the list leaves out."""
     if listing.labelled is not None:
         return _labels_by_file(listing, listing.labelled, class_list)
-    group = np.frombuffer(listing.group, np.int32)
+    group = listing.table["label"]
     if not listing.classes:
         return [], np.full(len(listing), -1)
     if (group < 0).any():

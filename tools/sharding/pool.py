@@ -6,16 +6,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from itertools import zip_longest
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from typing import Any
 
 from . import SourceError
-from .writer import OnProgress
 
 _LINE_EVERY, _REWRITTEN_EVERY = 30.0, 0.2  # seconds, without and with a terminal
-Make = Callable[[int, OnProgress], object]  # makes one shard; must travel to other processes
+Make = Callable[[int], dict]  # makes one shard and returns its entry in the manifest; must travel to other processes
 
 
 class Progress:
@@ -33,17 +32,14 @@ class Progress:
         if self._terminal and self._shown > self._began:
             print()
 
-    def add(self, *more: int) -> None:
-        """More (images, bytes, repaired, quarantined); the last two may be missing."""
-        self.show([count + one for count, one in zip_longest(self._counts, more, fillvalue=0)])
-
-    def show(self, counts: list[int]) -> None:
-        """All of them so far."""
-        self._counts, now = counts, time.monotonic()
+    def add(self, images: int, read: int, repaired: int = 0, quarantined: int = 0) -> None:
+        """More images, their bytes, and how many of them were repaired and quarantined."""
+        more = (images, read, repaired, quarantined)
+        self._counts, now = [a + b for a, b in zip(self._counts, more, strict=True)], time.monotonic()
         if now - self._shown < (_REWRITTEN_EVERY if self._terminal else _LINE_EVERY):
             return
         self._shown, took = now, max(now - self._began, 1e-9)
-        done, read, repaired, quarantined = counts
+        done, read, repaired, quarantined = self._counts
         text = f"{self._verb} {done:,}" + (f"/{self._total:,}" if self._total is not None else "")
         text += f" images, {done / took:.0f} images/s, {read / took / 1e6:.0f} MB/s"
         if self._total is not None:
@@ -54,62 +50,56 @@ class Progress:
 
 def run(make: Make, shards: list[int], images: int, workers: int) -> None:
     """Calls `make` for each shard, `images` in all of them together; the first error stops the rest and is raised."""
+    results = map(make, shards) if workers == 1 or len(shards) == 1 else _many(make, shards, min(workers, len(shards)))
     with Progress(images, "sharding") as progress:
-        if workers == 1 or len(shards) == 1:
-            for shard in shards:
-                make(shard, progress.add)
-        else:
-            _run_many(make, shards, min(workers, len(shards)), progress)
+        for entry in results:
+            quarantined = entry["quarantined"]
+            progress.add(entry["samples"] + quarantined, entry["bytes"], entry["repaired"], quarantined)
 
 
-def _run_many(make: Make, shards: list[int], workers: int, progress: Progress) -> None:
+def _many(make: Make, shards: list[int], workers: int) -> Iterator[dict]:
     context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
-    counts, next_shard, errors = context.Array("q", 4), context.Value("q", 0), context.SimpleQueue()
-    job = (make, shards, counts, next_shard, errors)
-    processes = [context.Process(target=_work, args=job, daemon=True) for _ in range(workers)]
+    left, processes, pipes = iter(shards), [], []
     try:
-        for process in processes:
-            process.start()
-        alive = list(processes)
-        while alive:
-            wait_for([process.sentinel for process in alive], timeout=0.25)
-            progress.show(counts[:])
-            codes = [process.exitcode for process in alive]  # once: a process may end between two looks
-            if any(codes):
-                if not errors.empty():
-                    raise errors.get()
-                raise RuntimeError(
-                    "a worker was killed (out of memory?): run the same command again, perhaps with fewer --workers"
-                )
-            alive = [process for process, code in zip(alive, codes, strict=True) if code is None]
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(make, theirs), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            ours.send(next(left))
+            pipes.append(ours)
+        while pipes:
+            for pipe in wait_for(pipes):
+                assert isinstance(pipe, Connection)
+                try:
+                    result = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(
+                        "a worker was killed (out of memory?): run the same command again, perhaps with fewer --workers"
+                    ) from None
+                if isinstance(result, Exception):
+                    raise result
+                shard = next(left, None)
+                with suppress(BrokenPipeError):  # it has ended: the next look says so
+                    pipe.send(shard)
+                if shard is None:
+                    pipes.remove(pipe)
+                yield result
     finally:
         for process in processes:
-            if process.is_alive():
-                process.kill()
+            process.kill()
 
 
-def _work(make: Make, shards: list[int], counts: Any, next_shard: Any, errors: Any) -> None:
-    """A worker process: takes the next shard until there is none."""
+def _work(make: Make, pipe: Connection) -> None:
+    """A worker process: makes the shards that it is told to, until it is told None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def on_progress(*more: int) -> None:
-        with counts.get_lock():
-            for position, one in enumerate(more):
-                counts.get_obj()[position] += one
-
-    try:
-        while True:
-            with next_shard.get_lock():
-                position = next_shard.value
-                next_shard.value += 1
-            if position >= len(shards):
-                return
-            make(shards[position], on_progress)
-    except Exception as error:
-        known = isinstance(error, SourceError | OSError | RuntimeError)
-        errors.put(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
-        sys.exit(1)
+    while (shard := pipe.recv()) is not None:
+        try:
+            pipe.send(make(shard))
+        except Exception as error:
+            known = isinstance(error, SourceError | OSError | RuntimeError)
+            pipe.send(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _end_with_parent() -> None:

@@ -5,86 +5,74 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from pipeline import tar
 
 from . import images, printable
-from .plan import Item, Plan
+from .plan import Item, Plan, items, load
 from .target import Target
-from .writer import OnProgress, Quarantined, Sample
+from .writer import Quarantined, Sample
 
-T = TypeVar("T")
 _RETRIES = (0.2, 1.0)  # seconds; a network disk that hiccups gets three tries
 
 
-class Unreadable(images.Refused):
-    """The bytes cannot be had, whatever they are."""
-
-
-def persistent(read: Callable[[T], bytes], item: T) -> bytes:
-    """`read(item)`, tried again where it fails. Raises Unreadable, and RuntimeError where the file has vanished."""
+def persistent(read: Callable[..., bytes], path: Path, *where: int) -> bytes:
+    """`read(path, *where)`, tried again where it fails. Raises RuntimeError: that says nothing about the image."""
     for pause in (*_RETRIES, None):
         try:
-            return read(item)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise RuntimeError(f"{error.filename} was listed and is gone: is the source still mounted?") from None
+            return read(path, *where)
         except OSError as error:
-            if pause is None or isinstance(error, PermissionError):
-                raise Unreadable(f"unreadable: {error.strerror or error}") from None
+            if pause is None or isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+                raise RuntimeError(
+                    f"{path} was listed and cannot be read ({error.strerror or error}): is the source still mounted? "
+                    f"Run the same command again to resume"
+                ) from None
             time.sleep(pause)
     raise AssertionError
 
 
 class ShardMaker:
-    """Makes shards of a plan. Travels to worker processes, each of which maps the plan that the work folder holds.
-
-    `root` and `tars` say where the source lies now: the saved plan may name the path of another machine.
-    """
+    """Makes shards of a plan. Travels to worker processes, each of which maps the columns saved in the work folder."""
 
     def __init__(self, target: Target, plan: Plan, rules: images.Rules):
-        self._target, self._rules = target, rules
+        self._target, self._rules, self._bounds = target, rules, plan.bounds
         self._root, self._tars, self._gzipped = plan.root, plan.tars, plan.gzipped
 
-    def __call__(self, shard: int, on_progress: OnProgress) -> None:
-        bucket = bucket_path(self._target, shard)
-        with closing(Bucket(bucket) if self._gzipped else Reader(self._root, self._tars)) as reader:
-            self._target.make(shard, self._samples(shard, reader), on_progress)
-        bucket.unlink(missing_ok=True)
+    def __call__(self, shard: int) -> dict[str, Any]:
+        with closing(Reader()) as reader:
+            entry = self._target.make(shard, self._samples(shard, reader))
+        bucket_path(self._target, shard).unlink(missing_ok=True)
+        return entry
 
-    @cached_property
-    def _plan(self) -> Plan:
-        return Plan.load(self._target.work)
-
-    def _samples(self, shard: int, reader: "Reader | Bucket") -> Iterator[Sample | Quarantined]:
-        unreadable = 0
-        for item in self._plan.items(shard):
+    def _samples(self, shard: int, reader: "Reader") -> Iterator[Sample | Quarantined]:
+        rows, names = load(self._target.work)
+        at = 0
+        for item in items(rows[self._bounds[shard] : self._bounds[shard + 1]], names, self._target.spec.options["key"]):
+            source = f"{self._tars[item.tar]}:{item.name}" if item.tar >= 0 else item.name
+            if self._gzipped:
+                data = persistent(reader.read, bucket_path(self._target, shard), at, item.size)
+                at += item.size
+            elif item.tar >= 0:
+                data = persistent(reader.read, Path(self._tars[item.tar]), item.offset, item.size)
+            else:
+                data = persistent(Path.read_bytes, Path(self._root, item.name))
             try:
-                jpeg = images.examine(persistent(reader.read, item), self._rules)
+                jpeg = images.examine(data, self._rules)
             except images.Refused as refusal:
-                unreadable += isinstance(refusal, Unreadable)
-                if unreadable > max(10, self._plan.images([shard]) // 50):
-                    raise RuntimeError(
-                        f"{unreadable} files of one shard are unreadable, the last is {item.name!r} ({refusal}): that "
-                        f"is a sick disk or missing rights, not bad images; repair it and run the same command again"
-                    ) from None
-                source = f"{self._tars[item.tar]}:{item.name}" if item.tar >= 0 else item.name
-                yield Quarantined(item.key, str(refusal), printable(source), item.size)
+                yield Quarantined(item.key, str(refusal), printable(source))
                 continue
             members = (("jpg", jpeg.content), ("cls", str(item.label).encode()), ("json", self._json(item, jpeg)))
-            yield Sample(
-                item.key, members, jpeg.height, jpeg.width, item.label, jpeg.repairs, jpeg.notes, read=item.size
-            )
+            yield Sample(item.key, members, jpeg.height, jpeg.width, item.label, jpeg.repairs, jpeg.notes)
 
     def _json(self, item: Item, jpeg: images.Jpeg) -> bytes:
         metadata = {
             "filename": printable(item.name.rpartition("/")[2]),
             "label": item.label,
-            "synset": self._plan.spec.classes[item.label] if item.label >= 0 else None,
+            "synset": self._target.spec.classes[item.label] if item.label >= 0 else None,
             "height": jpeg.height,
             "width": jpeg.width,
         }
@@ -94,23 +82,19 @@ class ShardMaker:
 
 
 class Reader:
-    """Bytes of an item: from its file, or from its tar by offset. Keeps the tars used last open."""
+    """Bytes of tars by offset. Keeps the tars used last open."""
 
-    def __init__(self, root: str, tars: list[str]):
-        self._root, self._tars = root, tars
-        self._open: dict[int, tar.PlainFile] = {}
+    def __init__(self) -> None:
+        self._open: dict[Path, tar.PlainFile] = {}
 
-    def read(self, item: Item) -> bytes:
-        if item.tar < 0:
-            with open(f"{self._root}/{item.name}", "rb") as file:  # noqa: PTH123 - a path object costs more than this
-                return file.read()
-        if item.tar not in self._open:
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        if path not in self._open:
             while len(self._open) >= 64:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[item.tar] = tar.PlainFile(Path(self._tars[item.tar]))
-        data = self._open[item.tar].read_at(item.offset, item.size)
-        if len(data) < item.size:
-            raise OSError(f"{self._tars[item.tar]} ends {item.size - len(data)} bytes early")
+            self._open[path] = tar.PlainFile(path)
+        data = self._open[path].read_at(offset, size)
+        if len(data) < size:
+            raise OSError(f"{path} ends {size - len(data)} bytes early")
         return data
 
     def close(self) -> None:
@@ -125,36 +109,20 @@ def bucket_path(target: Target, shard: int) -> Path:
     return target.work / f"bucket.{shard}"
 
 
-class Bucket:
-    """The images of one shard of a .tar.gz, in the shard's order."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("rb")
-
-    def read(self, item: Item) -> bytes:
-        data = self._file.read(item.size)
-        if len(data) < item.size:
-            raise RuntimeError(f"{self._file.name} is cut short: delete it and run the same command again")
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def fill_buckets(target: Target, plan: Plan, shards: list[int], on_progress: Callable[[int, int], object]) -> None:
     """Sorts a .tar.gz, which cannot be read at an offset, into one file per shard: one pass, constant memory.
 
     A bucket is deleted when its shard is made, so the disk holds the set once and never twice. Interrupted, the sorting
     begins again: gzip has no way to continue in the middle. Raises TarError where the source was damaged since.
     """
-    wanted = [shard for shard in shards if not bucket_path(target, shard).exists()]
-    if not wanted:
+    rows = {shard: np.arange(plan.bounds[shard], plan.bounds[shard + 1]) for shard in shards}
+    rows = {shard: part for shard, part in rows.items() if not _is_full(bucket_path(target, shard), plan, part)}
+    if not rows:
         return
-    rows = [np.arange(plan.bounds[shard], plan.bounds[shard + 1]) for shard in wanted]
-    sizes = [plan.rows["size"][part] for part in rows]
-    row = np.concatenate(rows)
+    sizes = [plan.rows["size"][part] for part in rows.values()]
+    row = np.concatenate(list(rows.values()))
     start = np.concatenate([np.cumsum(size) - size for size in sizes])
-    owner = np.repeat(wanted, [len(part) for part in rows])
+    owner = np.repeat(list(rows), [len(part) for part in rows.values()])
     with closing(tar.GzipFile(Path(plan.tars[0]))) as source:
         for position in np.argsort(plan.rows["offset"][row]):
             at, size = int(plan.rows["offset"][row[position]]), int(plan.rows["size"][row[position]])
@@ -164,5 +132,9 @@ def fill_buckets(target: Target, plan: Plan, shards: list[int], on_progress: Cal
             finally:
                 os.close(file)
             on_progress(1, size)
-    for shard in wanted:
+    for shard in rows:
         (target.work / f"part.bucket.{shard}").replace(bucket_path(target, shard))
+
+
+def _is_full(bucket: Path, plan: Plan, rows: np.ndarray) -> bool:
+    return bucket.exists() and bucket.stat().st_size == plan.rows["size"][rows].sum()

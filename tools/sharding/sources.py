@@ -6,13 +6,15 @@ all become the same columns, so that what follows does not know where an image c
 
 import errno
 import os
-from array import array
+import stat
+import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+import numpy as np
 
 from pipeline import tar
 from pipeline.tar import TarError
@@ -26,6 +28,11 @@ _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")
 _SPLITS = ("train", "val", "validation", "test")
 _AROUND = (*_SPLITS, "images")  # the one folder around a flat set is no class
 _REPORT = 1000
+# One image: the tar (an index, -1: a file below the root), its class or none (-1), its place in the tar, its name's.
+ROW = np.dtype(
+    [("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name_bytes", "<i4")]
+)
+_PACKED = struct.Struct("<iiqqqi")  # the same
 
 OnProgress = Callable[[int, int], object]  # hears of more images and their bytes
 
@@ -47,20 +54,10 @@ class Request:
     shards: int | None = None
     rules: Rules = field(default_factory=Rules)
 
-    def stamped(self) -> dict[str, Any] | None:
-        """The request as JSON, with size and time of the files in it; None where they do not stamp the source."""
-        asked = asdict(self)
-        for name, value in asked.items():
-            if isinstance(value, Path):
-                if not value.is_file():
-                    return None
-                asked[name] = [str(value.resolve()), value.stat().st_size, value.stat().st_mtime_ns]
-        return asked
-
 
 @dataclass
 class Listing:
-    """Columns of all images, in the order found. 21 bytes and a name each: 14 million of them are 0.7 GB."""
+    """All images, in the order found. 36 bytes and a name each: 14 million of them are 0.9 GB."""
 
     root: Path
     kind: str  # for people
@@ -68,11 +65,7 @@ class Listing:
     tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
     classes: list[str] = field(default_factory=list)  # names, in the order found
     notes: list[str] = field(default_factory=list)
-    tar: array = field(default_factory=lambda: array("i"))  # index into tars, -1 = a file below root
-    group: array = field(default_factory=lambda: array("i"))  # index into classes, -1 = none
-    offset: array = field(default_factory=lambda: array("q"))
-    size: array = field(default_factory=lambda: array("q"))
-    name_end: array = field(default_factory=lambda: array("q"))
+    rows: bytearray = field(default_factory=bytearray)  # of ROW, end to end; its label is an index into classes
     names: bytearray = field(default_factory=bytearray)  # path below root or in the tar, end to end
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): links, devices, unsafe names
     ignored: Counter = field(default_factory=Counter)  # what -> how many
@@ -82,27 +75,33 @@ class Listing:
     _unreported: int = 0  # bytes
 
     def __len__(self) -> int:
-        return len(self.size)
+        return len(self.rows) // ROW.itemsize
+
+    @property
+    def table(self) -> np.ndarray:
+        """(images,) of ROW, a view of `rows`: no image can be added while it is held."""
+        return np.frombuffer(self.rows, ROW)
 
     def name(self, row: int) -> str:
-        start = self.name_end[row - 1] if row else 0
-        return os.fsdecode(bytes(self.names[start : self.name_end[row]]))
+        *_, start, size = _PACKED.unpack_from(self.rows, row * ROW.itemsize)
+        return os.fsdecode(bytes(self.names[start : start + size]))
 
     def place(self, row: int) -> str:
-        tar = self.tar[row]
+        tar = _PACKED.unpack_from(self.rows, row * ROW.itemsize)[0]
         return f"{self.tars[tar]}:{self.name(row)}" if tar >= 0 else f"{self.root}/{self.name(row)}"
 
     def add(self, name: str, size: int, group: int, tar: int = -1, offset: int = 0) -> None:
-        self.names += os.fsencode(name)
-        self.name_end.append(len(self.names))
-        self.size.append(size)
-        self.group.append(group)
-        self.tar.append(tar)
-        self.offset.append(offset)
+        encoded = os.fsencode(name)
+        self.rows += _PACKED.pack(tar, group, offset, size, len(self.names), len(encoded))
+        self.names += encoded
         self._unreported += size
-        if len(self.size) % _REPORT == 0:
+        if len(self) % _REPORT == 0:
             self.on_progress(_REPORT, self._unreported)
             self._unreported = 0
+
+    def forget_classes(self) -> None:
+        self.classes = []
+        self.table["label"] = -1
 
 
 def read(request: Request, on_progress: OnProgress) -> Listing:
@@ -128,9 +127,9 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
     if not len(listing):
         raise SourceError(f"{source} holds no image{_ignored(listing)}")
     if request.unlabelled:
-        _forget_classes(listing)
+        listing.forget_classes()
     elif label_file is not None:
-        _forget_classes(listing)
+        listing.forget_classes()
         listing.labelled = read_labels(label_file, request.label_offset)
         listing.notes.append(f"labels from {label_file}")
     elif not listing.classes and any("ILSVRC2012_val_" in listing.name(row) for row in range(min(100, len(listing)))):
@@ -150,20 +149,15 @@ def _descend(request: Request) -> tuple[Path, Path | None]:
         kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
-        folders = {entry.name for entry in os.scandir(top) if _is(entry.is_dir)}
+        folders = set(_entries(top)[0])
         if source == top and folders and folders <= set(_SPLITS) and not request.unlabelled:
             raise SourceError(
                 f"{top} holds {', '.join(sorted(folders))}, but no {request.split}: name the folder, or its --split"
             )
     if request.labels or request.unlabelled or aliases[0] != "val":
         return source, None if request.unlabelled else request.labels
-    in_folders = source.is_dir() and any(_is(entry.is_dir) for entry in os.scandir(source))
+    in_folders = source.is_dir() and _entries(source)[0]
     return source, None if in_folders else beside(top if top.is_dir() else top.parent)
-
-
-def _forget_classes(listing: Listing) -> None:
-    listing.classes = []
-    listing.group = array("i", [-1]) * len(listing)
 
 
 def _ignored(listing: Listing) -> str:
@@ -186,11 +180,21 @@ def _wanted(listing: Listing, name: str) -> bool:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders in a folder, links to some included, and of all else; by their bytes."""
+    folders, files = next(os.walk(folder, onerror=_raise))[1:]
+    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
     listing = Listing(root, "", on_progress)
-    entries = sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name))
-    folders = [entry.name for entry in entries if _is(entry.is_dir) and not entry.name.startswith(".")]
-    class_tars = [entry.name for entry in entries if entry.name.endswith(".tar") and _is(entry.is_file)]
+    folders, files = _entries(root)
+    folders = [name for name in folders if not name.startswith(".")]
+    class_tars = [name for name in files if name.endswith(".tar")]
     if class_tars and (root / "manifest.json").exists():
         raise SourceError(f"{root} holds finished shards, not images to make them of")
     if class_tars and not folders:
@@ -200,14 +204,16 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
             with closing(tar.PlainFile(root / name)) as class_tar:
                 _tar_members(listing, class_tar, name.removesuffix(".tar"))
         return listing
-    _files(listing, root, "", -1, deep=False)
+    _add_files(listing, root, files, -1)
     flat = len(listing)
     for name in folders:
         group = -1
         if not any_depth and not flat:
             group = len(listing.classes)
             listing.classes.append(name)
-        _files(listing, root, name, group, deep=True)
+        for folder, below, inner in os.walk(root / name, onerror=_raise):  # into no link to a folder
+            below.sort(key=os.fsencode)
+            _add_files(listing, Path(folder), sorted(inner, key=os.fsencode), group)
     if flat and len(listing) > flat and not any_depth:
         raise SourceError(
             f"{root} holds images both directly and in folders: say --unlabelled to take them all without labels, "
@@ -217,31 +223,21 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
     return listing
 
 
-def _files(listing: Listing, root: Path, below: str, group: int, deep: bool) -> None:
-    """Images of one folder by name, its subfolders after them; links to files are followed, as every reader does."""
-    folders = []
-    for entry in sorted(os.scandir(root / below), key=lambda entry: os.fsencode(entry.name)):
-        name = f"{below}/{entry.name}" if below else entry.name
-        if _is(entry.is_dir, follow_symlinks=not deep):
-            folders.append(name)
-        elif _wanted(listing, name):
-            if _is(entry.is_file):
-                listing.add(name, entry.stat().st_size, group)
+def _add_files(listing: Listing, folder: Path, names: list[str], group: int) -> None:
+    """Images among the entries of a folder; links to files are followed, as every reader does."""
+    below = "" if folder == listing.root else f"{folder.relative_to(listing.root)}/"
+    for name in names:
+        if _wanted(listing, name):
+            try:
+                found = os.stat(f"{folder}/{name}")  # noqa: PTH116 - called once per image, pathlib is slow
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+                    raise
+                found = None
+            if found and stat.S_ISREG(found.st_mode):
+                listing.add(below + name, found.st_size, group)
             else:
-                listing.refused.append((name, "not a regular file"))
-    if deep:
-        for name in folders:
-            _files(listing, root, name, group, deep=True)
-
-
-def _is(test: Callable[..., bool], **options: bool) -> bool:
-    """`DirEntry.is_dir` or `is_file`, False for a link that leads back to itself."""
-    try:
-        return test(**options)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False
+                listing.refused.append((below + name, "not a regular file"))
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def _tar_members(listing: Listing, source: tar.PlainFile | tar.GzipFile, group_n
 
     images(tar.Walk(source, strict=True), group_name)
     if listing.kind == "tar of images" and len(listing.classes) == 1 and listing.classes[0] in _AROUND:
-        _forget_classes(listing)
+        listing.forget_classes()
 
 
 def _refused(listing: Listing, member: tar.Member) -> bool:

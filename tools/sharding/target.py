@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, features
@@ -23,13 +23,13 @@ from pipeline import host
 from pipeline.shards import SAMPLE
 
 from . import SourceError
-from .writer import OnProgress, Quarantined, Sample, ShardWriter, npy_bytes
+from .writer import Quarantined, Sample, ShardWriter
 
 TOOL_VERSION = "1.0"
-
-
-class Busy(RuntimeError):
-    """Another process works on the same target."""
+_FIELDS = {"name": str, "split": str, "codec": str, "seed": int, "options": dict, "source": dict, "num_samples": int}
+_FIELDS |= {"num_classes": int, "quarantined": int, "counts": dict, "shards": list}
+_SHARD_FIELDS = {"file": str, "bytes": int, "samples": int, "sha256": str}
+_RECORD_FIELDS = {"entry": dict, "quarantine": list, "counts": dict, "sums": dict}
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,11 @@ class Target:
         """The shards that part (number, of how many) makes."""
         return range(part[0], self.spec.shards, part[1])
 
-    # --- paths
-
-    def named(self, name: str) -> Path:
-        """`name` for the folder's first split, `<split>.name` for every further one: the manifest, the quarantine."""
-        return named(self.out, self.spec.split, name)
-
-    def _record_path(self, shard: int) -> Path:
-        return self.work / f"record.{shard}.json"
-
     # --- locks
 
     @contextmanager
     def lock(self, part: tuple[int, int]) -> Iterator[None]:
-        """This part of this split for us alone: the parts of one run share the split, anything else raises Busy.
+        """This part of this split for us alone: parts of one run share the split, anything else raises RuntimeError.
 
         Makes the work folder, and so shows at once whether OUT can be written: SourceError where it cannot. The kernel
         drops the lock when the process dies, however it dies.
@@ -91,7 +82,7 @@ class Target:
                 try:
                     fcntl.flock(file, how | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise Busy(f"another sharder works on {self.out}: wait for it, or choose another OUT") from None
+                    raise RuntimeError(f"another sharder works on {self.out}: wait, or choose another OUT") from None
             try:
                 yield
             finally:
@@ -127,27 +118,33 @@ class Target:
             raise SourceError(
                 f"{classes} lists other classes than this source: say --classes {classes}, or choose another OUT"
             )
-        begun = host.read_json(self._spec_path)
-        if begun is not None and (difference := self._difference(begun)):
+        begun = host.read_json(self._spec_path) or {}
+        if not _has(begun, {"name": str, "seed": int, "options": dict, "source": dict}):
+            _write_json(self._spec_path, asdict(self.spec))
+        elif difference := self._difference(begun):
             raise SourceError(
                 f"{self.out} holds an unfinished run with {difference}; "
                 f"repeat that command, or delete {self.work} and its shards"
             )
-        if begun is None:
-            _write_json(self._spec_path, self._identity())
         return False
 
     def manifest(self) -> dict | None:
         """The manifest, where the split is finished. Raises SourceError where it is damaged or another set's."""
-        path = self.named("manifest.json")
+        path = self._named("manifest.json")
         if not path.exists():
             return None
-        manifest = host.read_json(path)
-        if manifest is None or manifest.get("split") != self.spec.split or not isinstance(manifest.get("shards"), list):
+        manifest = host.read_json(path) or {}
+        if fault(manifest):
             raise SourceError(f"{path} is damaged: delete it and run the same command again")
         if difference := self._difference(manifest):
             raise SourceError(f"{path} is of another set: {difference}; choose another OUT, or delete that set")
         return manifest
+
+    def _difference(self, before: dict) -> str:
+        """How a finished or begun set differs from this one, in words; empty where it does not."""
+        theirs, ours = _identity(before), _identity(asdict(self.spec))
+        names = (name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        return next((f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names), "")
 
     def missing(self, part: tuple[int, int] = (0, 1)) -> list[int]:
         """The shards of this part that are still to be made, or that were lost or damaged since."""
@@ -156,19 +153,18 @@ class Target:
         return [shard for shard in self.part(part) if not self._is_made(shard, listed)]
 
     def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
-        if listed is not None:
-            entry = listed.get(self.spec.shard_file(shard))
-            return entry is None or self._is_whole(entry)  # a shard without a single sample is in no manifest
-        record = self._record(shard)
-        return record is not None and (not record["entry"]["samples"] or self._is_whole(record["entry"]))
-
-    def _is_whole(self, entry: dict) -> bool:
-        """The files of a shard are there, and as long as they must be; `--check` reads them."""
-        shard, samples = self.out / entry["file"], entry["samples"]
+        """Its files are there, and as long as the manifest or its record says; `--check` reads them."""
+        if listed is None:
+            entry = (self._record(shard) or {}).get("entry")
+        else:
+            entry = listed.get(self.spec.shard_file(shard), {"samples": 0})  # without any sample: in no manifest
+        if not entry or not entry["samples"]:
+            return entry is not None
+        tar, samples = self.out / entry["file"], entry["samples"]
         try:
-            table = np.load(shard.with_suffix(".samples.npy"), mmap_mode="r", allow_pickle=False)
-            lines = shard.with_suffix(".idx").read_bytes().count(b"\n")
-            found = (shard.stat().st_size, table.dtype, table.shape, lines)
+            table = np.load(tar.with_suffix(".samples.npy"), mmap_mode="r", allow_pickle=False)
+            lines = tar.with_suffix(".idx").read_bytes().count(b"\n")
+            found = (tar.stat().st_size, table.dtype, table.shape, lines)
         except (OSError, ValueError, EOFError):
             return False
         return found == (entry["bytes"], SAMPLE, (samples,), samples + 1)
@@ -176,42 +172,34 @@ class Target:
     def _record(self, shard: int) -> dict | None:
         """What is known of a made shard; None where it is not made, or the record is damaged."""
         record = host.read_json(self._record_path(shard)) or {}
-        entry = record.get("entry")
-        return record if isinstance(entry, dict) and entry.get("file") == self.spec.shard_file(shard) else None
+        whole = _has(record, _RECORD_FIELDS) and _has(record["entry"], _SHARD_FIELDS)
+        return record if whole and record["entry"]["file"] == self.spec.shard_file(shard) else None
+
+    def _record_path(self, shard: int) -> Path:
+        return self.work / f"record.{shard}.json"
 
     @property
     def _spec_path(self) -> Path:
         return self.work / "spec.json"
 
-    def _identity(self) -> dict[str, Any]:
-        return {field: getattr(self.spec, field) for field in ("name", "seed", "options", "source")}
-
-    def _difference(self, before: dict) -> str:
-        """How the description of a finished or begun set differs from ours, in words; empty where it does not."""
-        for field, now in self._identity().items():
-            was = before.get(field)
-            if isinstance(now, dict):
-                was = was if isinstance(was, dict) else {}
-                names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-                if names:
-                    return f"{field}.{names[0]} = {was.get(names[0])!r} there, {now.get(names[0])!r} here"
-            elif was != now:
-                return f"{field} = {was!r} there, {now!r} here"
-        return ""
+    def _named(self, name: str) -> Path:
+        return named(self.out, self.spec.split, name)
 
     # --- one shard
 
-    def make(self, shard: int, samples: Iterable[Sample | Quarantined], on_progress: OnProgress) -> None:
-        """Writes shard number `shard` and its record."""
+    def make(self, shard: int, samples: Iterable[Sample | Quarantined]) -> dict[str, Any]:
+        """Writes shard number `shard` and its record; returns its entry in the manifest."""
         name, writer = self.spec.shard_file(shard), ShardWriter()
         tar = self.work / name
         for left in self.work.glob(f"{tar.stem}.*"):  # by a run that was killed
             left.unlink()
-        host.write_atomic(tar, lambda file: writer.write(file, samples, on_progress))
+        host.write_atomic(tar, lambda file: writer.write(file, samples))
         table = writer.table
         entry = {"file": name, "bytes": writer.bytes, "sha256": writer.sha256, "samples": len(table)}
         entry |= {"repaired": writer.repaired, "quarantined": len(writer.quarantined)}
-        self._refuse_other_bytes(entry)
+        manifest = self.manifest() or {"shards": []}
+        if any(listed["file"] == name and listed["sha256"] != entry["sha256"] for listed in manifest["shards"]):
+            raise RuntimeError(f"{name} came out different from the manifest: another Pillow than {manifest['codec']}?")
         if len(table):
             index, beside = tar.with_suffix(".idx"), tar.with_suffix(".samples.npy")
             host.write_atomic(index, lambda file: file.write(writer.index))
@@ -219,20 +207,10 @@ class Target:
             for path in (index, beside, tar):
                 path.replace(self.out / path.name)
             host.sync_folder(self.out)
-        record = {"entry": entry, "counts": writer.counts, "sums": writer.sums}
-        record["quarantine"] = [
-            {"key": one.key, "reason": one.reason, "source": one.source, "shard": name} for one in writer.quarantined
-        ]
+        quarantine = [line | {"shard": name} for line in writer.quarantined]
+        record = {"entry": entry, "quarantine": quarantine, "counts": writer.counts, "sums": writer.sums}
         _write_json(self._record_path(shard), record)
-
-    def _refuse_other_bytes(self, entry: dict) -> None:
-        """A lost shard of a finished set is made again only as it was."""
-        manifest = self.manifest()
-        listed = {one["file"]: one["sha256"] for one in manifest["shards"]} if manifest else {}
-        if manifest and listed.get(entry["file"], entry["sha256"]) != entry["sha256"]:
-            raise RuntimeError(
-                f"{entry['file']} came out different from the manifest: another Pillow than {manifest['codec']}?"
-            )
+        return entry
 
     # --- the split
 
@@ -250,25 +228,29 @@ class Target:
         finished = manifest = self.manifest()
         if self.missing():
             return None
+        quarantine = self._named("quarantine.jsonl")
         if manifest is None:
-            manifest = self._merge(refused, strict, more)
+            records = [record for shard in self.part((0, 1)) if (record := self._record(shard))]
+            lines = [{"key": None, "reason": why, "source": source, "shard": None} for source, why in refused]
+            lines += [line for record in records for line in record["quarantine"]]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            self._write(quarantine, lambda file: file.write(text.encode()))
+            manifest = self._describe(records, len(lines), more)
+            if not manifest["shards"]:
+                raise SourceError(f"no image can be used: {quarantine} says why")
         if strict and manifest["quarantined"]:
             were = "were " if finished else ""
-            raise RuntimeError(
-                f"--strict: {manifest['quarantined']} image(s) {were}quarantined ({self.named('quarantine.jsonl')})"
-            )
+            raise RuntimeError(f"--strict: {manifest['quarantined']} image(s) {were}quarantined ({quarantine})")
+        if not finished:
+            self._write_metadata(manifest)
         shutil.rmtree(self.work, ignore_errors=True)
         return manifest
 
-    def _merge(self, refused: Iterable[tuple[str, str]], strict: bool, more: Callable[[dict], dict]) -> dict:
+    def _describe(self, records: list[dict], quarantined: int, more: Callable[[dict], dict]) -> dict[str, Any]:
         spec = self.spec
-        records = [record for shard in range(spec.shards) if (record := self._record(shard))]
         entries = [record["entry"] for record in records if record["entry"]["samples"]]
-        lines = [{"key": None, "reason": why, "source": source, "shard": None} for source, why in refused]
-        lines += [line for record in records for line in record["quarantine"]]
-        self._write(self.named("quarantine.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
         counts, sums = (sum((Counter(record[what]) for record in records), Counter()) for what in ("counts", "sums"))
-        manifest = {
+        return {
             "format": 1,
             "name": spec.name,
             "split": spec.split,
@@ -282,54 +264,62 @@ class Target:
             "class_file": spec.class_file,
             "members": list(spec.members),
             "repaired": sum(entry["repaired"] for entry in entries),
-            "quarantined": len(lines),
+            "quarantined": quarantined,
             "counts": dict(sorted(counts.items())),
             **more(sums),
             "shards": entries,
         }
-        if not entries:
-            raise SourceError(f"no image can be used: {self.named('quarantine.jsonl')} says why")
-        if strict and lines:
-            return manifest
-        tables = [np.load(self.out / entry["file"].replace(".tar", ".samples.npy")) for entry in entries]
+
+    def _write_metadata(self, manifest: dict[str, Any]) -> None:
+        """The split's table, the class list, timm's `_info.json` with the other splits kept and, last, the manifest."""
+        files, lengths = ([entry[field] for entry in manifest["shards"]] for field in ("file", "samples"))
+        tables = [np.load((self.out / file).with_suffix(".samples.npy")) for file in files]
         for position, table in enumerate(tables):
             table["shard"] = position
-        self._write(self.out / f"{spec.name}-{spec.split}.samples.npy", npy_bytes(np.concatenate(tables)))
-        if spec.classes:
-            self._write(self.out / spec.class_file, self._class_lines())
-        self._write(self.out / "_info.json", json.dumps(self._info(entries), indent=1).encode())
-        self._write(self.named("manifest.json"), json.dumps(manifest, indent=1).encode())
-        return manifest
+        name, split = self.spec.name, self.spec.split
+        self._write(self.out / f"{name}-{split}.samples.npy", lambda file: np.save(file, np.concatenate(tables)))
+        if self.spec.classes:
+            self._write(self.out / self.spec.class_file, lambda file: file.write(self._class_lines()))
+        info = {"name": split, "filenames": files, "shard_lengths": lengths, "num_samples": manifest["num_samples"]}
+        splits = {**(host.read_json(self.out / "_info.json") or {}).get("splits", {}), split: info}
+        info = {"name": name, "splits": dict(sorted(splits.items()))}
+        self._write(self.out / "_info.json", lambda file: file.write(json.dumps(info, indent=1).encode()))
+        self._write(self._named("manifest.json"), lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
-    def _write(self, path: Path, content: bytes) -> None:
-        host.write_atomic(self.work / path.name, lambda file: file.write(content))
+    def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
+        host.write_atomic(self.work / path.name, write)
         (self.work / path.name).replace(path)
         host.sync_folder(path.parent)
 
     def _class_lines(self) -> bytes:
         return "".join(f"{name}\n" for name in self.spec.classes).encode("utf-8", "surrogateescape")
 
-    def _info(self, entries: list[dict]) -> dict:
-        """timm's `_info.json`, with the other splits of the folder kept."""
-        before = host.read_json(self.out / "_info.json") or {}
-        split = {
-            "name": self.spec.split,
-            "filenames": [entry["file"] for entry in entries],
-            "shard_lengths": [entry["samples"] for entry in entries],
-            "num_samples": sum(entry["samples"] for entry in entries),
-        }
-        return {
-            "name": self.spec.name,
-            "splits": dict(sorted({**before.get("splits", {}), split["name"]: split}.items())),
-        }
-
 
 def named(out: Path, split: str, name: str) -> Path:
-    """`name` for the folder's first split, `<split>.name` for every further one."""
-    first = out / "manifest.json"
-    if first.exists() and (host.read_json(first) or {}).get("split", split) != split:
-        return out / f"{split}.{name}"
-    return out / name
+    """`name` for the folder's first split, `<split>.name` for every further one: the manifest and the quarantine."""
+    first = host.read_json(out / "manifest.json") or {}
+    return out / (f"{split}.{name}" if first.get("split", split) != split else name)
+
+
+def fault(manifest: dict) -> str:
+    """What keeps a manifest from being one, in words; empty where nothing does."""
+    if manifest.get("format") != 1 or not _has(manifest, _FIELDS):
+        return "no manifest of format 1"
+    if not all(isinstance(entry, dict) and _has(entry, _SHARD_FIELDS) for entry in manifest["shards"]):
+        return "an entry of shards is none"
+    if any(Path(entry["file"]).name != entry["file"] for entry in manifest["shards"]):
+        return "a shard's name leads out of the folder"
+    return ""
+
+
+def _has(fields: dict, kinds: Mapping[str, type]) -> bool:
+    return all(isinstance(fields.get(name), kind) for name, kind in kinds.items())
+
+
+def _identity(fields: dict[str, Any]) -> dict[str, Any]:
+    """What tells one set from another, by a spec or a manifest."""
+    nested = {f"{outer}.{name}": value for outer in ("options", "source") for name, value in fields[outer].items()}
+    return {"name": fields["name"], "seed": fields["seed"], **nested}
 
 
 def _write_json(path: Path, content: dict) -> None:

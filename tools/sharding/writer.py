@@ -1,10 +1,9 @@
 """Samples as a USTAR file, its DALI index and its table: bytes that depend on nothing but the samples."""
 
 import hashlib
-import io
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -13,7 +12,6 @@ import numpy as np
 from pipeline.shards import SAMPLE
 from pipeline.tar import BLOCK
 
-OnProgress = Callable[[int, int, int, int], object]  # hears of more samples, bytes read, repaired, quarantined
 MTIME = 1_000_000_000  # any constant; 0 makes GNU tar warn on every member
 
 
@@ -29,7 +27,6 @@ class Sample:
     repairs: tuple[str, ...] = ()  # what was done to the image; counted in the manifest
     notes: tuple[str, ...] = ()  # what is odd about it; counted in the manifest
     sums: Mapping[str, int] = field(default_factory=dict)  # numbers to add up over the split, for its manifest
-    read: int = 0  # bytes of the source, for the progress
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,6 @@ class Quarantined:
     key: str
     reason: str
     source: str
-    read: int = 0
 
 
 class ShardWriter:
@@ -47,24 +43,22 @@ class ShardWriter:
 
     def __init__(self) -> None:
         self.bytes = self.repaired = 0
-        self.quarantined: list[Quarantined] = []
+        self.quarantined: list[dict[str, str]] = []
         self.counts: Counter[str] = Counter()  # of repairs and notes
         self.sums: Counter[str] = Counter()
         self._hash = hashlib.sha256()
         self._index: list[str] = []
         self._rows: list[tuple[int, int, int, int, int, int]] = []
 
-    def write(self, file: BinaryIO, samples: Iterable[Sample | Quarantined], on_progress: OnProgress) -> None:
+    def write(self, file: BinaryIO, samples: Iterable[Sample | Quarantined]) -> None:
         for sample in samples:
             if isinstance(sample, Quarantined):
-                self.quarantined.append(sample)
-                on_progress(1, sample.read, 0, 1)
+                self.quarantined.append({"key": sample.key, "reason": sample.reason, "source": sample.source})
                 continue
             self._add(file, sample)
             self.repaired += bool(sample.repairs)
             self.counts.update((*sample.repairs, *sample.notes))
             self.sums.update(sample.sums)
-            on_progress(1, sample.read, bool(sample.repairs), 0)
         self._write(file, bytes(2 * BLOCK))  # the end mark
 
     @property
@@ -114,9 +108,3 @@ def index_line(entries: list[tuple[str, int, int, str]]) -> str:
 def index_bytes(lines: list[str]) -> bytes:
     """DALI's index, version 1.2."""
     return "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]).encode("utf-8", "surrogateescape")
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
