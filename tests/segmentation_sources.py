@@ -70,8 +70,8 @@ def palette(mask: NDArray[np.uint8], **options: object) -> bytes:
     return saved(image, **options)
 
 
-def gray_png(mask: NDArray[np.uint8], bits: int) -> bytes:
-    """A gray PNG of 1, 2 or 4 bits a pixel, which Pillow reads but does not write."""
+def gray_png(mask: NDArray[np.uint8], bits: int, claimed: tuple[int, int] | None = None) -> bytes:
+    """A gray PNG of 1, 2 or 4 bits a pixel, which Pillow reads but does not write. `claimed`: height and width."""
     each = 8 // bits
     padded = np.pad(mask, ((0, 0), (0, -mask.shape[1] % each)))
     rows = sum(padded[:, n::each].astype(int) << (8 - bits - n * bits) for n in range(each)).astype(np.uint8)
@@ -80,7 +80,8 @@ def gray_png(mask: NDArray[np.uint8], bits: int) -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
+    height, width = claimed or mask.shape
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -310,6 +311,8 @@ def isprs(root: Path) -> dict[str, dict[str, Truth]]:
             put(root / city, {image.format(key): photo(n, mask, "TIFF")})
             rough = np.clip(coloured(mask, ISPRS_COLOURS | {VOID: (0, 0, 0)}) + noise, 0, 255).astype(np.uint8)
             put(root / city, {label.format(key): saved(rough, "TIFF")})
+
+    put(root / "Vaihingen", {"gts_for_participants/top_mosaic_09cm_area9.tif": b"a mask without an image"})
 
     def cut(name: str, mask: NDArray) -> Truth:
         starts = [(y, x) for y in (0, 12, 14) for x in (0, 12, 24)]

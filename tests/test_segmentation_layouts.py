@@ -138,6 +138,9 @@ def test_a_list_of_names_takes_the_layouts_place(tmp_path: Path, refused) -> Non
     names.write_text("000003_10\ntraining/image_2/000001_10.png training/semantic/000001_10.png\n\n")
     found = shard(tmp_path / "data", "kitti", "val", "--list", names)
     same(found, {key: truth[key] for key in ("000001_10", "000003_10")})
+    make.idd(tmp_path / "idd")
+    names.write_text("1/005506\n")
+    assert shard(tmp_path / "idd", "idd", "train", "--list", names).keys() == {"1_005506"}
     names.write_text("000007_10\n")
     said = refused(tmp_path / "data", "kitti", "val", "--list", names)
     assert "holds no image 000007_10, which is listed for split val" in said
@@ -170,8 +173,11 @@ MASK = np.tile(np.array([0, 1, 2, VOID], np.uint8), (20, 7))  # of the size of t
 
 BAD_MASKS = {
     "a palette": (make.palette(MASK), "a.png is a palette PNG where class indices are due"),
-    "colours": (make.saved(np.dstack([MASK] * 3)), "a.png has colours (RGB) where class indices are due"),
-    "gray with alpha": (make.saved(np.dstack([MASK] * 2)), "a.png has colours (LA)"),
+    "colours": (
+        make.saved(np.dstack([MASK] * 3)),
+        "a.png is no single channel of integers (but RGB) where class indices are due",
+    ),
+    "gray with alpha": (make.saved(np.dstack([MASK] * 2)), "a.png is no single channel of integers (but LA)"),
     "another size": (make.saved(MASK[:, :-1]), "a.png has 27 x 20 pixels, its image images/train/a.jpg 28 x 20"),
     "turned by a quarter": (make.saved(MASK.T.copy()), "a.png has 20 x 28 pixels"),
     "a number beyond the classes": (
@@ -182,6 +188,7 @@ BAD_MASKS = {
     "a JPEG": (make.saved(MASK, "JPEG"), "a.png is no PNG, BMP or TIFF"),
     "cut short": (make.saved(MASK)[:-30], "a.png cannot be read"),
     "nothing": (b"", "a.png is no PNG"),
+    "a bomb": (make.gray_png(MASK[:1, :8] & 1, 1, claimed=(10**5, 10**5)), "a.png has 100000 x 100000 pixels by its"),
 }
 
 
@@ -248,6 +255,26 @@ def test_images_and_masks_without_each_other_are_named(mine: Path, refused) -> N
     (mine / "masks/train/c.png").unlink()
     (mine / "masks/train/deep/b.png").unlink()
     assert "images/train/a.jpg is an image without a mask (one of 2)\n" in refused(mine, "folders", "train")
+
+
+def test_names_that_a_data_set_does_not_have_are_named(tmp_path: Path, refused) -> None:
+    for layout, build, name in (
+        ("kitti", make.kitti, "data_semantics/training/image_2/copy.png"),
+        ("sunrgbd", make.sunrgbd, "sunrgbd_train_test_labels/preview.png"),
+        ("camvid_raw", make.camvid_raw, "701_StillsRaw_full/overview.png"),
+    ):
+        build(tmp_path / layout)
+        make.put(tmp_path / layout, {name: make.saved(MASK)})
+        assert f"{name} is no file of this data set: move it away\n" in refused(tmp_path / layout, layout, "train")
+
+
+def test_odd_names_are_survived(mine: Path) -> None:
+    """Bytes that are no UTF-8, dots, blanks; folders named like images."""
+    (mine / "images/train/folder.jpg").mkdir()
+    (mine / "masks/train/folder.png").mkdir()
+    for name in (os.fsdecode(b"\xff x"), "v1.2"):
+        make.put(mine, {f"images/train/{name}.jpg": make.photo(1, MASK), f"masks/train/{name}.png": make.saved(MASK)})
+    assert len(shard(mine, "folders", "train")) == 4
 
 
 def test_two_images_of_one_name_are_named(mine: Path, refused) -> None:

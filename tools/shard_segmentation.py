@@ -43,10 +43,9 @@ def shard(args: argparse.Namespace) -> int:
     more = partial(statistics, maker.target.spec.classes)
     code = command.carry_out(maker.target, maker, args, images=maker.count, more=more)
     if manifest := maker.target.manifest():  # else other parts are still at work
-        rows = manifest["classes"].items()
-        shares = ", ".join(f"{name} {row['share']:.2f}" for name, row in rows if row["pixels"])
-        absent = sum(not row["pixels"] for _, row in rows)
-        print(f"percent of the labelled pixels: {shares}" + f"; {absent} classes have none" * bool(absent))
+        rows = manifest["classes"]
+        shares = [f"{name} {row['share']:.2f}" for name, row in rows.items() if row["pixels"]]
+        print(f"{len(shares)} of {len(rows)} classes, in percent of the labelled pixels: {', '.join(shares)}")
         print(f"void: {manifest['void']['share']:.2f} percent of all pixels")
     return code
 
@@ -64,7 +63,9 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     layout = layouts.folders(args.source) if args.layout == "folders" else layouts.LAYOUTS[args.layout]
     print(f"listing {args.source}", flush=True)
     found = pairs(layout, args.source, args.split, args.list)
-    order, _ = plan.shuffled((pair.name for pair in found), args.seed)  # patches of a tile stay together, as they are
+    order, _ = plan.shuffled(
+        (pair.image_key for pair in found), args.seed
+    )  # patches of a tile stay together, as they are
     found = [found[position] for position in order]
     by_key = {pair.key: pair for pair in found}
     for pair in found:

@@ -59,6 +59,10 @@ def _vaihingen_member(split: str, key: str) -> bool:
     )
 
 
+def _vaihingen_partner(split: str, key: str) -> str | None:
+    return None if key == "area9" else key  # its ground truth came with the others', its image never did
+
+
 _TRAIN_IDS = Indices(identity(19))
 _LABEL_IDS = Indices(classes.LABEL_IDS)
 _VOC = Indices(identity(21), palette=True)
@@ -111,6 +115,7 @@ _vaihingen = Layout(
     },
     splits={"train": ("", None), "val": ("", None)},
     member=_vaihingen_member,
+    partner=_vaihingen_partner,
     patch=(512, 512),
 )
 
@@ -166,6 +171,7 @@ LAYOUTS: dict[str, Layout] = {
         },
         splits={"train": ("Potsdam", 3800), "val": ("Vaihingen", None)},
         member=every_key,
+        partner=_vaihingen_partner,
         patch=(800, 600),
         red_green={"train": (0, 1), "val": (1, 2)},
     ),

@@ -13,6 +13,8 @@ from PIL import Image
 
 from .classes import VOID
 
+_MOST_PIXELS = 100_000_000  # a tile of ISPRS has 36 million
+
 
 @dataclass(frozen=True)
 class Indices:
@@ -29,7 +31,7 @@ class Indices:
         if image.mode == "P" and not self.palette:
             raise ValueError("is a palette PNG where class indices are due: save its indices as a gray PNG")
         if image.mode not in ("P", "1", "L", "I", "I;16", "I;16B"):
-            raise ValueError(f"has colours ({image.mode}) where class indices are due")
+            raise ValueError(f"is no single channel of integers (but {image.mode}) where class indices are due")
         raw = np.asarray(image)
         if image.format == "PNG" and image.mode == "L":  # Pillow stretches 2 and 4 bits to 8
             raw = raw // np.uint8(255 // (2 ** data[24] - 1))
@@ -85,9 +87,12 @@ def png(mask: NDArray[np.uint8]) -> bytes:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF"))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF"))
     except Image.UnidentifiedImageError:
         raise ValueError("is no PNG, BMP or TIFF (a JPEG does not keep labels)") from None
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"has {image.width} x {image.height} pixels by its header: more than an image may have")
+    return image
 
 
 def _matlab(data: bytes) -> NDArray:

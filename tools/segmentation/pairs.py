@@ -6,9 +6,10 @@ may lie in SOURCE itself or up to two folders deeper, so SOURCE may be what an a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from sharding import SourceError
@@ -17,6 +18,7 @@ from sharding.sources import IMAGES
 
 from .masks import Encoding
 
+T = TypeVar("T")
 Box = tuple[int, int, int, int]  # y0, x0, y1, x1
 
 
@@ -63,8 +65,12 @@ class Pair:
     box: Box | None = None
 
     @property
+    def image_key(self) -> str:
+        return clean_key(f"{self.name}.png", "path")
+
+    @property
     def key(self) -> str:
-        return clean_key(self.name + (f"_{self.box[0]}_{self.box[1]}" if self.box else "") + ".png", "path")
+        return f"{self.image_key}_{self.box[0]}_{self.box[1]}" if self.box else self.image_key
 
 
 def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -> list[Pair]:
@@ -80,12 +86,12 @@ def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -
         wanted = " or ".join(layout.images).replace("{split}", folder)
         raise SourceError(f"{source} holds no image of split {split}: this layout keeps them as {wanted}")
     masks = _collect(layout.masks, source, folder)
-    masks = {key: found for name, found in masks.items() if (key := layout.partner(split, name)) is not None}
-    listed = _names(names) if names else _listed(layout, source, split)
+    masks = {key: found for name, found in masks.items() if (key := _ask(layout.partner, split, name, found))}
+    listed = _names(names, images) if names else _listed(layout, source, split, images)
     if listed is None:
-        images = {key: found for key, found in images.items() if layout.member(split, key)}
-        if spare := sorted(key for key in masks.keys() - images.keys() if layout.member(split, key)):
+        if spare := sorted(masks.keys() - images.keys()):
             raise SourceError(f"{source / masks[spare[0]][0]} is a mask without an image{_more(spare)}")
+        images = {key: found for key, found in images.items() if _ask(layout.member, split, key, found)}
     elif missing := sorted(set(listed) - images.keys()):
         raise SourceError(f"{source} holds no image {missing[0]}, which is listed for split {split}{_more(missing)}")
     else:
@@ -110,7 +116,9 @@ def _collect(patterns: Iterable[str], source: Path, split: str) -> dict[str, tup
         mine: dict[str, tuple[str, int]] = {}
         for path in sorted(folder.rglob("*")):
             match = shape.fullmatch(path.relative_to(folder).as_posix())
-            if not match or path.name.startswith(".") or (parts[-2] == ".*" and path.suffix.lower() not in IMAGES):
+            if not match or path.name.startswith(".") or not path.is_file():
+                continue
+            if parts[-2] == ".*" and path.suffix.lower() not in IMAGES:
                 continue
             if match[1] in mine:
                 raise SourceError(f"{path} and {source / mine[match[1]][0]} have one name: remove one of them")
@@ -130,7 +138,7 @@ def _below(source: Path, name: str) -> Path | None:
     return None
 
 
-def _listed(layout: Layout, source: Path, split: str) -> list[str] | None:
+def _listed(layout: Layout, source: Path, split: str, images: Container[str]) -> list[str] | None:
     """The names that the layout's own lists give: the first group of files that is all there, added up; those of a
     file behind a minus are taken away.
     """
@@ -139,7 +147,8 @@ def _listed(layout: Layout, source: Path, split: str) -> list[str] | None:
         if len(files) == len(group):
             names: set[str] = set()
             for file, path in files.items():
-                names = names - set(_names(path)) if file.startswith("-") else names | set(_names(path))
+                mine = set(_names(path, images))
+                names = names - mine if file.startswith("-") else names | mine
             return sorted(names)
     if split in layout.lists:
         wanted = " or ".join(f"{group[0]}.txt" for group in layout.lists[split])
@@ -147,12 +156,20 @@ def _listed(layout: Layout, source: Path, split: str) -> list[str] | None:
     return None
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Path, images: Container[str]) -> list[str]:
     """One name a line; a path to an image or mask, and what follows a blank, are fine as well."""
     try:
-        return [Path(line.split()[0]).stem for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the list {path}: {error}") from None
+    return [line if line in images else Path(line.split()[0]).stem for line in lines]
+
+
+def _ask(rule: Callable[[str, str], T], split: str, key: str, found: tuple[str, int]) -> T:
+    try:
+        return rule(split, key)
+    except ValueError:  # a number was due
+        raise SourceError(f"{found[0]} is no file of this data set: move it away") from None
 
 
 def _patches(pair: Pair, source: Path, side: int, stride: int) -> Iterator[Pair]:

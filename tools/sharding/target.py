@@ -255,7 +255,8 @@ class Target:
             "name": spec.name,
             "split": spec.split,
             "tool_version": TOOL_VERSION,
-            "codec": f"Pillow {Image.__version__}, libjpeg-turbo {features.version_feature('libjpeg_turbo')}",
+            "codec": f"Pillow {Image.__version__}, libjpeg-turbo {features.version_feature('libjpeg_turbo')}, "
+            f"zlib {features.version_feature('zlib_ng') or features.version_codec('zlib')}",
             "seed": spec.seed,
             "options": spec.options,
             "source": spec.source,
