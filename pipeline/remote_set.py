@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import remote, shards
+from . import remote, specs, tables
 from .remote import Folder, Object
 from .shard_cache import Cache, Figures, Job, RemoteFiles, fetch
-from .shards import ShardError
+from .specs import ShardError
 
 _LARGEST_JSON = 1 << 28  # a manifest of a million shards
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def open_set(
     entries: Sequence[str], split: str | None, root: Path | None, size: int
 ) -> tuple[list[Object], NDArray[np.void], RemoteFiles]:
-    """The shards, their table (of shards.SAMPLE) and what reads them, with at most `size` bytes of cache below `root`.
+    """The shards, their table (of tables.SAMPLE) and what reads them, with at most `size` bytes of cache below `root`.
     Raises ShardError, and ReadError where a server does not answer.
     """
     objects, manifest = resolve(entries, split)
@@ -50,7 +50,7 @@ def resolve(entries: Sequence[str], split: str | None = None) -> tuple[list[Obje
     """
     if len(entries) == 1 and not entries[0].endswith(".tar") and "{" not in entries[0]:
         return remote.run(_in_folder(Folder(entries[0]), split))
-    return remote.run(_named([address for entry in entries for address in shards._expand(entry)]))
+    return remote.run(_named([address for entry in entries for address in specs.expand(entry)]))
 
 
 async def _named(addresses: list[str]) -> tuple[list[Object], dict[str, Any] | None]:
@@ -91,7 +91,7 @@ async def _in_folder(folder: Folder, split: str | None) -> tuple[list[Object], d
             f"{folder.url}: a web server does not say what it holds, and there is no manifest.json or _info.json: "
             f"name the tars by a pattern, {folder.url}/NAME-{{0000..0099}}.tar"
         )
-    split = shards._one(folder.url, list(names), split)
+    split = specs.one_split(folder.url, list(names), split)
     wanted = names[split]
     found = listed if listed is not None else await folder.heads(wanted)
     missing = [name for name in wanted if name not in found]
@@ -124,7 +124,7 @@ async def _manifests(folder: Folder, listed: dict[str, Object] | None) -> dict[s
     found = {}
     for name in names:
         manifest = await _json(folder, name)
-        if manifest and manifest.get("format") == 1 and shards._is_ours(manifest):
+        if manifest and manifest.get("format") == 1 and specs.is_manifest(manifest):
             found[str(manifest["split"])] = manifest
     return found
 
@@ -132,7 +132,7 @@ async def _manifests(folder: Folder, listed: dict[str, Object] | None) -> dict[s
 async def _splits(folder: Folder) -> dict[str, list[str]]:
     """The tars by split, as timm's _info.json says it."""
     info = await _json(folder, "_info.json") or await _json(folder, "info.json") or {}
-    return shards._timm_splits(info)
+    return specs.timm_splits(info)
 
 
 async def _json(folder: Folder, name: str) -> dict[str, Any] | None:
@@ -157,7 +157,7 @@ def table(objects: Sequence[Object], manifest: dict[str, Any] | None, cache: Cac
             if numbers == list(range(len(place))):
                 return rows
             ends = np.searchsorted(rows["shard"], range(len(place) + 1))
-            return shards._joined([rows[ends[k] : ends[k + 1]] for k in numbers])
+            return tables.joined([rows[ends[k] : ends[k + 1]] for k in numbers])
     return _walked(objects, cache)
 
 
@@ -167,8 +167,8 @@ def _kept(what: object) -> str:
 
 def _keep(rows: NDArray[np.void], name: str, count: int) -> NDArray[np.void]:
     """Keeps a table for the next start, and gives it as a file that all processes of a machine share in memory."""
-    shards._keep(rows, name)
-    kept = shards._cached(name, count)
+    tables.keep(rows, name)
+    kept = tables.cached(name, count)
     return rows if kept is None else kept
 
 
@@ -176,13 +176,13 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
     """A table that lies beside its shards, in the user's cache folder from the first time on."""
     count = len(manifest["shards"])
     kept = _kept([str(found), found.size, found.version])
-    rows = shards._cached(kept, count) if found.version else None
+    rows = tables.cached(kept, count) if found.version else None
     if rows is None:
         parts = [remote.submit(found.read(k, k + remote.PART)) for k in range(0, found.size, remote.PART)]
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / kept
             file.write_bytes(b"".join(part.result() for part in parts))
-            rows = shards._load(file, count)
+            rows = tables.load(file, count)
             if rows is not None:
                 rows = _keep(np.array(rows), kept, count)
     if rows is None or len(rows) != manifest["num_samples"]:
@@ -192,13 +192,13 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
 
 def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
     """The tables of tars that bring none: from the user's cache folder, or by a walk over each, which is fetched."""
-    names = [_kept([shards._SCAN, str(o), o.size, o.version]) for o in objects]
-    tables: dict[int, NDArray[np.void]] = {}
+    names = [_kept([tables.SCAN, str(o), o.size, o.version]) for o in objects]
+    found: dict[int, NDArray[np.void]] = {}
 
     def walk(shard: int, path: Path) -> None:
-        rows, walked = shards._scan_named(path)
-        shards._complain(str(objects[shard]), objects[shard].size, walked, alone=len(objects) == 1)
-        tables[shard] = rows if walked.notes or not objects[shard].version else _keep(rows, names[shard], 1)
+        rows, walked = tables.scan(path)
+        tables.report(str(objects[shard]), objects[shard].size, walked, alone=len(objects) == 1)
+        found[shard] = rows if walked.notes or not objects[shard].version else _keep(rows, names[shard], 1)
 
     def jobs(missing: list[int]) -> Iterator[Job]:
         for shard in missing:
@@ -208,11 +208,11 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
             else:
                 yield cache.job(shard, None if cache.make_space(shard) else Path(scratch))
 
-    while missing := [k for k in range(len(objects)) if k not in tables]:
+    while missing := [k for k in range(len(objects)) if k not in found]:
         for k in missing:
-            if (rows := shards._cached(names[k], 1)) is not None:
-                tables[k] = rows
-        missing = [k for k in missing if k not in tables]
+            if (rows := tables.cached(names[k], 1)) is not None:
+                found[k] = rows
+        missing = [k for k in missing if k not in found]
         if cache.folder and not cache.owned():  # another process of this machine is at it
             time.sleep(0.2)
             continue
@@ -228,4 +228,4 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
                 if job.path.parent == Path(scratch):
                     job.path.unlink()
         cache.release()
-    return shards._joined([tables[k] for k in range(len(objects))])
+    return tables.joined([found[k] for k in range(len(objects))])

@@ -352,7 +352,7 @@ class RemoteFiles:
         return data[offset - start : offset - start + size]
 
     def advise(self, rows: NDArray[np.void]) -> None:
-        """Asks for images (of shards.SAMPLE), all at once, before they are read one by one."""
+        """Asks for images (of tables.SAMPLE), all at once, before they are read one by one."""
         missing = []
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
             file = self._file(shard)

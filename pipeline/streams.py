@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from . import headers, shards
+from . import headers, specs, tables
 from .samples import why_undecodable
-from .shards import ReadError, ShardError, ShardSet
+from .shards import ReadError, ShardSet
+from .specs import ShardError
 
 if TYPE_CHECKING:
     import webdataset
@@ -58,7 +59,7 @@ class Stream:
 
     def __init__(self, spec: str | Sequence[str], buffer: int = 1000):
         entries = [spec] if isinstance(spec, str) else list(spec)
-        self.entries = [entry for each in entries for entry in shards._expand(each)]
+        self.entries = [entry for each in entries for entry in specs.expand(each)]
         if not self.entries:
             raise ShardError("an empty list of streams: name a command, a file or an address")
         if buffer < 1:
@@ -102,7 +103,7 @@ class Stream:
                     number += 1
 
     def _sample(self, number: int, content: dict[str, Any]) -> Sample | None:
-        data = next((content[extension] for extension in shards.IMAGES if extension in content), None)
+        data = next((content[extension] for extension in tables.IMAGES if extension in content), None)
         if data is None:
             return None
         kind, height, width = headers.image_size(data)
@@ -126,8 +127,8 @@ class Stream:
 
 
 def _label(content: dict[str, Any]) -> int:
-    found = shards._label_in(content.get("json", b""))
-    label = shards._int(content.get("cls", b""), -1 if found is None else found)
+    found = tables.label_in(content.get("json", b""))
+    label = tables.as_int(content.get("cls", b""), -1 if found is None else found)
     return label if -(2**31) <= label < 2**31 else -1
 
 
@@ -153,7 +154,7 @@ def _opened(entry: str) -> Iterator[BinaryIO]:
                     raise ReadError(f"{entry!r} ended with exit code {command.returncode}")
         elif entry == "-":
             yield sys.stdin.buffer
-        elif shards.is_address(entry):
+        elif specs.is_address(entry):
             if not entry.lower().startswith("http"):
                 raise ShardError(f"{entry} is no stream: a ShardSet reads it, in any order")
             with urllib.request.urlopen(entry, timeout=_TIMEOUT) as answer:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mapimages import image, sample, still_recipe, write_set, write_tar
 
-from pipeline import Loader, shards
+from pipeline import Loader, tables
 from pipeline.order import block_positions
 from pipeline.shards import SAMPLE, ShardError, ShardSet
 
@@ -69,21 +69,21 @@ DAMAGED_TABLES: list[Callable[[bytes], bytes]] = [
 def test_foreign_tables_are_kept_and_renewed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_set(tmp_path, 9, 3)
     first = ShardSet(folder).table.copy()
-    scan = shards._scan
+    scan = tables._scan
 
     def refuse(path: Path) -> None:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(shards, "_scan", refuse)
+    monkeypatch.setattr(tables, "_scan", refuse)
     again = ShardSet(folder)
     assert np.array_equal(again.table, first)
     assert isinstance(again.table, np.memmap)
-    monkeypatch.setattr(shards, "_scan", scan)
+    monkeypatch.setattr(tables, "_scan", scan)
     write_tar(folder / "map-0001.tar", sample("new", image(99), 5))
     assert len(ShardSet(folder)) == 7
-    tables = {path: path.read_bytes() for path in (cache / "dense-ssl" / "tables").iterdir()}
+    kept = {path: path.read_bytes() for path in (cache / "dense-ssl" / "tables").iterdir()}
     for damaged in DAMAGED_TABLES:
-        for path, content in tables.items():
+        for path, content in kept.items():
             path.write_bytes(damaged(content))
         again = ShardSet(folder)
         assert len(again) == 7 and again.read(6)
@@ -96,7 +96,7 @@ def ours(folder: Path, samples: tuple[int, ...] = (4, 3)) -> Path:
     """A set as tools/shard_imagenet.py leaves it, written here from its description."""
     write_set(folder, sum(samples), 1)
     (folder / "map-0000.tar").unlink()
-    start, entries, tables = 0, [], []
+    start, entries, parts = 0, [], []
     for k, count in enumerate(samples):
         path = folder / f"map-train-{k:04d}.tar"
         numbers = range(start, start + count)
@@ -105,10 +105,10 @@ def ours(folder: Path, samples: tuple[int, ...] = (4, 3)) -> Path:
         table = ShardSet([path]).table.copy()
         np.save(path.with_suffix(".samples.npy"), table)
         table["shard"] = k
-        tables.append(table)
+        parts.append(table)
         entries.append({"file": path.name, "bytes": path.stat().st_size, "sha256": "", "samples": count})
         start += count
-    np.save(folder / "map-train.samples.npy", np.concatenate(tables))
+    np.save(folder / "map-train.samples.npy", np.concatenate(parts))
     manifest = {"format": 1, "name": "map", "split": "train", "num_samples": start, "shards": entries}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -117,8 +117,8 @@ def ours(folder: Path, samples: tuple[int, ...] = (4, 3)) -> Path:
 def test_our_tables_are_used_while_they_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ours(tmp_path / "set")
     scanned: list[Path] = []
-    scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda path: scanned.append(path) or scan(path))
+    scan = tables._scan
+    monkeypatch.setattr(tables, "_scan", lambda path: scanned.append(path) or scan(path))
     whole = ShardSet(folder)
     assert isinstance(whole.table, np.memmap)
     assert len(whole) == 7

@@ -32,7 +32,7 @@ def test_kernels_know_neither_torch_nor_dali(room: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
 
 
-@pytest.mark.parametrize("room", ["recipes", "shards"])
+@pytest.mark.parametrize("room", ["recipes", "shards", "specs", "tables"])
 def test_descriptions_know_neither_torch_nor_dali(room: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
 

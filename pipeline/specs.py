@@ -1,0 +1,158 @@
+"""Which tars a spec names, and what the manifests beside them say.
+
+A spec is a directory, a brace pattern, a tar, or a list of these; of a directory with several splits one is named.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from .host import read_json
+
+Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_MOST_SHARDS = 1_000_000  # in a range of a pattern
+_SCHEMES = ("s3://", "gs://", "az://", "http://", "https://")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class ShardError(ValueError):
+    """A shard set that cannot be used, and what to do about it."""
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` names something in a bucket or on a web server."""
+    return text.lower().startswith(_SCHEMES)
+
+
+def with_split(entry: str) -> tuple[str, str | None]:
+    """``DIRECTORY:SPLIT`` in two; a path that exists, a pattern or an address with a port is left alone."""
+    spec, _, split = entry.rpartition(":")
+    has_path = is_address(spec) and spec.count("/") > 2
+    if "/" in split or "}" in split or Path(entry).exists() or not (has_path or Path(spec).is_dir()):
+        return entry, None
+    return spec, split
+
+
+def expand(pattern: str) -> list[str]:
+    """``a{00..02}b{x,y}`` -> a00bx, a00by, a01bx ..."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    if numbers := _RANGE.fullmatch(found[1]):
+        low, high = (int(text) for text in numbers.groups())
+        if high - low >= _MOST_SHARDS:
+            raise ShardError(f"{pattern!r} names {high - low + 1} shards: {_MOST_SHARDS} are the most")
+        choices = [str(k).zfill(len(numbers[1])) for k in range(low, high + 1)]
+    elif "," in found[1]:
+        choices = found[1].split(",")
+    else:
+        raise ShardError(f"{pattern!r}: {found[0]} is neither a range {{0000..0099}} nor a list {{a,b}}")
+    return list(chain.from_iterable(expand(pattern[: found.start()] + c + pattern[found.end() :]) for c in choices))
+
+
+def resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:
+    """The tars that `entries` name, and the manifest of the split that they are, where there is one."""
+    for entry in entries:
+        if _ADDRESS.match(entry) and not Path(entry).exists():
+            raise ShardError(
+                f"{entry!r} is an address or a command that cannot be read image by image: name files or an address "
+                f"that begins with {', '.join(_SCHEMES)}, or hand it to a Loader as a pipeline.Stream"
+            )
+    if len(entries) == 1 and Path(entries[0]).is_dir():
+        return _in_directory(Path(entries[0]), split)
+    paths = [Path(path) for entry in entries for path in ([entry] if Path(entry).exists() else expand(entry))]
+    if not paths:
+        raise ShardError("an empty list of shards: name a directory, a brace pattern or tars")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        if missing[0].is_dir():
+            raise ShardError(f"{missing[0]} is a directory among tars: name one directory alone, or tars")
+        raise ShardError(
+            f"{missing[0]} is missing ({len(missing)} of {len(paths)} shards): "
+            "check the path, or make shards with tools/shard_imagenet.py"
+        )
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ShardError(f"{twice} is named twice: name each shard once")
+    for manifest in find_manifests(paths[0].parent).values():
+        if paths == [paths[0].parent / shard["file"] for shard in manifest["shards"]]:
+            return paths, manifest
+    return paths, None
+
+
+def _in_directory(folder: Path, split: str | None) -> tuple[list[Path], dict | None]:
+    manifests = find_manifests(folder)
+    if manifests:
+        manifest = manifests[one_split(str(folder), list(manifests), split)]
+        return _listed_files(folder, [shard["file"] for shard in manifest["shards"]], "the manifest"), manifest
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
+    odd = next((path for path in paths if not path.is_file()), None)
+    if odd:  # opening a pipe would hang
+        raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
+    infos = (folder / name for name in ("_info.json", "info.json"))
+    info = next((info for path in infos if (info := read_json(path))), {})
+    splits = timm_splits(info)
+    if split is None and len(splits) <= 1:
+        return paths, None
+    return _listed_files(folder, splits[one_split(str(folder), list(splits), split)], "_info.json"), None
+
+
+def one_split(folder: str, splits: Sequence[str], split: str | None) -> str:
+    """The split that is meant. Raises ShardError where that is not clear."""
+    if split is None and len(splits) > 1:
+        choices = " or ".join(f"{folder}:{name}" for name in splits)
+        raise ShardError(f"{folder} holds the splits {', '.join(splits)}: name one, {choices}")
+    if split is not None and split not in splits:
+        raise ShardError(f"{folder} has no split {split!r}: it holds {', '.join(splits) or 'none that has a name'}")
+    return splits[0] if split is None else split
+
+
+def _listed_files(folder: Path, names: Sequence[str], where: str) -> list[Path]:
+    paths = [folder / name for name in names]
+    if not paths:
+        raise ShardError(f"{folder}: {where} does not say which tars are this split: name them by a pattern")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ShardError(
+            f"{missing[0]} is missing ({len(missing)} of the {len(paths)} shards that {where} lists): "
+            "restore it, or name the remaining tars one by one"
+        )
+    return paths
+
+
+def timm_splits(info: dict) -> dict[str, list[str]]:
+    """The tars by split, as timm's _info.json says it; none of a split of which it does not."""
+    splits, found = info.get("splits"), dict[str, list[str]]()
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        files = split.get("filenames") if isinstance(split, dict) else None
+        files = files if isinstance(files, list) else []
+        named = all(isinstance(file, str) and Path(file).name == file for file in files)
+        found[str(name)] = files if named else []
+    return found
+
+
+def find_manifests(folder: Path) -> dict[str, dict]:
+    """Our sharder's manifests in a folder, by split; anything else of that name is left alone."""
+    found = {}
+    for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
+        manifest = read_json(path)
+        if manifest and manifest.get("format") == 1 and is_manifest(manifest):
+            found[str(manifest["split"])] = manifest
+    return found
+
+
+def is_manifest(manifest: dict) -> bool:
+    shards = manifest.get("shards")
+    return (
+        {"name", "split", "num_samples"} <= manifest.keys()
+        and isinstance(shards, list)
+        and len(shards) > 0
+        and all(isinstance(shard, dict) and {"file", "bytes", "samples"} <= shard.keys() for shard in shards)
+        and all(isinstance(shard["file"], str) and Path(shard["file"]).name == shard["file"] for shard in shards)
+    )
