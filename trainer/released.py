@@ -189,7 +189,10 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]]:
-    """The settings that the sizes tell, and where our weights stand. Raises KeyError for a weight that tells a size."""
+    """The settings that follow from the sizes, and where our weights stand in the file.
+
+    Raises KeyError where a weight that gives a size is missing.
+    """
     trees = {TREES[key]: key for key in (key.partition("/")[0] for key in found)}
     trees = {branch: trees.get(branch) or next(iter(trees.values())) for branch in ("student", "teacher")}
     tree = trees["student"]
@@ -206,7 +209,7 @@ def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]
     shape = (width, blocks, query.shape[1])
     size = next((name for name, known in VIT_SIZES.items() if known == shape), None)
     if size is None:
-        raise ValueError(f"a ViT of width, blocks and heads {shape}: none of {', '.join(VIT_SIZES)}")
+        raise ValueError(f"no known ViT has width, blocks and heads {shape}, only {', '.join(VIT_SIZES)} are known")
     settings = {
         "backbone": f"vit_{size}_patch{patch}",
         "views": recipes.Loca(size=patch * found[f"{tree}/ToTokenSequence_0/posembed_input"].shape[1]),
@@ -237,7 +240,7 @@ def vicregl(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Pla
         width = found[f"{encoder}downsample_layers.0.0.weight"].shape[0]
         known = {(depths[2], widths[0]): name for name, (depths, widths) in CONVNEXT_SIZES.items()}
         if (shape, width) not in known:
-            raise ValueError(f"a ConvNeXt of width {width} with {shape} blocks in its third stage: none that is known")
+            raise ValueError(f"no known ConvNeXt has a width of {width} and {shape} blocks in its third stage")
         settings = {"backbone": f"convnext_{known[shape, width]}"}
     for ours, theirs in VICREGL_HEADS.items():
         widths = [found.get(f"{start}{theirs}.{i}.weight") for i in (0, 3, 6)]
@@ -264,9 +267,11 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
     try:
         settings, place = {"loca": loca, "vicregl": vicregl}[method_name](found)
     except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing: the sizes cannot be told without it") from None
+        raise ValueError(f"{error.args[0]} is missing: the size of the network cannot be read without it") from None
     except IndexError:
-        raise ValueError(f"the weights that tell the sizes have other axes than those of {method_name}") from None
+        raise ValueError(
+            f"the weights that give the size of the network have other axes than those of {method_name}"
+        ) from None
     module = methods.load(method_name)
     cfg = module.Config(**settings)
     torch.manual_seed(0)

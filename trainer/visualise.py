@@ -27,9 +27,8 @@ def placements(
     picture = Image.new("RGB", (3 * SIDE + 4 * GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
     for row in range(rows):
         top = GAP + row * (SIDE + CAPTION + GAP)
-        for column, (caption, panel) in enumerate(
-            _panels(batch, predicted, visible.expand(len(batch.label), -1)[row].tolist(), grid, row)
-        ):
+        seen = visible[row if len(visible) > 1 else 0].tolist()
+        for column, (caption, panel) in enumerate(_panels(batch, predicted, seen, grid, row)):
             left = GAP + column * (SIDE + GAP)
             ImageDraw.Draw(picture).text((left, top + 4), caption, fill="black", font_size=13)
             picture.paste(panel, (left, top + CAPTION))
@@ -48,9 +47,7 @@ def _panels(
 
     outlines, places = reference.copy(), reference.point(lambda level: round(0.3 * level))
     for patch in visible:
-        x, y = _centre(patch, grid)
-        half = SIDE / grid / 2
-        box = (round(x - half), round(y - half), round(x + half), round(y + half))
+        box = _box(patch, grid)
         places.paste(reference.crop(box).point(lambda level: round(0.7 * level)), box)
     on_outlines, on_places = ImageDraw.Draw(outlines), ImageDraw.Draw(places)
     thumbnails = Image.new("RGB", (SIDE, SIDE), "white")
@@ -70,10 +67,12 @@ def _panels(
         right += int(((guess == truth) & (truth >= 0)).sum())
         valid += int((truth >= 0).sum())
         for there, here in zip(guess[truth >= 0], truth[truth >= 0], strict=True):
-            a, b = _centre(int(there), grid), _centre(int(here), grid)
-            on_places.line((*a, *b), fill=colours[i], width=1)
-            on_places.ellipse((a[0] - 4, a[1] - 4, a[0] + 4, a[1] + 4), fill=colours[i])
-            on_places.rectangle((b[0] - 2, b[1] - 2, b[0] + 2, b[1] + 2), outline="white")
+            (ax, ay), (bx, by) = (
+                np.reshape(_box(int(patch), grid), (2, 2)).mean(0).tolist() for patch in (there, here)
+            )
+            on_places.line((ax, ay, bx, by), fill=colours[i], width=1)
+            on_places.ellipse((ax - 4, ay - 4, ax + 4, ay + 4), fill=colours[i])
+            on_places.rectangle((bx - 2, by - 2, bx + 2, by + 2), outline="white")
     return [
         ("reference view, windows of the queries", outlines),
         ("the queries", thumbnails),
@@ -83,12 +82,13 @@ def _panels(
 
 def _in_reference(reference: NDArray[np.float32], window: NDArray[np.float32]) -> tuple[float, float, float, float]:
     """The window's rectangle in the panel of the reference view, as that view is shown: flipped if it is."""
-    y0, x0, y1, x1 = reference
-    ys = sorted((y - y0) / (y1 - y0) * SIDE for y in window[[0, 2]])
-    xs = sorted((x - x0) / (x1 - x0) * SIDE for x in window[[1, 3]])
-    return float(xs[0]), float(ys[0]), float(xs[1]), float(ys[1])
+    ends = (window.reshape(2, 2) - reference[:2]) / (reference[2:] - reference[:2]) * SIDE
+    (y0, x0), (y1, x1) = np.sort(ends, axis=0).tolist()
+    return x0, y0, x1, y1
 
 
-def _centre(patch: int, grid: int) -> tuple[float, float]:
-    step = SIDE / grid
-    return (patch % grid + 0.5) * step, (patch // grid + 0.5) * step
+def _box(patch: int, grid: int) -> tuple[int, int, int, int]:
+    """Where a patch lies in the panel of the reference view: left, top, right, bottom."""
+    row, column = divmod(patch, grid)
+    left, top, right, bottom = (round(i * SIDE / grid) for i in (column, row, column + 1, row + 1))
+    return left, top, right, bottom

@@ -208,34 +208,34 @@ class _Regularity(torch.autograd.Function):
     def forward(ctx: Any, cells: Tensor, rows: Tensor, weight: Tensor, variance: float, covariance: float) -> Tensor:
         """cells (R, D), rows i64 (S, n) of cells, weight (S,) -> (3,): sum, its variance part, its covariance part."""
         n, d = rows.shape[1], cells.shape[1]
-        free = max(n - 1, 1)
+        dof = max(n - 1, 1)
         gradient = torch.zeros_like(cells)
         parts = cells.new_zeros(2)
         in_flight = 2**20 if cells.device.type == "cpu" else 2**25  # what a cache holds; what keeps a GPU busy
         chunk = max(1, in_flight // (n * max(n, d)))
-        for some, w in zip(rows.split(chunk), weight.split(chunk), strict=True):
-            x = cells.index_select(0, some.flatten()).unflatten(0, (-1, n))
+        for index, w in zip(rows.split(chunk), weight.split(chunk), strict=True):
+            x = cells.index_select(0, index.flatten()).unflatten(0, (-1, n))
             x = x - x.mean(1, keepdim=True)
             if n <= d:
                 product = x @ x.mT
-                var = x.square().sum(1) / free
+                var = x.square().sum(1) / dof
             else:
                 product = x.mT @ x
-                var = product.diagonal(dim1=1, dim2=2) / free
+                var = product.diagonal(dim1=1, dim2=2) / dof
             std = (var + 1e-4).sqrt()
             hinge = (1 - std).relu().mean(1)
-            squares = torch.linalg.vector_norm(product.flatten(1), dim=1) / free
+            squares = torch.linalg.vector_norm(product.flatten(1), dim=1) / dof
             off_diagonal = (squares.square() - var.square().sum(1)) / d
             parts = parts + torch.stack([variance * (w @ hinge), covariance * (w @ off_diagonal)])
 
-            push = (4 * covariance / (d * free)) * w
-            pull = (-variance / (d * free)) * w[:, None] * (std < 1) / std - push[:, None] * var
-            push = (push / free)[:, None, None]
+            scale = (4 * covariance / (d * dof)) * w
+            per_channel = (-variance / (d * dof)) * w[:, None] * (std < 1) / std - scale[:, None] * var
+            scale = (scale / dof)[:, None, None]
             if n <= d:
-                change = torch.baddbmm(x * pull[:, None, :], product * push, x)
+                change = torch.baddbmm(x * per_channel[:, None, :], product * scale, x)
             else:
-                change = x @ (product * push + torch.diag_embed(pull))
-            gradient.index_add_(0, some.flatten(), change.flatten(0, 1))
+                change = x @ (product * scale + torch.diag_embed(per_channel))
+            gradient.index_add_(0, index.flatten(), change.flatten(0, 1))
         ctx.save_for_backward(gradient)
         return torch.cat([parts.sum()[None], parts])
 
@@ -294,17 +294,15 @@ class Objective(nn.Module):
 
     def global_loss(self, embeddings: Tensor) -> dict[str, Tensor]:
         """VICReg of embeddings (B, N, D): variance and covariance of all views, invariance of the ordered pairs."""
-        cfg, (count, n_views, width) = self.cfg, embeddings.shape
-        large = cfg.views.large
+        cfg, large, (count, n_views, width) = self.cfg, self.cfg.views.large, embeddings.shape
         pairs = large * (n_views - 1)
         e, everyone = method.fp32(embeddings), gather(embeddings)
         if cfg.criterion == "simclr":
             which = [(i, j) for i in range(large) for j in range(i + 1, n_views)]
             weight = e.new_tensor([(2 if j < large else 1) / pairs for _, j in which])
-            return self.contrastive(
-                everyone, torch.tensor(which, device=e.device).expand(len(everyone), -1, -1), weight
-            )
-        difference = e[:, : cfg.views.large, None] - e[:, None]
+            slots = torch.tensor(which, device=e.device).expand(len(everyone), -1, -1)
+            return self.contrastive(everyone, slots, weight)
+        difference = e[:, :large, None] - e[:, None]
         invariance = cfg.invariance / (pairs * count * width) * difference.square().sum()
         index = torch.arange(n_views, device=e.device).expand(len(everyone), -1)
         return self.regularised(invariance, everyone, index, e.new_full((n_views,), 1 / n_views))
