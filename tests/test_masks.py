@@ -1,18 +1,15 @@
 """Label maps are cut as their images are: the same windows, the nearest pixel, indices that stay indices."""
 
-import io
 import re
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_sources as make
 import torch
 from mapimages import SIZES, coordinates, encode, expected, map_image, still_recipe, write_tar
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline import Loader, ShardSet, decode_mask, recipes
 from pipeline.recipes import Recipe, describe
@@ -83,34 +80,28 @@ def test_a_loader_without_masks_hands_out_none_and_the_same_views(tmp_path: Path
         loader(shards).load_state_dict(loader(shards, plain).state_dict())
 
 
-def indexed(mask: NDArray[np.uint8], bits: int, palette: bool) -> bytes:
-    """A PNG of `bits` a pixel, gray or with a palette of bright colours."""
-    image = Image.fromarray(mask, "P" if palette else "L")
-    if palette:
-        image.putpalette(bytes(np.random.default_rng(0).integers(128, 256, 3 * 2**bits, np.uint8)))
-        out = io.BytesIO()
-        image.save(out, "PNG", bits=bits)
-        return out.getvalue()
-    if bits == 8:
-        return encode(image)
-    packed = np.packbits(np.unpackbits(mask[..., None], axis=-1)[..., 8 - bits :].reshape(len(mask), -1), axis=-1)
-    raw = b"".join(b"\0" + row.tobytes() for row in packed)
-    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize("palette", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_indices_are_never_taken_for_colours_or_brightness(bits: int, palette: bool) -> None:
+def test_indices_are_never_taken_for_colours_or_brightness(bits: int) -> None:
     mask = np.random.default_rng(1).integers(0, 2**bits, (20, 33), np.uint8)
-    data = indexed(mask, bits, palette)
-    assert data[24] == bits
-    decoded = decode_mask(data)
-    assert decoded.dtype == np.uint8 and np.array_equal(decoded, mask)
+    for data in (encode(mask) if bits == 8 else make.gray_png(mask, bits), make.palette(mask, bits=bits)):
+        assert data[24] == bits
+        decoded = decode_mask(data)
+        assert decoded.dtype == np.uint8 and np.array_equal(decoded, mask)
+
+
+def test_what_the_sharder_writes_is_what_the_views_show(tmp_path: Path) -> None:
+    truth = make.folders(tmp_path / "source")["train"]
+    assert make.run(tmp_path / "source", tmp_path / "out", "--layout", "folders", "--split", "train") == 0
+    shards = ShardSet(tmp_path / "out", "train")
+    whole = replace(recipes.evaluation(size=16, resize=16), masks=True)
+    seen = set()
+    for batch in Loader(shards, whole, 2, shuffle=False, drop_last=False, num_threads=1):
+        view = batch.views["image"]
+        for b, i in enumerate(batch.index.tolist()):
+            y, x = np.moveaxis(np.floor(expected(view.window[b, 0].numpy(), 16)).astype(int), -1, 0)
+            assert view.mask is not None and np.array_equal(view.mask[b, 0].numpy(), truth[shards.key(i)][y, x])
+            seen.add(shards.key(i))
+    assert seen == set(truth)
 
 
 def test_bad_masks_are_bad_samples(tmp_path: Path) -> None:
