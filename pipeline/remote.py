@@ -80,7 +80,7 @@ class Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self._rest and self._coming:
-            self._rest = memoryview(self._coming.popleft().result())
+            self._rest = memoryview(wait(self._coming.popleft()))
             self._coming.extend(islice(self._parts, 1))
         taken = self._rest[: len(buffer)]
         buffer[: len(taken)] = taken
@@ -156,12 +156,7 @@ class Folder:
             found = await obstore.list_with_delimiter_async(self._starting)
         except Exception as error:
             raise self._explained(error, self.url) from None
-        prefix = self._starting.prefix
-        objects = {}
-        for meta in found["objects"]:
-            name = str(meta["path"]).removeprefix(f"{prefix}/" if prefix else "")
-            objects[name] = self._object(name, meta)
-        return objects
+        return {meta["path"]: self._object(meta["path"], meta) for meta in found["objects"]}
 
     async def head(self, name: str) -> Object | None:
         """The object of that name; None where there is none."""
@@ -203,11 +198,6 @@ class Folder:
         if len(body) != stop - start:
             raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")
         return body
-
-    async def content(self, name: str) -> bytes | None:
-        """A small object whole; None where there is none."""
-        found = await self.head(name)
-        return await found.read(0, found.size) if found else None
 
     def _object(self, name: str, meta: Any) -> Object:
         return Object(self, name, meta["size"], _version(meta))
@@ -307,12 +297,20 @@ def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
 
 def run(task: Coroutine[Any, Any, T]) -> T:
     """Waits for requests. Raises what they raise."""
-    future = submit(task)
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
+    return wait(submit(task))
+
+
+def wait(future: "Future[T]") -> T:
+    """What a future brings. Where the program ends meanwhile, ReadError: its threads are waited for, outage or not."""
+    while True:
+        try:
+            return future.result(timeout=0.5)
+        except TimeoutError:
+            if not threading.main_thread().is_alive():
+                raise ReadError("the program ends") from None
+        except BaseException:
+            future.cancel()
+            raise
 
 
 def _end(loop: asyncio.AbstractEventLoop) -> None:

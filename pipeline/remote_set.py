@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import remote, specs, tables
 from .remote import Folder, Object
-from .shard_cache import Cache, Figures, Job, RemoteFiles, fetch
+from .shard_cache import Cache, Job, RemoteFiles, fetch
 from .specs import ShardError
 
 _LARGEST_JSON = 1 << 28  # a manifest of a million shards
@@ -181,7 +181,7 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
         parts = [remote.submit(found.read(k, k + remote.PART)) for k in range(0, found.size, remote.PART)]
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / kept
-            file.write_bytes(b"".join(part.result() for part in parts))
+            file.write_bytes(b"".join(map(remote.wait, parts)))
             rows = tables.load(file, count)
             if rows is not None:
                 rows = _keep(np.array(rows), kept, count)
@@ -223,7 +223,7 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
             size / 1e9,
         )
         with tempfile.TemporaryDirectory() as scratch:
-            for job in fetch(jobs(missing), Figures()):
+            for job in fetch(jobs(missing)):
                 walk(job.number, job.path)
                 if job.path.parent == Path(scratch):
                     job.path.unlink()

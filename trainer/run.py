@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from pipeline import Loader, ShardSet, cores
+    from pipeline import Loader, ReadError, ShardSet, cores
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
             demo.shards()
         if world > 1:
             dist.barrier()
-        shards = ShardSet(cfg.shards or demo.shards())
+        shards = ShardSet(cfg.shards or demo.shards(), cache=cfg.cache.folder, cache_size=cfg.cache.size)
         loader = Loader(
             shards,
             recipe,
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
             hw_decoder_load=cfg.data.hw_decoder_load,
         )
         probe = Probe(cfg.probe, str(device)) if chief and cfg.probe.train else None
-    except ValueError as error:  # ShardError among them
+    except (ValueError, ReadError) as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
     total = cfg.steps or round(cfg.epochs * steps_per_epoch)
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
         return step == total or step // period > last_line // period
 
     # ---------------------------------------------------------------- the loop
-    meter = metrics.Meter()
+    meter, network = metrics.Meter(), metrics.Network(shards)
     guard = optim.Guard(out, cfg.optim.max_skipped)
     profile = metrics.Profile(out) if cfg.log.profile and chief else None
     progress = torch.zeros((), device=device)
@@ -236,6 +236,7 @@ def main(argv: list[str]) -> int:
                 "memory_gb": metrics.memory_gb(device),
                 "skipped": guard.skipped,
                 "bad_samples": len(loader.bad),
+                **network.since_last_line(elapsed),
             }
             if fastest:
                 record["mfu"] = rate / world * per_image / fastest

