@@ -4,15 +4,17 @@ Cells and patches are counted row by row as their view is shown, so a flipped vi
 functions take and return NumPy arrays and compute in compiled kernels that release the interpreter lock.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .kernel import kernel
 
+if TYPE_CHECKING:
+    from .recipes import TargetRule
+
 ONE, HALF = np.float32(1), np.float32(0.5)
-TargetRule = Literal["released", "overlap"]
 
 
 def patch_targets(
@@ -22,7 +24,7 @@ def patch_targets(
     reference_grid: int,
     query_grid: int,
     query_size: int,
-    rule: TargetRule = "released",
+    rule: "TargetRule" = "released",
 ) -> NDArray[np.int32]:
     """For every query patch the reference patch that shows the same place (LOCA paper, sec. 3.1).
 

@@ -17,6 +17,7 @@ from .windows import unflipped
 
 Fidelity = Literal["paper", "released"]
 ColourRule = Literal["torchvision", "tensorflow"]
+TargetRule = Literal["released", "overlap"]
 Interpolation = Literal["bilinear", "bicubic"]
 Sampler = Literal["torchvision", "tensorflow", "centre"]
 Windows = Mapping[str, NDArray[np.float32]]  # by kind: f32 (B, V, 4)
@@ -70,26 +71,22 @@ class Cut:
             if not good:
                 raise ValueError(f"cut {self.kind!r}: {what}")
 
+        given, known = self.augmentations, get_args(Interpolation)
+        demand(_all_are(Augmentation, given), f"augmentations must be a tuple of Augmentation, not {given}")
         for name in ("count", "size", "grid"):
             number = getattr(self, name)
             demand(isinstance(number, int) and number > 0, f"{name} {number} must be a positive whole number")
-        for name in ("scale", "ratio"):
-            pair = getattr(self, name)
+        for name, pair in (("scale", self.scale), ("ratio", self.ratio), *(("sigma", a.sigma) for a in given)):
             demand(isinstance(pair, Sequence) and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
         demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
         demand(0 < self.scale[0] <= self.scale[1] <= 1, f"scale {self.scale} must be ordered within (0, 1]")
         demand(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio {self.ratio} must be ordered and positive")
         demand(0 <= self.flip <= 1, f"flip {self.flip} is no probability")
-        known = get_args(Interpolation)
         demand(self.interpolation in known, f"interpolation {self.interpolation!r} is none of {known}")
         demand(self.antialias or self.interpolation == "bilinear", f"{self.interpolation} needs antialias=True")
-        given = self.augmentations
-        demand(
-            _all_are(Augmentation, given), f"augmentations must be a tuple of Augmentation, at least one, not {given}"
-        )
-        demand(len({a.rule for a in given}) <= 1, "the augmentations of one cut must follow one rule")
+        demand(len({a.rule for a in given}) == 1, "the augmentations of one cut must follow one rule")
+        demand(given[0].rule in get_args(ColourRule), f"rule {given[0].rule!r} is none of {get_args(ColourRule)}")
         for a in given:
-            demand(a.rule in get_args(ColourRule), f"rule {a.rule!r} is none of {get_args(ColourRule)}")
             for name in ("jitter", "gray", "blur", "solarize"):
                 demand(0 <= getattr(a, name) <= 1, f"{name} {getattr(a, name)} is no probability")
             for name in ("brightness", "contrast", "saturation"):
@@ -116,7 +113,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises ValueError for cuts that no batch can hold."""
         if not _all_are(Cut, self.cuts):
-            raise ValueError(f"recipe {self.name!r}: cuts must be a tuple of Cut, at least one, not {self.cuts}")
+            raise ValueError(f"recipe {self.name!r}: cuts must be a tuple of Cut, not {self.cuts}")
         kinds = [cut.kind for cut in self.cuts]
         twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
         if twice is not None:
@@ -191,13 +188,15 @@ class Loca:
     """of the blur, in pixels of the view"""
     solarize: float = 0.2
     """probability for the random query; the others are never solarized"""
-    rule: Literal["released", "overlap"] = "released"
+    rule: TargetRule = "released"
     """which reference patch belongs to a query patch: the paper (sec. 3.1) describes the one of greatest overlap; the
     released code samples one point near the patch's centre, which is another patch for 6 to 7 % of those inside"""
 
     def recipe(self) -> Recipe:
         """What to cut. Raises ValueError where a size is no multiple of the patch, and for what no `Cut` can be."""
         paper, patch = _is_paper(self.fidelity), 16 if self.patch is None else self.patch
+        if self.rule not in get_args(TargetRule):
+            raise ValueError(f"rule is {self.rule!r}: it must be one of {get_args(TargetRule)}")
         probabilities = self.blur if self.blur is not None else (1.0, 0.1, 0.5) if paper else (0.0, 0.0, 0.0)
         blur = _named("blur", probabilities, ("reference", "query", "focal"))
 
@@ -287,6 +286,8 @@ class VICRegL:
     def recipe(self) -> Recipe:
         """What to cut. Raises ValueError where a size is no multiple of the stride, and for what no `Cut` can be."""
         paper, stride = _is_paper(self.fidelity), 32 if self.stride is None else self.stride
+        if self.gamma is not None:
+            _named("gamma", self.gamma, ("first to second", "back"))
         blur = _named("blur", self.blur, ("even", "odd"))
         strength = _named("strength", self.strength, STRENGTHS)
         even = Augmentation(jitter=self.jitter, **strength, gray=self.gray, blur=blur["even"], sigma=self.sigma)
@@ -352,7 +353,7 @@ class Evaluation:
     def recipe(self) -> Recipe:
         """What to cut. Raises ValueError where `resize` is less than `size`."""
         if not 0 < self.size <= self.resize:
-            raise ValueError(f"resize is {self.resize}: it must be at least the size of the view, {self.size}")
+            raise ValueError(f"size is {self.size}: it must be positive and at most resize, {self.resize}")
         share, grid = self.size / self.resize, _grid(self.size, self.patch)
         look: dict[str, Any] = {"sampler": "centre", "flip": 0.0, "interpolation": self.interpolation}
         return Recipe("evaluation", "paper", (Cut("image", 1, self.size, grid, (share, share), **look),))
