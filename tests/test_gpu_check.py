@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,11 @@ def outcome(program: dict[str, Any], name: str, shards: str, folder: Path) -> di
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
-        ("windows_are_equal_and_pixels_close", {"loca/reference", "vicregl/small"}),
-        ("outputs_stay_valid", {"batches_held", "batches_read_late"}),
-        ("the_host_runs_ahead", {"ms_per_batch_behind_a_busy_stream"}),
-        ("loader_throughput", {"loca hw=None", "vicregl hw=None"}),
-        ("the_gpu_is_left_to_the_trainer", {"loca", "vicregl"}),
+        ("windows_are_equal_and_pixels_close", {"loca/reference fused", "vicregl/small fused"}),
+        ("outputs_stay_valid", {"fused"}),
+        ("the_host_runs_ahead", {"ms_per_batch_behind_a_busy_stream fused"}),
+        ("loader_throughput", {"loca fused hw=0.65", "fastest of vicregl"}),
+        ("the_gpu_is_left_to_the_trainer", {"loca fused", "vicregl fused"}),
         pytest.param("a_short_training", {"first", "last"}, marks=pytest.mark.slow),
     ],
 )
@@ -56,6 +58,9 @@ def test_a_methods_graphs_are_counted(
     found = outcome(program, "one_compiled_graph", shards, tmp_path)
     assert found["passed"], found
     assert found["figures"].keys() == {"loca", "vicregl"}
+    found = outcome(program, "nccl_and_ddp", shards, tmp_path)  # by gloo, on a CPU
+    assert found["passed"], found
+    assert found["figures"]["whole"]["graphs"] == 1
 
 
 def test_other_pixels_are_noticed(
@@ -77,7 +82,7 @@ def test_other_pixels_are_noticed(
     assert not found["passed"]
     assert "loca/reference" in found["error"]
     assert "vicregl" not in found["error"]
-    assert found["figures"]["loca/focal"]["mean_levels"] > 20
+    assert found["figures"]["loca/focal fused"]["mean_levels"] > 20
 
 
 STAND_IN = """
@@ -101,7 +106,7 @@ def test_a_crash_or_a_hang_costs_the_others_nothing(
 ) -> None:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setitem(program["main"].__globals__, "__file__", str(tmp_path / "stand_in.py"))
-    words = ["--device", "cpu", "--shards", "any", "--minutes", "0.03", "--out", str(tmp_path / "out")]
+    words = ["--device", "cpu", "--shards", "any", "--each", "0.03", "--out", str(tmp_path / "out")]
     assert program["main"](words) == 1
     report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     checks = report["checks"]
@@ -115,6 +120,21 @@ def test_a_crash_or_a_hang_costs_the_others_nothing(
     assert len([line for line in table if line.count(" | ") == 3]) == len(checks) + 1
     assert program["main"]([*words, "--only", "throughput"]) == 0
     assert "FAILED" in capsys.readouterr().out
+    assert program["main"]([*words, "--only", "throughput", "--minutes", "0"]) == 1
+    assert "not begun: 0.0 minutes are over" in capsys.readouterr().out
+
+
+def test_missing_packages_are_named_before_anything_is_imported(program: dict[str, Any], tmp_path: Path) -> None:
+    assert program["missing"]({"json": "json", "no_such_module": "some-package", "no_such.part": "other[extra]"}) == [
+        "some-package",
+        "other[extra]",
+    ]
+    hidden = "import importlib.util as u, runpy, sys; find = u.find_spec; sys.path.insert(0, '.')\n"
+    hidden += "u.find_spec = lambda name: None if name in ('timm', 'nvidia') else find(name)\n"
+    hidden += f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "gpu_check: missing packages: pip install nvidia-dali-cuda130 timm"
 
 
 def test_a_failing_check_keeps_its_figures(
