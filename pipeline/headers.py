@@ -1,7 +1,7 @@
 """What the first and last bytes of a stored image say: its format, its size in pixels, whether its end is there.
 
 JPEG (ITU-T T.81, annex B), PNG (ISO/IEC 15948) and WebP (RFC 9649), read without a decoder: some 2 us per image, so
-that every image can be checked on its way to the decoder, which on some devices decodes a cut-off file without a word.
+that every image can be checked on its way to the decoder, which on some devices decodes a cut-off file silently.
 """
 
 UNKNOWN, JPEG, PNG, WEBP = 0, 1, 2, 3

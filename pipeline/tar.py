@@ -119,10 +119,10 @@ def open_bytes(path: Path) -> PlainFile | GzipFile:
 
 
 class Walk:
-    """The members of a tar, in order, by its headers alone: one read of 512 bytes for each.
+    """The members of a tar, in order, by its headers only: one read of 512 bytes for each.
 
-    Where the tar is damaged or cut short a strict walk raises TarError. The other kind notes it in `notes` and goes on
-    at the next valid header, so that a damaged header costs its member only; a member that reaches beyond the end is
+    Where the tar is damaged or cut short a strict walk raises TarError. The other kind notes it in `notes` and
+    continues at the next valid header: a damaged header costs its member only; a member that reaches beyond the end is
     left out. A tar must end in a block of zeros, so that even a cut exactly between two members is seen; what follows
     that block is noted by both. `start` and `end` bound a tar that is a member, named `inside`, of another.
     """
@@ -161,12 +161,11 @@ class Walk:
             kind, content = header[156:157], at + BLOCK
             if kind in b"123456":  # links, devices, folders and FIFOs have no content, whatever they say
                 size = 0
-            elif kind in b"LKxg":
-                pass
-            elif len(pax.get("size", b"0")) <= _MAX_DIGITS and pax.get("size", b"0").isdigit():
-                size = int(pax.get("size", size))
-            else:
-                self._damage(f"damaged: a PAX header before byte {at - self._start} gives no valid size")
+            elif "size" in pax and kind not in b"LKxg":
+                if pax["size"].isdigit() and len(pax["size"]) <= _MAX_DIGITS:
+                    size = int(pax["size"])
+                else:
+                    self._damage(f"damaged: a PAX header before byte {at - self._start} gives no valid size")
             if kind == b"S" and header[482]:  # an old GNU sparse file: its map continues in further blocks
                 while any(self._read(content, BLOCK)[504:505]):
                     content += BLOCK
@@ -181,8 +180,8 @@ class Walk:
                 elif kind == b"L":
                     long_name = self._read(content, size).rstrip(b"\0")
                 elif kind == b"x":
-                    pax, whole = _pax(self._read(content, size))
-                    if not whole:
+                    pax, complete = _pax(self._read(content, size))
+                    if not complete:
                         self._damage(f"damaged: an unreadable PAX header at byte {content - self._start}")
                 continue  # K and g, a long link name and fields for all members, move no member
             name = pax.get("path") or long_name or _header_name(header)

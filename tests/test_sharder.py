@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import tarfile
 
 import numpy as np
@@ -155,6 +156,11 @@ def test_the_number_of_workers_changes_no_byte(photos, out, tmp_path):
     said = run.communicate()
     assert run.returncode == 0, said
     assert make.contents(tmp_path / "out") == make.contents(out)
+
+
+def test_workers_are_as_many_as_the_container_has_cores(monkeypatch):
+    monkeypatch.setattr("pipeline.host.cores", lambda: 3)
+    assert runpy.run_path(str(make.TOOL))["arguments"](["source", "out"]).workers == 3
 
 
 def test_two_splits_share_a_folder(photos, tmp_path):

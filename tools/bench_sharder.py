@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import webdataset
@@ -66,6 +66,8 @@ def main() -> None:
                 candidate()
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(sum(os.times()[:4]) - busy)
+        shutil.rmtree(out)
+        peak = peak_memory([*shard, str(max(2, args.workers))])
 
     seconds = {name: statistics.median(times) for name, times in wall.items()}
     for name, times in wall.items():
@@ -76,17 +78,16 @@ def main() -> None:
         )
     print(f"{many} against as many that only decode: {seconds[many] / (seconds['decode'] / args.workers):.2f}", end="")
     print("".join(f", {name}: {seconds[many] / seconds[name]:.2f}" for name in ("ShardWriter", "cp")), "times as long")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"memory of the sharder's largest process: {peak:.0f} MB")
+    print(f"memory of the largest worker: {peak:.0f} MB")
     result = {"images": len(files), "bytes": total, "workers": args.workers, "wall_s": wall, "cpu_s": cpu}
-    print(json.dumps(result | {"largest_process_mb": round(peak)}))
+    print(json.dumps(result | {"worker_mb": round(peak)}))
 
 
 def link(folder: Path, source: Path, copies: int) -> list[Path]:
     files = []
     for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")):
         for copy in range(copies):
-            target = source / file.parent.name / f"{file.stem}_{copy}{file.suffix}"
+            target = source / file.parent.name / f"{file.parent.name}_{file.stem}_{copy}{file.suffix}"
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, target)
             files.append(target)
@@ -95,6 +96,19 @@ def link(folder: Path, source: Path, copies: int) -> list[Path]:
 
 def process(words: list[str]) -> None:
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def peak_memory(words: list[str]) -> float:
+    """MB that the largest child of a command ever held, by the kernel's high-water mark; an untimed run of its own."""
+    peak = 0
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            with suppress(OSError):  # a process has just ended
+                for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+                    lines = Path(f"/proc/{child}/status").read_text().splitlines()
+                    peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+            time.sleep(0.02)
+    return peak / 1024
 
 
 def shard_writer(files: list[Path], out: Path) -> None:

@@ -32,7 +32,7 @@ class Found(NamedTuple):
     sums: Mapping[str, int] | None = None
 
 
-# Looks into one sample: (key, extension -> content, class names). Must travel to other processes.
+# Looks into one sample: (key, extension -> content, class names). Must be picklable.
 Look = Callable[[str, Callable[[str], bytes], list[str]], Found]
 Compare = Callable[[dict, Counter], list[str]]  # (manifest, sums) -> differences of the whole split
 
@@ -121,7 +121,7 @@ def _quarantine(out: Path, manifest: dict) -> list[str]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Checks one shard. Travels to worker processes."""
+    """Checks one shard. Workers get a copy."""
 
     out: Path
     class_file: Path

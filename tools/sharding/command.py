@@ -97,7 +97,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--strict", action="store_true", help="a quarantined image is an error: no manifest is written")
     add("--seed", type=integer(-(2**63), 2**63 - 1), default=0, help="of the shuffle (default: 0)")
     add("--shards", type=integer(1), metavar="N", help="(default: of 140 MB)")
-    text = "part I of N, on many machines (default: RANK and WORLD_SIZE, or the Slurm array's; 0/1 is the whole)"
+    text = "part I of N, on many machines (default: RANK and WORLD_SIZE, or the Slurm array's; 0/1 is all of it)"
     add("--part", type=part, metavar="I/N", help=text)
     return parser
 
@@ -117,7 +117,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def part_of_environment(found: os._Environ[str]) -> str:
-    """torchrun's rank, or the place in a Slurm array; the whole elsewhere."""
+    """torchrun's rank, or the place in a Slurm array; all of it elsewhere."""
     if "RANK" in found and "WORLD_SIZE" in found:
         return f"{found['RANK']}/{found['WORLD_SIZE']}"
     if "SLURM_ARRAY_TASK_ID" in found and "SLURM_ARRAY_TASK_COUNT" in found:

@@ -1,6 +1,6 @@
 """Everything that is decided before the first image is read: labels, keys, order, subset, shards.
 
-The order is that of a keyed hash of each key, so it is a function of the seed and the set of keys alone: a folder,
+The order is that of a keyed hash of each key, so it depends on the seed and the set of keys only: a folder,
 a tar of class tars and a .tar.gz of the same images give the same shards, on any machine.
 """
 
@@ -55,7 +55,7 @@ class Plan:
         return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
 
     def save(self, folder: Path) -> None:
-        """The columns, for `load`; rows.npy last: where it is, both are whole."""
+        """The columns, for `load`; rows.npy last: where it is, both are complete."""
         host.write_atomic(folder / "names.npy", lambda file: np.save(file, np.frombuffer(self.names, np.uint8)))
         host.write_atomic(folder / "rows.npy", lambda file: np.save(file, self.rows))
 

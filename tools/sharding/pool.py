@@ -14,7 +14,7 @@ from multiprocessing.connection import wait as wait_for
 from . import SourceError
 
 _LINE_EVERY, _REWRITTEN_EVERY = 30.0, 0.2  # seconds, without and with a terminal
-Make = Callable[[int], dict]  # makes one shard and returns its entry in the manifest; must travel to other processes
+Make = Callable[[int], dict]  # makes one shard and returns its entry in the manifest; must be picklable
 
 
 class Progress:
@@ -91,7 +91,7 @@ def _many(make: Make, shards: list[int], workers: int) -> Iterator[dict]:
 
 
 def _work(make: Make, pipe: Connection) -> None:
-    """A worker process: makes the shards that it is told to, until it is told None."""
+    """A worker process: makes the shards that it is sent, until it is sent None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while (shard := pipe.recv()) is not None:

@@ -36,7 +36,7 @@ def persistent(read: Callable[..., bytes], path: Path, *where: int) -> bytes:
 
 
 class ShardMaker:
-    """Makes shards of a plan. Travels to worker processes, each of which maps the columns saved in the work folder."""
+    """Makes shards of a plan. Each worker gets a copy, and maps the columns that are saved in the work folder."""
 
     def __init__(self, target: Target, plan: Plan, rules: images.Rules):
         self._target, self._rules, self._bounds = target, rules, plan.bounds

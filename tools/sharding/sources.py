@@ -1,4 +1,4 @@
-"""What lies in a source: one row per image, found by names and headers alone.
+"""What lies in a source: one row per image, found by names and headers only.
 
 A folder of class folders, a flat folder, Kaggle's layout, a folder of class tars, a tar of class tars, a tar of images:
 all become the same columns, so that what follows does not know where an image came from.
@@ -26,7 +26,7 @@ from .labels import beside, read_labels
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _SPLITS = ("train", "val", "validation", "test")
-_AROUND = (*_SPLITS, "images")  # the one folder around a flat set is no class
+_AROUND = {*_SPLITS, "images"}  # the one folder around a flat set is no class
 _REPORT = 1000
 # One image: the tar (an index, -1: a file below the root), its class or none (-1), its place in the tar, its name's.
 ROW = np.dtype(
@@ -34,7 +34,7 @@ ROW = np.dtype(
 )
 _PACKED = struct.Struct("<iiqqqi")  # the same
 
-OnProgress = Callable[[int, int], object]  # hears of more images and their bytes
+OnProgress = Callable[[int, int], object]  # gets the number of more images, and their bytes
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Listing:
     kind: str  # for people
     on_progress: OnProgress  # called for each _REPORT images: a listing may take hours
     tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
-    classes: list[str] = field(default_factory=list)  # names, in the order found
+    classes: dict[str, int] = field(default_factory=dict)  # name -> number, in the order found
     notes: list[str] = field(default_factory=list)
     rows: bytearray = field(default_factory=bytearray)  # of ROW, end to end; its label is an index into classes
     names: bytearray = field(default_factory=bytearray)  # path below root or in the tar, end to end
@@ -90,17 +90,20 @@ class Listing:
         tar = _PACKED.unpack_from(self.rows, row * ROW.itemsize)[0]
         return f"{self.tars[tar]}:{self.name(row)}" if tar >= 0 else f"{self.root}/{self.name(row)}"
 
-    def add(self, name: str, size: int, group: int, tar: int = -1, offset: int = 0) -> None:
+    def add(self, name: str, size: int, label: int, tar: int = -1, offset: int = 0) -> None:
         encoded = os.fsencode(name)
-        self.rows += _PACKED.pack(tar, group, offset, size, len(self.names), len(encoded))
+        self.rows += _PACKED.pack(tar, label, offset, size, len(self.names), len(encoded))
         self.names += encoded
         self._unreported += size
         if len(self) % _REPORT == 0:
             self.on_progress(_REPORT, self._unreported)
             self._unreported = 0
 
+    def class_number(self, name: str) -> int:
+        return self.classes.setdefault(name, len(self.classes))
+
     def forget_classes(self) -> None:
-        self.classes = []
+        self.classes = {}
         self.table["label"] = -1
 
 
@@ -141,7 +144,7 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
 
 
 def _descend(request: Request) -> tuple[Path, Path | None]:
-    """From a downloaded whole to the part that the split means, and to the labels that lie beside it."""
+    """From a download to the part of it that the split means, and to the labels that lie beside it."""
     top = source = request.source
     aliases = _SAME_SPLIT.get(request.split, (request.split,))
     if top.is_dir():
@@ -202,18 +205,15 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
         for name in class_tars:
             listing.tars.append(str(root / name))
             with closing(tar.PlainFile(root / name)) as class_tar:
-                _tar_members(listing, class_tar, name.removesuffix(".tar"))
+                _tar_members(listing, class_tar, tar.Walk(class_tar, strict=True), name.removesuffix(".tar"))
         return listing
     _add_files(listing, root, files, -1)
     flat = len(listing)
     for name in folders:
-        group = -1
-        if not any_depth and not flat:
-            group = len(listing.classes)
-            listing.classes.append(name)
+        label = -1 if any_depth or flat else listing.class_number(name)
         for folder, below, inner in os.walk(root / name, onerror=_raise):  # into no link to a folder
             below.sort(key=os.fsencode)
-            _add_files(listing, Path(folder), sorted(inner, key=os.fsencode), group)
+            _add_files(listing, Path(folder), sorted(inner, key=os.fsencode), label)
     if flat and len(listing) > flat and not any_depth:
         raise SourceError(
             f"{root} holds images both directly and in folders: say --unlabelled to take them all without labels, "
@@ -223,7 +223,7 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
     return listing
 
 
-def _add_files(listing: Listing, folder: Path, names: list[str], group: int) -> None:
+def _add_files(listing: Listing, folder: Path, names: list[str], label: int) -> None:
     """Images among the entries of a folder; links to files are followed, as every reader does."""
     below = "" if folder == listing.root else f"{folder.relative_to(listing.root)}/"
     for name in names:
@@ -235,7 +235,7 @@ def _add_files(listing: Listing, folder: Path, names: list[str], group: int) -> 
                     raise
                 found = None
             if found and stat.S_ISREG(found.st_mode):
-                listing.add(below + name, found.st_size, group)
+                listing.add(below + name, found.st_size, label)
             else:
                 listing.refused.append((below + name, "not a regular file"))
 
@@ -247,54 +247,35 @@ def _tar_file(path: Path, on_progress: OnProgress) -> Listing:
     listing = Listing(path, "tar of images", on_progress, tars=[str(path)])
     with closing(tar.open_bytes(path)) as source:
         listing.gzipped = isinstance(source, tar.GzipFile)
-        _tar_members(listing, source, None)
+        _tar_members(listing, source, tar.Walk(source, strict=True), None)
         if isinstance(source, tar.GzipFile):
             source.finish()
             listing.kind += ", gzipped"
+    if listing.kind.startswith("tar of images") and len(listing.classes) == 1 and set(listing.classes) <= _AROUND:
+        listing.forget_classes()
     return listing
 
 
-def _tar_members(listing: Listing, source: tar.PlainFile | tar.GzipFile, group_name: str | None) -> None:
+def _tar_members(
+    listing: Listing, source: tar.PlainFile | tar.GzipFile, walk: tar.Walk, class_name: str | None
+) -> None:
     """Images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
-    groups: dict[str, int] = {name: number for number, name in enumerate(listing.classes)}
-
-    def group_of(name: str) -> int:
-        if name not in groups:
-            groups[name] = len(listing.classes)
-            listing.classes.append(name)
-        return groups[name]
-
-    def images(walk: tar.Walk, name: str | None) -> None:
-        if name is not None:
-            group_of(name)  # a class without images is known, too
-        for member in walk:
-            if _refused(listing, member):
-                continue
-            path = PurePosixPath(member.name)
-            if path.suffix.lower() == ".tar" and name is None:
-                listing.kind = "tar of class tars"
-                end = member.offset + member.size
-                images(tar.Walk(source, member.offset, end, strict=True, inside=member.name), path.stem)
-            elif _wanted(listing, member.name):
-                group = name if name is not None else path.parent.name
-                number = group_of(group) if group else -1
-                listing.add(member.name, member.size, number, len(listing.tars) - 1, member.offset)
-        listing.notes += [f"{walk.where}: {note}" for note in walk.notes]
-
-    images(tar.Walk(source, strict=True), group_name)
-    if listing.kind == "tar of images" and len(listing.classes) == 1 and listing.classes[0] in _AROUND:
-        listing.forget_classes()
-
-
-def _refused(listing: Listing, member: tar.Member) -> bool:
-    """True for what is no plain, safely named file; folders are not worth a word."""
-    if member.kind == "folder":
-        return True
-    path = PurePosixPath(member.name)
-    if member.kind != "file":
-        listing.refused.append((member.name, f"{member.kind} in a tar"))
-    elif path.is_absolute() or ".." in path.parts:
-        listing.refused.append((member.name, "unsafe name in a tar"))
-    else:
-        return False
-    return True
+    if class_name is not None:
+        listing.class_number(class_name)  # a class without images is known, too
+    for member in walk:
+        path, end = PurePosixPath(member.name), member.offset + member.size
+        if member.kind == "folder":
+            continue
+        if member.kind != "file":
+            listing.refused.append((member.name, f"{member.kind} in a tar"))
+        elif path.is_absolute() or ".." in path.parts:
+            listing.refused.append((member.name, "unsafe name in a tar"))
+        elif path.suffix.lower() == ".tar" and class_name is None:
+            listing.kind = "tar of class tars"
+            inner = tar.Walk(source, member.offset, end, strict=True, inside=member.name)
+            _tar_members(listing, source, inner, path.stem)
+        elif _wanted(listing, member.name):
+            name = path.parent.name if class_name is None else class_name
+            label = listing.class_number(name) if name else -1
+            listing.add(member.name, member.size, label, len(listing.tars) - 1, member.offset)
+    listing.notes += [f"{walk.where}: {note}" for note in walk.notes]

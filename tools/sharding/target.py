@@ -51,7 +51,7 @@ class Spec:
 
 
 class Target:
-    """Where one split is written. Travels to other processes."""
+    """Where one split is written. Picklable: workers get a copy."""
 
     def __init__(self, out: Path, spec: Spec):
         self.out, self.spec = out, spec
@@ -65,7 +65,7 @@ class Target:
 
     @contextmanager
     def lock(self, part: tuple[int, int]) -> Iterator[None]:
-        """This part of this split for us alone: parts of one run share the split, anything else raises RuntimeError.
+        """Holds this part of this split: other parts of one run may hold theirs, anything else raises RuntimeError.
 
         Makes the work folder, and so shows at once whether OUT can be written: SourceError where it cannot. The kernel
         drops the lock when the process dies, however it dies.
@@ -107,7 +107,7 @@ class Target:
     # --- what is there
 
     def begin(self) -> bool:
-        """Takes possession of OUT; True where this split is complete already, as far as its manifest knows.
+        """Claims OUT for this set; True where this split is complete already, by its manifest.
 
         Raises SourceError where OUT holds another set, finished or begun, so that two never mix.
         """
@@ -172,8 +172,8 @@ class Target:
     def _record(self, shard: int) -> dict | None:
         """What is known of a made shard; None where it is not made, or the record is damaged."""
         record = host.read_json(self._record_path(shard)) or {}
-        whole = _has(record, _RECORD_FIELDS) and _has(record["entry"], _SHARD_FIELDS)
-        return record if whole and record["entry"]["file"] == self.spec.shard_file(shard) else None
+        valid = _has(record, _RECORD_FIELDS) and _has(record["entry"], _SHARD_FIELDS)
+        return record if valid and record["entry"]["file"] == self.spec.shard_file(shard) else None
 
     def _record_path(self, shard: int) -> Path:
         return self.work / f"record.{shard}.json"
