@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -198,6 +199,31 @@ class Folder:
         if len(body) != stop - start:
             raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")
         return body
+
+    async def put(self, name: str, content: "bytes | Path", *, create: bool = False) -> bool:
+        """Writes an object, whole or not at all. With `create`, False where there is one already, which stays. Raises
+        ShardError and ReadError, as the other calls do.
+        """
+        import obstore
+
+        try:
+            await obstore.put_async(self._running, name, content, mode="create" if create else "overwrite")
+        except obstore.exceptions.AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise self._explained(error, f"{self.url}/{name}") from None
+        return True
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Removes objects, where they are."""
+        import obstore
+
+        try:
+            await obstore.delete_async(self._running, list(names))
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._explained(error, self.url) from None
 
     def _object(self, name: str, meta: Any) -> Object:
         return Object(self, name, meta["size"], _version(meta))

@@ -19,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sharding import SourceError, check, command, plan, pool, printable, samples, sources
+from sharding import SourceError, bucket, check, command, plan, pool, printable, samples, sources
 from sharding.images import Rules
 from sharding.target import Target
 
@@ -35,13 +35,13 @@ def shard(args: argparse.Namespace) -> int:
     fields = ("source", "split", "name", "labels", "label_offset", "unlabelled", "subset", "key", "seed", "shards")
     rules = Rules(short_side=args.short_side, quality=args.quality, max_pixels=args.max_pixels)
     request = sources.Request(**{name: getattr(args, name) for name in fields}, class_list=args.classes, rules=rules)
-    if args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
+    if isinstance(args.out, Path) and args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
     planned = list_and_plan(request)
     describe(planned, args.part)
     if args.dry_run:
         return 0
-    target = Target(args.out, planned.spec)
+    target = bucket.at(args.out, planned.spec)
 
     make = samples.ShardMaker(target, planned, rules)
     refused = [(printable(name), reason) for name, reason in planned.refused]

@@ -26,9 +26,9 @@ from segmentation import layouts
 from segmentation.pairs import pairs
 from segmentation.samples import MEMBERS, ShardMaker
 from segmentation.statistics import compare, look, statistics
-from sharding import SourceError, check, command, plan
+from sharding import SourceError, bucket, check, command, plan
 from sharding.images import Rules
-from sharding.target import Spec, Target
+from sharding.target import Spec
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     """Which pair goes into which shard: everything that is decided before the first image is read."""
     if not args.source.is_dir():
         raise SourceError(f"{args.source} is no folder: SOURCE is where the data set's archives are unpacked")
-    if args.out.resolve().is_relative_to(args.source.resolve()):
+    if isinstance(args.out, Path) and args.out.resolve().is_relative_to(args.source.resolve()):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
     layout = layouts.folders(args.source) if args.layout == "folders" else layouts.LAYOUTS[args.layout]
     print(f"listing {args.source}", flush=True)
@@ -95,7 +95,7 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
         f"{len(found):,} samples, {len(layout.classes)} classes, {size / 1e9:.2f} GB -> "
         f"{spec.shards} shards {spec.shard_file(0)} ..., seed {spec.seed}"
     )
-    return ShardMaker(Target(args.out, spec), layout, args.source.resolve(), found, bounds, rules)
+    return ShardMaker(bucket.at(args.out, spec), layout, args.source.resolve(), found, bounds, rules)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

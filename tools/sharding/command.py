@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import host
+from pipeline.specs import is_address
 from pipeline.tar import TarError
 
 from . import SourceError, pool, printable
@@ -55,6 +56,10 @@ def carry_out(
                 print(f"resuming: {done} of {done + len(missing)} shards are done")
             prepare(missing)
             pool.run(make, missing, images(missing), args.workers)
+        if others := target.others(args.part):
+            print(f"this part is done; helping with {len(others)} shards of other parts")
+            prepare(others)
+            pool.run(make, others, images(others), args.workers)
         with target.exclusive():
             manifest = target.finish(refused, args.strict, more)
             waiting = 0 if manifest else len(target.missing())
@@ -62,12 +67,12 @@ def carry_out(
         print(f"this part is done; {waiting} of {target.spec.shards} shards are other parts' and not there yet")
     elif finished:
         again = f"; {len(missing)} lost shards made again" if missing else ""
-        print(f"{target.out} is complete: {manifest['num_samples']:,} samples{again}")
+        print(f"{target} is complete: {manifest['num_samples']:,} samples{again}")
     else:
         counts = "".join(f"\n  {count:,} {what}" for what, count in manifest["counts"].items())
         print(
             f"done: {manifest['num_samples']:,} samples in {len(manifest['shards'])} shards, "
-            f"{manifest['repaired']} repaired, {manifest['quarantined']} quarantined -> {target.out}{counts}"
+            f"{manifest['repaired']} repaired, {manifest['quarantined']} quarantined -> {target}{counts}"
         )
     return 0
 
@@ -88,7 +93,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", type=Path, nargs="?", metavar="SOURCE")
-    add("out", type=Path, nargs="?", metavar="OUT")
+    add("out", type=place, nargs="?", metavar="OUT", help="a folder, or an address in a bucket (s3://, gs://, az://)")
     add("--split", default="train", help="names the shards; val finds a val folder, too (default: train)")
     add("--name", help="of the set (default: by what it is, else the source's own name)")
     add("--workers", type=integer(1), default=host.cores(), metavar="N", help="processes (default: cores)")
@@ -114,6 +119,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(f"RANK/WORLD_SIZE or SLURM_ARRAY_TASK_* in the environment make no part ({error}); say --part I/N")
     return args
+
+
+def place(text: str) -> str | Path:
+    """A folder, or the address of one."""
+    return text if is_address(text) else Path(text)
 
 
 def part_of_environment(found: os._Environ[str]) -> str:

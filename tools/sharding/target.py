@@ -57,6 +57,9 @@ class Target:
         self.out, self.spec = out, spec
         self.work = out / f".{spec.name}-{spec.split}.work"
 
+    def __str__(self) -> str:
+        return str(self.out)
+
     def part(self, part: tuple[int, int]) -> range:
         """The shards that part (number, of how many) makes."""
         return range(part[0], self.spec.shards, part[1])
@@ -151,6 +154,10 @@ class Target:
         manifest = self.manifest()
         listed = {entry["file"]: entry for entry in manifest["shards"]} if manifest else None
         return [shard for shard in self.part(part) if not self._is_made(shard, listed)]
+
+    def others(self, part: tuple[int, int]) -> list[int]:
+        """Shards of other parts that this part, which is done, may make as well: none here, where each has its lock."""
+        return []
 
     def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
         """Its files are there, and as long as the manifest or its record says; `--check` reads them."""

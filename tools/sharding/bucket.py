@@ -1,0 +1,182 @@
+"""A split that is written to a bucket.
+
+Shards are made in a folder of this process and put into the bucket, a shard's record last: as on a disk, a shard counts
+as made when its record exists. A put is atomic, and a shard's bytes depend on nothing but the source and the options.
+So nothing is locked: two processes that make the same shard write the same. What may happen only once, taking
+possession of the address, is a put that fails where somebody was first. A part that is done helps with the others', so
+that a lost machine costs time and no second start.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline import remote
+from pipeline.remote import Folder
+from pipeline.specs import ShardError
+
+from . import SourceError
+from .target import Spec, Target
+from .writer import Quarantined, Sample
+
+T = TypeVar("T")
+_STATE = ("spec.json", "record.")  # in the work folder; all else there is this process's own
+
+
+class BucketTarget(Target):
+    """As Target, at an address. `out` is a folder of this process, in which what it knows of the bucket lies."""
+
+    def __init__(self, address: str, spec: Spec):
+        super().__init__(Path(tempfile.gettempdir()) / f"sharding-{os.getpid()}-{spec.name}-{spec.split}", spec)
+        self.address = address.rstrip("/")
+        self._listed: dict[str, int] = {}  # object -> bytes
+
+    def __str__(self) -> str:
+        return self.address
+
+    # --- locks
+
+    @contextmanager
+    def lock(self, part: tuple[int, int]) -> Iterator[None]:
+        self.work.mkdir(parents=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.out, ignore_errors=True)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        yield
+
+    # --- what is there
+
+    def begin(self) -> bool:
+        self._pull()
+        finished = self._begin()
+        if not finished and not _run(self._remote_work.put("spec.json", self._spec_path.read_bytes(), create=True)):
+            self._spec_path.unlink()
+            self._pull()
+            self._begin()  # refuses where whoever was first makes another set
+        return finished
+
+    def _begin(self) -> bool:
+        try:
+            return super().begin()
+        except SourceError as error:  # speaks of our copies
+            raise SourceError(str(error).replace(str(self.out), self.address)) from None
+
+    def missing(self, part: tuple[int, int] = (0, 1)) -> list[int]:
+        self._pull()
+        return super().missing(part)
+
+    def others(self, part: tuple[int, int]) -> list[int]:
+        """From a place of its own on, so that two that help begin with different shards."""
+        missing = self.missing() if part[1] > 1 else []
+        start = part[0] * len(missing) // part[1]
+        return missing[start:] + missing[:start]
+
+    def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
+        entry: dict | None
+        if listed is None:
+            entry = (self._record(shard) or {}).get("entry")
+        else:
+            entry = listed.get(self.spec.shard_file(shard), {"samples": 0})
+        if not entry or not entry["samples"]:
+            return entry is not None
+        name = Path(entry["file"])
+        beside = (name.with_suffix(".idx").name, name.with_suffix(".samples.npy").name)
+        return self._listed.get(name.name) == entry["bytes"] and all(other in self._listed for other in beside)
+
+    @property
+    def _remote(self) -> Folder:
+        return Folder(self.address)
+
+    @property
+    def _remote_work(self) -> Folder:
+        return Folder(f"{self.address}/{self.work.name}")
+
+    def _pull(self) -> None:
+        """Fetches what the bucket knows of this split and of the folder: its state, not its shards."""
+        here, work = _run(self._remote.list()), _run(self._remote_work.list())
+        self._listed = {name: found.size for name, found in here.items()}
+        metadata = {self.spec.class_file, "_info.json", "manifest.json", f"{self.spec.split}.manifest.json"}
+        for path in [path for path in self.out.iterdir() if path.name in metadata - here.keys()]:
+            path.unlink()
+        wanted = {self.out / name: found for name, found in here.items() if name in metadata}
+        records = {name: found for name, found in work.items() if name.startswith(_STATE)}
+        wanted |= {self.work / name: found for name, found in records.items() if not (self.work / name).exists()}
+        self._fetch(wanted)
+
+    def _fetch(self, wanted: dict[Path, remote.Object]) -> None:
+        arriving = {path: remote.submit(found.read(0, found.size)) for path, found in wanted.items()}
+        for path, content in arriving.items():
+            path.write_bytes(remote.wait(content))
+
+    # --- one shard
+
+    def make(self, shard: int, samples: Iterable[Sample | Quarantined]) -> dict[str, Any]:
+        if entry := self._made_meanwhile(shard):
+            return entry
+        entry = super().make(shard, samples)
+        tar = self.out / entry["file"]
+        if entry["samples"]:
+            for path in (tar.with_suffix(".idx"), tar.with_suffix(".samples.npy"), tar):
+                _run(self._remote.put(path.name, path))
+            tar.unlink()
+        _run(self._remote_work.put(self._record_path(shard).name, self._record_path(shard)))
+        return entry
+
+    def _made_meanwhile(self, shard: int) -> dict | None:
+        """The entry of a shard that another part has made since this one looked."""
+        name = self._record_path(shard).name
+        found = _run(self._remote_work.head(name))
+        if found is None or self._record_path(shard).exists():
+            return None
+        self._fetch({self._record_path(shard): found})
+        entry: dict = (self._record(shard) or {}).get("entry") or {"file": name, "bytes": -1}
+        tar = _run(self._remote.head(entry["file"]))
+        return entry if tar and tar.size == entry["bytes"] else None
+
+    # --- the split
+
+    def finish(
+        self,
+        refused: Iterable[tuple[str, str]] = (),
+        strict: bool = False,
+        more: Callable[[dict[str, int]], dict[str, Any]] = lambda sums: {},
+    ) -> dict | None:
+        if self.missing():
+            return None
+        here = _run(self._remote.list())
+        tables = {self.out / name: found for name, found in here.items() if name.endswith(".samples.npy")}
+        prefix = f"{self.spec.name}-{self.spec.split}-"
+        self._fetch({p: found for p, found in tables.items() if p.name.startswith(prefix) and not p.exists()})
+        manifest = super().finish(refused, strict, more)
+        work = _run(self._remote_work.list())
+        _run(self._remote_work.delete(work))
+        return manifest
+
+    def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
+        self.work.mkdir(exist_ok=True)
+        super()._write(path, write)
+        _run(self._remote.put(path.name, path))
+
+
+def _run(task: Coroutine[Any, Any, T]) -> T:
+    try:
+        return remote.run(task)
+    except ShardError as error:
+        raise SourceError(str(error)) from None
+
+
+def at(out: str | Path, spec: Spec) -> Target:
+    """The target at a folder or an address. Raises SourceError for an address that cannot be written."""
+    if isinstance(out, Path):
+        return Target(out, spec)
+    if out.lower().startswith("http"):
+        raise SourceError(f"{out}: a web server takes no shards: name a bucket or a folder")
+    return BucketTarget(out, spec)
