@@ -28,11 +28,13 @@ def step_of(out: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_from_a_bucket_is_killed_and_resumed(tmp_path: Path) -> None:
     folder = publish(write_set(tmp_path / "set", 240, 40))
     config = tmp_path / "tiny.yaml"
     config.write_text(
         TINY.replace("nano", "pico")
+        .replace("batch_size: 8", "batch_size: 2")
         .replace("steps: 6", f"steps: {STEPS}")
         .replace("checkpoint_every: 100", "checkpoint_every: 20")
     )
