@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mapimages import encode, sample, smooth_image, write_tar
@@ -18,6 +19,7 @@ from trainer import checkpoint, evaluate
 from trainer.backbones import VisionTransformer
 from trainer.evaluate import PENALTIES, features, knn_accuracy, ridge_accuracy, shots, stored
 from trainer.methods import loca
+from trainer.stored import arrays
 
 Set = tuple[Tensor, Tensor]
 
@@ -197,6 +199,22 @@ def test_extraction_goes_on_where_it_was_broken_off(
     assert whole[0].dtype == torch.float16 and len(list(tmp_path.iterdir())) == 1
     backbone.norm.weight.data += 1  # other weights: other features
     assert not torch.equal(stored(backbone, images, folder=tmp_path, **options)[0], whole[0])
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "missing", "of other images"])
+def test_damaged_features_are_one_sentence(tmp_path: Path, damage: str) -> None:
+    layout = {"x": (np.float16, (8, 4)), "filled": (np.int64, (1,))}
+    arrays(tmp_path / "kept", layout)
+    file = tmp_path / "kept" / "x.npy"
+    if damage == "of other images":
+        np.save(file, np.zeros((9, 4), np.float16))
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"empty": b"", "truncated": file.read_bytes()[:-8], "text": b"<html>" * 40}[damage])
+    with pytest.raises((ValueError, OSError), match="kept") as error:
+        arrays(tmp_path / "kept", layout)
+    assert "\n" not in str(error.value)
 
 
 def test_features_that_half_precision_cannot_hold(shards: Path) -> None:

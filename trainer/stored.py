@@ -45,10 +45,14 @@ def arrays(folder: Path | None, layout: Layout) -> dict[str, NDArray[Any]]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-    found = {name: np.load(folder / f"{name}.npy", "r+") for name in layout}
-    if any((found[name].dtype, found[name].shape) != (np.dtype(kind), shape) for name, (kind, shape) in layout.items()):
-        raise ValueError(f"{folder}: holds arrays of other types or shapes; remove it")
-    return found
+    for name, (kind, shape) in layout.items():
+        try:
+            there = np.load(folder / f"{name}.npy", "r")  # "r+" would lengthen a file that was cut
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{folder}: holds damaged arrays ({error}); remove it") from None
+        if (there.dtype, there.shape) != (np.dtype(kind), shape):
+            raise ValueError(f"{folder}: holds arrays of other types or shapes; remove it")
+    return {name: np.load(folder / f"{name}.npy", "r+") for name in layout}
 
 
 def keep(found: Mapping[str, NDArray[Any]], filled: int) -> None:
