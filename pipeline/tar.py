@@ -166,10 +166,6 @@ class Walk:
                     size = int(pax["size"])
                 else:
                     self._damage(f"damaged: a PAX header before byte {at - self._start} gives no valid size")
-            if kind == b"S" and header[482]:  # an old GNU sparse file: its map continues in further blocks
-                while any(self._read(content, BLOCK)[504:505]):
-                    content += BLOCK
-                content += BLOCK
             at = content + padded(size)
             if end is not None and content + size > end:
                 self._damage(f"cut short: the member at byte {content - self._start} has {size} bytes")

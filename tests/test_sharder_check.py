@@ -77,6 +77,16 @@ DAMAGES = {
     ),
     "fewer classes": (lambda out: patched(out / "synsets.txt", lambda raw: raw[:11]), "synsets.txt"),
     "another count": (lambda out: rewrite(out, lambda said: said.update(num_samples=99)), "99 samples"),
+    "an info of another kind": (lambda out: (out / "_info.json").write_text('{"splits": [1]}'), "_info.json: says"),
+    "an info of no split": (
+        lambda out: (out / "_info.json").write_text('{"splits": {"train": 5}}'),
+        "_info.json: says",
+    ),
+    "classes that lie elsewhere": (
+        lambda out: rewrite(out, lambda said: said.update(class_file="../synsets.txt")),
+        "leads out",
+    ),
+    "a class list that is a number": (lambda out: rewrite(out, lambda said: said.update(class_file=5)), "leads out"),
     "no info": (lambda out: (out / "_info.json").unlink(), "_info.json"),
     "a name that leads out": (
         lambda out: rewrite(out, lambda said: said["shards"][0].update(file="../x.tar")),

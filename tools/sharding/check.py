@@ -17,7 +17,7 @@ from pipeline import host, tar
 from pipeline.shards import SAMPLE
 
 from . import SourceError, pool, writer
-from .target import fault, named
+from .target import fault, named, timm_splits
 
 _LARGEST = 1 << 28  # bytes of a member that is read
 
@@ -96,7 +96,7 @@ def _split(path: Path, manifest: dict, workers: int, look: Look, compare: Compar
         differences.append(f"{path.name}: says {manifest['num_samples']} samples, the tars hold {total}")
     if tables:
         differences += _table(out / f"{manifest['name']}-{manifest['split']}.samples.npy", np.concatenate(tables))
-    info = (host.read_json(out / "_info.json") or {}).get("splits", {}).get(manifest["split"], {})
+    info = timm_splits(out).get(manifest["split"], {})
     wanted = [[one["file"] for one in shards], [one["samples"] for one in shards], manifest["num_samples"]]
     if [info.get(field) for field in ("filenames", "shard_lengths", "num_samples")] != wanted:
         differences.append(f"_info.json: says something else about split {manifest['split']!r}")

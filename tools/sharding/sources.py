@@ -27,7 +27,6 @@ IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _SPLITS = ("train", "val", "validation", "test")
 _AROUND = {*_SPLITS, "images"}  # the one folder around a flat set is no class
-_REPORT = 1000
 # One image: the tar (an index, -1: a file below the root), its class or none (-1), its place in the tar, its name's.
 ROW = np.dtype(
     [("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name_bytes", "<i4")]
@@ -61,7 +60,7 @@ class Listing:
 
     root: Path
     kind: str  # for people
-    on_progress: OnProgress  # called for each _REPORT images: a listing may take hours
+    on_progress: OnProgress  # a listing may take hours
     tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
     classes: dict[str, int] = field(default_factory=dict)  # name -> number, in the order found
     notes: list[str] = field(default_factory=list)
@@ -72,7 +71,6 @@ class Listing:
     labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
     class_file: Path | None = None  # a list of classes that came with the source
     gzipped: bool = False
-    _unreported: int = 0  # bytes
 
     def __len__(self) -> int:
         return len(self.rows) // ROW.itemsize
@@ -94,10 +92,7 @@ class Listing:
         encoded = os.fsencode(name)
         self.rows += _PACKED.pack(tar, label, offset, size, len(self.names), len(encoded))
         self.names += encoded
-        self._unreported += size
-        if len(self) % _REPORT == 0:
-            self.on_progress(_REPORT, self._unreported)
-            self._unreported = 0
+        self.on_progress(1, size)
 
     def class_number(self, name: str) -> int:
         return self.classes.setdefault(name, len(self.classes))

@@ -289,7 +289,7 @@ class Target:
         if self.spec.classes:
             self._write(self.out / self.spec.class_file, lambda file: file.write(self._class_lines()))
         info = {"name": split, "filenames": files, "shard_lengths": lengths, "num_samples": manifest["num_samples"]}
-        splits = {**(host.read_json(self.out / "_info.json") or {}).get("splits", {}), split: info}
+        splits = {**timm_splits(self.out), split: info}
         info = {"name": name, "splits": dict(sorted(splits.items()))}
         self._write(self.out / "_info.json", lambda file: file.write(json.dumps(info, indent=1).encode()))
         self._write(self._named("manifest.json"), lambda file: file.write(json.dumps(manifest, indent=1).encode()))
@@ -309,14 +309,23 @@ def named(out: Path, split: str, name: str) -> Path:
     return out / (f"{split}.{name}" if first.get("split", split) != split else name)
 
 
+def timm_splits(out: Path) -> dict[str, dict]:
+    """What timm's `_info.json` says of each split; empty where it says nothing."""
+    splits = (host.read_json(out / "_info.json") or {}).get("splits")
+    return (
+        {name: split for name, split in splits.items() if isinstance(split, dict)} if isinstance(splits, dict) else {}
+    )
+
+
 def fault(manifest: dict) -> str:
     """What keeps a manifest from being one, in words; empty where nothing does."""
     if manifest.get("format") != 1 or not _has(manifest, _FIELDS):
         return "no manifest of format 1"
     if not all(isinstance(entry, dict) and _has(entry, _SHARD_FIELDS) for entry in manifest["shards"]):
         return "an entry of shards is none"
-    if any(Path(entry["file"]).name != entry["file"] for entry in manifest["shards"]):
-        return "a shard's name leads out of the folder"
+    for name in (manifest.get("class_file", "synsets.txt"), *(entry["file"] for entry in manifest["shards"])):
+        if not isinstance(name, str) or Path(name).name != name:
+            return f"{name!r} leads out of the folder"
     return ""
 
 
