@@ -147,6 +147,16 @@ def test_a_list_of_names_takes_the_layouts_place(tmp_path: Path, refused) -> Non
     assert "cannot read the list" in refused(tmp_path / "data", "kitti", "val", "--list", tmp_path / "none.txt")
 
 
+def test_a_count_other_than_the_published_one_is_noted(tmp_path: Path, capsys) -> None:
+    make.kitti(tmp_path / "data")
+    (tmp_path / "mine.txt").write_text("000001_10\n")
+    options = (tmp_path / "data", tmp_path / "out", "--layout", "kitti", "--split", "val", "--dry-run")
+    assert make.run(*options) == 0
+    assert f"note: kitti val has 50 samples as published, {tmp_path}/data 1\n" in capsys.readouterr().out
+    assert make.run(*options, "--list", tmp_path / "mine.txt") == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def test_vocs_augmented_list_may_come_with_the_masks_as_png(tmp_path: Path, refused) -> None:
     found = make.voc(tmp_path / "data")
     home = tmp_path / "data/VOCdevkit/VOC2012"
@@ -274,7 +284,9 @@ def test_odd_names_are_survived(mine: Path) -> None:
     (mine / "masks/train/folder.png").mkdir()
     for name in (os.fsdecode(b"\xff x"), "v1.2"):
         make.put(mine, {f"images/train/{name}.jpg": make.photo(1, MASK), f"masks/train/{name}.png": make.saved(MASK)})
+    mine = mine.rename(mine.with_name("my data-1.2"))
     assert len(shard(mine, "folders", "train")) == 4
+    assert {path.name for path in mine.parent.glob("*-folders/*.tar")} == {"my_data_1-train-0000.tar"}
 
 
 def test_two_images_of_one_name_are_named(mine: Path, refused) -> None:

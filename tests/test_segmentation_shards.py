@@ -267,6 +267,15 @@ def test_check_sees(damage: str, out: Path, tmp_path: Path, capsys) -> None:
     assert message in capsys.readouterr().out
 
 
+def test_check_names_the_tool_that_made_a_folder(out: Path, tmp_path: Path, capsys) -> None:
+    assert photos.run("--check", out) == 2
+    said = capsys.readouterr().err
+    assert "lists samples of ['jpg', 'seg.png', 'cls', 'json']: check them with tools/shard_segmentation.py\n" in said
+    assert photos.run(photos.tree(tmp_path / "tiny", photos.photographs(1)), tmp_path / "out") == 0
+    assert make.run("--check", tmp_path / "out") == 2
+    assert "check them with tools/shard_imagenet.py\n" in capsys.readouterr().err
+
+
 MEMBERS = {
     "jpg": make.photo(1, np.zeros((20, 28))),
     "seg.png": make.saved(make.labels(1, 3)),

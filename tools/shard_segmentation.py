@@ -51,7 +51,8 @@ def shard(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    return command.report(args.check, check.run(args.check, args.workers, look, partial(compare, args.check)))
+    differences = check.run(args.check, args.workers, MEMBERS, look, partial(compare, args.check))
+    return command.report(args.check, differences)
 
 
 def list_and_plan(args: argparse.Namespace) -> ShardMaker:
@@ -63,9 +64,7 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     layout = layouts.folders(args.source) if args.layout == "folders" else layouts.LAYOUTS[args.layout]
     print(f"listing {args.source}", flush=True)
     found = pairs(layout, args.source, args.split, args.list)
-    order, _ = plan.shuffled(
-        (pair.image_key for pair in found), args.seed
-    )  # patches of a tile stay together, as they are
+    order, _ = plan.shuffled((pair.image_key for pair in found), args.seed)  # a tile's patches stay together
     found = [found[position] for position in order]
     by_key = {pair.key: pair for pair in found}
     for pair in found:
@@ -78,7 +77,7 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     bounds = plan.bounds(len(found), size, args.shards)
     rules = Rules(subsampling="4:4:4")  # of PNGs that become JPEGs: small coloured things are classes here
     spec = Spec(
-        name=args.name or (args.source.resolve().name if args.layout == "folders" else args.layout),
+        name=args.name or (plan.folder_name(args.source, args.split) if args.layout == "folders" else args.layout),
         split=args.split,
         shards=len(bounds) - 1,
         seed=args.seed,

@@ -57,9 +57,16 @@ def labelled_image(key: str, read: Callable[[str], bytes], classes: list[str]) -
 
 
 def run(
-    out: Path, workers: int, look: Look = labelled_image, compare: Compare = lambda manifest, sums: []
+    out: Path,
+    workers: int,
+    members: tuple[str, ...] = ("jpg", "cls", "json"),
+    look: Look = labelled_image,
+    compare: Compare = lambda manifest, sums: [],
 ) -> list[str]:
-    """Every difference found, a sentence each; none: the folder is what it was. SourceError without a manifest."""
+    """Every difference found, a sentence each; none: the folder is what it was.
+
+    Raises SourceError without a manifest, or where samples of other `members` are expected than it lists.
+    """
     manifests = sorted(out.glob("manifest.json")) + sorted(out.glob("*.manifest.json"))
     if not manifests:
         unfinished = ": the run that writes it is unfinished" if any(out.glob(".*.work")) else ""
@@ -71,6 +78,9 @@ def run(
         if wrong := fault(manifest):
             differences.append(f"{path.name}: {wrong}")
         else:
+            if (theirs := manifest.get("members", ["jpg", "cls", "json"])) != list(members):
+                made = "tools/shard_segmentation.py" if "seg.png" in str(theirs) else "tools/shard_imagenet.py"
+                raise SourceError(f"{path} lists samples of {theirs}: check them with {made}")
             listed |= {entry["file"] for entry in manifest["shards"]}
             differences += _split(path, manifest, workers, look, compare)
     return differences + [f"{tar.name}: in no manifest" for tar in sorted(out.glob("*.tar")) if tar.name not in listed]

@@ -149,7 +149,7 @@ def build(listing: Listing, request: Request) -> Plan:
     release = labels.release(classes)
     shards = len(starts) - 1
     spec = Spec(
-        name=request.name or (release[1] if release else _folder_name(listing.root, request.split)),
+        name=request.name or (release[1] if release else folder_name(listing.root, request.split)),
         split=request.split,
         shards=shards,
         seed=request.seed,
@@ -232,7 +232,7 @@ def _labels_by_file(
     return class_list or [str(number) for number in range(count)], np.array([labelled[stem] for stem in stems])
 
 
-def _folder_name(root: Path, split: str) -> str:
+def folder_name(root: Path, split: str) -> str:
     """The source's own name; where that only says the split, its parent's."""
     for part in (root.name.partition(".")[0], root.resolve().parent.name):
         if part and part not in (split, "train", "val", "validation", "test"):
