@@ -217,10 +217,12 @@ class Graph:
         *,
         device_id: int | None = None,
         num_threads: int = 1,
-        form: Form | None = None,
+        form: Form | Literal["auto"] = "auto",
         hw_decoder_load: float | None = None,
     ):
-        self.form: Form = form or ("fused" if device_id is None and _fits() else "operators")
+        if form == "auto":  # on a GPU until docs/gpu.md holds measured rates of all three
+            form = "fused" if device_id is None and _fits() else "operators"
+        self.form: Form = form
         gpu = device_id is not None
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}

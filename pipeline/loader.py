@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Loader:
     storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
     that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
     `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` is how views are cut (see `graph`):
-    None takes "fused" on a CPU and "operators" on a GPU. `prefetch` is how many batches DALI works on ahead of the one
+    "auto" is "fused" on a CPU and "operators" on a GPU. `prefetch` is how many batches DALI works on ahead of the one
     handed out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the
     host.
 
@@ -90,7 +90,7 @@ class Loader:
         max_bad: float | None = None,
         hw_decoder_load: float | None = None,
         prefetch: int = 2,
-        form: Form | None = None,
+        form: Form | Literal["auto"] = "auto",
     ):
         if num_threads is None:
             num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -109,8 +109,8 @@ class Loader:
             order = "block" if isinstance(self.shards, ShardSet) and self.shards.remote else "global"
         if order not in ("global", "block"):
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
-        if form not in (None, *get_args(Form)):
-            raise ValueError(f"form must be one of {get_args(Form)}, not {form!r}")
+        if form not in ("auto", *get_args(Form)):
+            raise ValueError(f"form must be 'auto' or one of {get_args(Form)}, not {form!r}")
         if form == "triton" and self.device.type == "cpu" and torch.cuda.is_available():
             raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
