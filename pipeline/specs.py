@@ -30,9 +30,9 @@ def is_address(text: str) -> bool:
 
 def with_split(entry: str) -> tuple[str, str | None]:
     """``DIRECTORY:SPLIT`` in two; a path that exists, a pattern or an address with a port is left alone."""
-    spec, _, split = entry.rpartition(":")
+    spec, colon, split = entry.rpartition(":")
     has_path = is_address(spec) and spec.count("/") > 2
-    if "/" in split or "}" in split or Path(entry).exists() or not (has_path or Path(spec).is_dir()):
+    if not colon or "/" in split or "}" in split or Path(entry).exists() or not (has_path or Path(spec).is_dir()):
         return entry, None
     return spec, split
 

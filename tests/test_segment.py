@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_a_runs_backbone_and_the_same_one_untrained(tmp_path: Path) -> None:
     method = loca.Method(cfg)
     with torch.no_grad():
         method.teacher.backbone.pos_embed.add_(1)  # the teacher is what counts
-    saved = {"step": 1, "method": "loca", "config": f"loca: {json.dumps(vars(cfg))}", "model": method.state_dict()}
+    saved = {"step": 1, "method": "loca", "config": f"loca: {json.dumps(asdict(cfg))}", "model": method.state_dict()}
     checkpoint.save(tmp_path / "checkpoints", saved, keep_last=1, keep_every=None)
     trained = frozen.load(str(tmp_path))
     assert torch.equal(trained.backbone.pos_embed, method.teacher.backbone.pos_embed)
@@ -190,6 +191,16 @@ def test_what_cannot_be_used_is_named_in_a_sentence(
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("trainer.segment: ")
     assert re.search(reason, message), message
+
+
+@pytest.mark.parametrize("option", ["--size 0", "--memory 0", "--layers 9", "--untrained -1", "--device nowhere"])
+def test_options_that_cannot_be_meant(
+    option: str, sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["timm:test_vit", "--train", sets[0], "--val", sets[1], "--untrained", "0", "--out", str(tmp_path)]
+    assert segment.main([*argv, *option.split()]) == 2
+    assert option.split(maxsplit=1)[0].strip("-") in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

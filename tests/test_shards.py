@@ -171,6 +171,7 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
     write_tar(tmp_path / "void.tar", [])
     cases = {
         str(tmp_path / "none"): "is missing",
+        "none": "none is missing",  # below the working directory
         f"{folder}/map-{{0000..0004}}.tar": r"map-0002.tar is missing \(3 of 5 shards\)",
         str(tmp_path / "empty"): "no .tar",
         str(tmp_path / "text.tar"): "is not a tar",

@@ -371,10 +371,14 @@ class ResNet(timm_resnet.ResNet):
         self.width, self.patch = self.num_features, output_stride
 
     def dilated(self, output_stride: int = 8) -> "ResNet":
-        """This network in evaluation mode with cells of `output_stride` pixels: dilations take the place of strides."""
+        """This network with dilations in place of strides: cells of `output_stride` pixels.
+
+        In evaluation mode. The weights are the same tensors, not copies.
+        """
         depths = tuple(len(getattr(self, f"layer{stage}")) for stage in (1, 2, 3, 4))
-        network = ResNet(depths, output_stride=output_stride)
-        network.load_state_dict(self.state_dict())
+        with torch.device("meta"):
+            network = ResNet(depths, output_stride=output_stride)
+        network.load_state_dict(self.state_dict(), assign=True)
         return network.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:

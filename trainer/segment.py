@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,8 @@ FLOORS = ("constant", "prior", "colour_position")
 def main(argv: list[str]) -> None:
     options = arguments(argv)
     check(options)
+    if options.memory < 1 or (options.size is not None and options.size < 1):
+        raise ValueError("--size and --memory must be positive")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: as many digits as the features are kept with
     train, val = Labelled(options.train), Labelled(options.val)
     network = frozen.load(options.what, untrained=options.untrained)
@@ -56,14 +57,14 @@ def main(argv: list[str]) -> None:
     linear, chosen = logistic(seen, train, count, options.device)
     around = probes.Regression(probes.surroundings(seen), seen.shares)
     predictors = {
-        "knn": scores(probes.Neighbours(seen, options.memory, device=options.device), unseen, unseen.x),
-        "logistic": scores(linear, unseen, unseen.x),
+        "knn": probes.scores(probes.Neighbours(seen, options.memory, device=options.device), unseen, unseen.x),
+        "logistic": probes.scores(linear, unseen, unseen.x),
         "constant": lambda j: prior.sum((1, 2), keepdim=True),
         "prior": lambda j: prior,
-        "colour_position": scores(around.probe(around.fit(1e-6)), unseen, probes.surroundings(unseen)),
-        "ceiling": scores(Tensor.float, unseen, unseen.shares),
+        "colour_position": probes.scores(around.probe(around.fit(1e-6)), unseen, probes.surroundings(unseen)),
+        "ceiling": probes.scores(Tensor.float, unseen, unseen.shares),
     }
-    found = evaluate(val, unseen.images, predictors, count, show="scoring")
+    found = evaluate(val, unseen.images, predictors, count, device=options.device, show="scoring")
     if not found["ceiling"].matrix.any():
         raise ValueError(f"{options.val}: no pixel has a label")
     figures = {name: figure(confusion, names) for name, confusion in found.items()}
@@ -105,8 +106,8 @@ def logistic(
     best, penalty, weight, start = -1.0, 0.0, None, None
     for candidate in probes.PENALTIES:
         weight = regression.fit(candidate, weight)
-        predict = scores(regression.probe(weight), some, train.x)
-        miou = 100 * evaluate(data, some.images, {"": predict}, classes)[""].miou
+        predict = probes.scores(regression.probe(weight), some, train.x)
+        miou = 100 * evaluate(data, some.images, {"": predict}, classes, device=device)[""].miou
         tried[f"{candidate:.0e}"] = miou
         print(f"penalty {candidate:.0e}: {miou:.2f} mIoU on {len(held)} held-out training images", flush=True)
         previous = best
@@ -116,11 +117,6 @@ def logistic(
             break
     regression = probes.Regression(train.x, train.shares, device=device)
     return regression.probe(regression.fit(penalty, start)), {"penalty": penalty, "held_out": tried}
-
-
-def scores(probe: Callable[[Tensor], Tensor], features: Features, x: Tensor) -> Scores:
-    """The j-th image's scores (C, rows, columns) by a probe of `x` (P, ...), which has a row for each patch."""
-    return lambda j: probe(x[features.rows(j)]).mT.unflatten(1, features.grids[j].tolist())
 
 
 def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:

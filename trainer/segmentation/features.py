@@ -61,7 +61,10 @@ def extract(
     """
     images = np.arange(len(data)) if images is None else images
     device, multiple = frozen.device, stride(frozen.backbone)
-    tried = frozen(torch.zeros(1, 2 * multiple, 2 * multiple, 3, dtype=torch.uint8, device=device))
+    try:
+        tried = frozen(torch.zeros(1, 2 * multiple, 2 * multiple, 3, dtype=torch.uint8, device=device))
+    except (AssertionError, IndexError) as error:  # timm's and ours
+        raise ValueError(f"layers {' '.join(map(str, frozen.layers))}: {error}") from None
     cell = 2 * multiple // tried.shape[2]  # of several layers the finest counts
     sides = np.array([data.fitted(int(i), short_side, multiple) for i in images])
     grids = sides // cell

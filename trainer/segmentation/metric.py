@@ -73,12 +73,13 @@ def evaluate(
     predictors: Mapping[str, Scores],
     classes: int,
     *,
+    device: str = "cpu",
     show: str | None = None,
 ) -> dict[str, Confusion]:
     """The confusion matrix of each predictor over `images`, numbers in the set, at label size; `show` titles a bar."""
-    found = {name: Confusion(classes) for name in predictors}
+    found = {name: Confusion(classes, device) for name in predictors}
     for j, i in enumerate(tqdm(images, show, unit=" images", disable=not show)):
-        truth = data.mask(int(i))
+        truth = data.mask(int(i)).to(device)
         for name, scores in predictors.items():
-            found[name].add(label_map(scores(j), *truth.shape).cpu(), truth)
+            found[name].add(label_map(scores(j).to(device), *truth.shape), truth)
     return found

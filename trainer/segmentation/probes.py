@@ -5,7 +5,7 @@ is convex, with one minimum.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from trainer.segmentation.features import Features
 from trainer.segmentation.labelled import Labelled, class_shares
+from trainer.segmentation.metric import Scores
 
 PENALTIES = tuple(10.0**e for e in range(-1, -8, -1))
-CHUNK = 1 << 13  # patches at a time
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # features at a time: what a cache holds; what keeps a GPU busy
 HESSIAN = 1 << 15  # patches, about, of which the Hessian is made
 ITERATIONS = 300
 
@@ -85,7 +86,11 @@ class Regression:
     """
 
     def __init__(self, x: Tensor, shares: Tensor, *, without: Tensor | None = None, device: str = "cpu") -> None:
+        kind = torch.device(device).type
+        if kind == "cuda" and 2 * (x.nbytes + shares.nbytes) < torch.cuda.mem_get_info(device)[0]:
+            x, shares = x.to(device), shares.to(device)  # read some hundred times
         self.x, self.shares, self.without, self.device = x, shares, without, device
+        self.step = max(1, CHUNK[kind] // x.shape[1])
         self.mean, self.std = torch.zeros(x.shape[1], device=device), torch.ones(x.shape[1], device=device)
         total, first, second = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         for rows, target in self._chunks():
@@ -98,8 +103,8 @@ class Regression:
 
     def _chunks(self, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Standardised features, f32 (p, D), and class shares, f32 (p, C), of all patches or each `every`-th."""
-        for first in range(0, len(self.x), CHUNK * every):
-            part = slice(first, first + CHUNK * every, every)
+        for first in range(0, len(self.x), self.step * every):
+            part = slice(first, first + self.step * every, every)
             x, target = (whole[part].to(self.device).float() for whole in (self.x, self.shares))
             if self.without is not None:
                 target[self.without[part]] = 0
@@ -183,3 +188,8 @@ def prior(data: Labelled, classes: int, side: int = 128) -> Tensor:
     for i in range(len(data)):
         total += class_shares(data.mask(i), side, side, classes)
     return total.mT.unflatten(1, (side, side))
+
+
+def scores(probe: Callable[[Tensor], Tensor], features: Features, x: Tensor) -> Scores:
+    """The j-th image's scores (C, rows, columns) by a probe of `x` (P, ...), which has a row for each patch."""
+    return lambda j: probe(x[features.rows(j)]).mT.unflatten(1, features.grids[j].tolist())
