@@ -216,9 +216,7 @@ class Method(method.Method):
         if cfg.position == "single":
             return ablations.single_view(self, images["reference"])
         keep, visible = self.draw(len(images["reference"]), images["reference"].device)
-        drops = self.draw_drops(images)
-        reference, seen = self.encode_reference(images["reference"], visible, drops["reference"])
-        queries = self.encode_queries(images, keep, drops)
+        reference, seen, queries = self.encode(images, keep, visible)
         prefix = self.student.backbone.num_prefix_tokens
         patches = [view[:, prefix:] for view in queries]
         tokens, lengths = torch.cat(patches, dim=1), [view.shape[1] for view in patches]
@@ -263,45 +261,33 @@ class Method(method.Method):
         run = torch.arange(n, device=device)[None]
         return keep, run if cfg.mask == "first" else run + torch.randint(total - n + 1, (rows, 1), device=device)
 
-    def draw_drops(self, images: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        """Uniform numbers (rows, L, 2) that decide which branches are dropped, by kind; None lets each pass draw."""
-        drops: dict[str, Tensor | None] = dict.fromkeys(images)
-        if self.cfg.drop_path_shared and self.training:
-            count, views, blocks = (
-                len(images["reference"]),
-                self.cfg.views.focal_views,
-                len(self.student.backbone.blocks),
-            )
-            shared = torch.rand(count, 1, blocks, 2, device=images["reference"].device)
-            drops["reference"] = drops["query"] = shared[:, 0]
-            if "focal" in images:
-                others = torch.rand(count, views - 1, blocks, 2, device=shared.device)
-                drops["focal"] = torch.cat([shared, others], dim=1).flatten(0, 1)
-        return drops
+    def encode(
+        self, images: dict[str, Tensor], keep: Tensor | None, visible: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """All tokens of the reference, its visible patches (B, n, D), and the tokens (B, n, D) of every query view.
 
-    def encode_reference(self, images: Tensor, visible: Tensor, drops: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """All tokens of the reference for the clusters, and the visible patch tokens for the positions.
-
-        By the teacher, without a gradient. Without clusters by the student, whose gradient then flows through both
-        branches, and the hidden patches are dropped before the first block (released code).
+        The teacher encodes the reference, without a gradient, the student the queries. Without clusters (released code)
+        there is no teacher: the gradient flows through both branches, hidden patches are dropped before the first
+        block, and queries get no positions.
         """
+        student, (count, device) = self.student.backbone, (len(images["reference"]), images["reference"].device)
+        drops = focal_drops = None  # which branches are dropped: each pass draws for itself
+        if self.cfg.drop_path_shared and self.training:
+            drops = torch.rand(count, len(student.blocks), 2, device=device)
+            others = torch.rand(count, max(self.cfg.views.focal_views - 1, 0), *drops.shape[1:], device=device)
+            focal_drops = torch.cat([drops[:, None], others], dim=1).flatten(0, 1)
         if self.teacher is None:
-            seen = self.student.backbone(images, visible, drops=drops) if visible.shape[1] else None
-            return images.new_empty(0), seen
-        with torch.no_grad():
-            tokens = self.teacher.backbone(images, drops=drops)
-            return tokens, take(tokens[:, self.teacher.backbone.num_prefix_tokens :], visible)
-
-    def encode_queries(
-        self, images: dict[str, Tensor], keep: Tensor | None, drops: dict[str, Tensor | None]
-    ) -> list[Tensor]:
-        """The student's tokens (B, n, D) of every query view. Without clusters it sees no positions (released code)."""
-        vit, positions = self.student.backbone, self.teacher is not None
-        queries = [vit(images["query"], keep, positions=positions, drops=drops["query"])]
+            reference, positions = images["reference"].new_empty(0), False
+            seen = student(images["reference"], visible, drops=drops) if visible.shape[1] else None
+        else:
+            with torch.no_grad():
+                reference, positions = self.teacher.backbone(images["reference"], drops=drops), True
+                seen = take(reference[:, student.num_prefix_tokens :], visible)
+        queries = [student(images["query"], keep, positions=positions, drops=drops)]
         if "focal" in images:
-            focal = vit(images["focal"], positions=positions, drops=drops["focal"])  # image by image
-            queries += focal.unflatten(0, (len(images["query"]), -1)).unbind(1)
-        return queries
+            focal = student(images["focal"], positions=positions, drops=focal_drops)  # image by image
+            queries += focal.unflatten(0, (count, -1)).unbind(1)
+        return reference, seen, queries
 
     def position_loss(
         self, tokens: Tensor, seen: Tensor | None, target: Tensor, lengths: list[int]
@@ -400,9 +386,8 @@ class Method(method.Method):
         _, visible = self.draw(len(images["reference"]), images["reference"].device)
         if self.cfg.position not in ("patch", "centre"):
             return {}, visible
-        drops = self.draw_drops(images)
-        _, seen = self.encode_reference(images["reference"], visible, drops["reference"])
-        queries, prefix = self.encode_queries(images, None, drops), self.student.backbone.num_prefix_tokens
+        _, seen, queries = self.encode(images, None, visible)
+        prefix = self.student.backbone.num_prefix_tokens
         places = [self.student.locate(view[:, prefix:], seen).argmax(-1) for view in queries]
         kinds = {"query": torch.stack(places[:1], dim=1)}
         return kinds | ({"focal": torch.stack(places[1:], dim=1)} if places[1:] else {}), visible
