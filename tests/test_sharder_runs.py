@@ -419,11 +419,11 @@ def test_the_plan_is_mapped_not_loaded(source, tmp_path):
         assert isinstance(column, np.memmap)
 
 
-def test_a_damaged_bucket_is_filled_again(tmp_path):
+def test_damaged_unpacked_images_are_unpacked_again(tmp_path):
     path = tmp_path / "tiny.tar.gz"
     path.write_bytes(make.tar_of(make.photographs(4), mode="w:gz"))
     assert make.run(path, tmp_path / "out", "--part", "0/2", "--shards", 2) == 0
     work = tmp_path / "out" / ".tiny-train.work"
-    (work / "bucket.1").write_bytes(b"short")
+    (work / "unpacked.1").write_bytes(b"short")
     assert make.run(path, tmp_path / "out", "--shards", 2) == 0
     assert make.run("--check", tmp_path / "out") == 0

@@ -42,7 +42,6 @@ def shard(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     target = bucket.at(args.out, planned.spec)
-
     make = samples.ShardMaker(target, planned, rules)
     refused = [(printable(name), reason) for name, reason in planned.refused]
     return command.carry_out(
@@ -61,7 +60,7 @@ def prepare(target: Target, planned: plan.Plan, missing: list[int]) -> None:
         planned.save(target.work)
     if planned.gzipped:
         with pool.Progress(planned.images(missing), "sorting") as progress:
-            samples.fill_buckets(target, planned, missing, progress.add)
+            samples.unpack(target, planned, missing, progress.add)
 
 
 def list_and_plan(request: sources.Request) -> plan.Plan:

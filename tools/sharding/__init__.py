@@ -7,8 +7,10 @@ images   prove that an image decodes; repair or refuse it
 samples  one shard of a plan as samples: read, examined, described
 writer   samples as a USTAR file, its DALI index and its table
 target   an OUT folder: paths, locks, what is made and what is missing, the metadata and the manifest
+bucket   the same at an address in a bucket
 pool     many shards over processes, with progress
 check    is a finished folder what its manifest says?
+command  options, the trip through a target, exit codes
 """
 
 

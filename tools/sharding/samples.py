@@ -45,7 +45,7 @@ class ShardMaker:
     def __call__(self, shard: int) -> dict[str, Any]:
         with closing(Reader()) as reader:
             entry = self._target.make(shard, self._samples(shard, reader))
-        bucket_path(self._target, shard).unlink(missing_ok=True)
+        unpacked_path(self._target, shard).unlink(missing_ok=True)
         return entry
 
     def _samples(self, shard: int, reader: "Reader") -> Iterator[Sample | Quarantined]:
@@ -54,7 +54,7 @@ class ShardMaker:
         for item in items(rows[self._bounds[shard] : self._bounds[shard + 1]], names, self._target.spec.options["key"]):
             source = f"{self._tars[item.tar]}:{item.name}" if item.tar >= 0 else item.name
             if self._gzipped:
-                data = persistent(reader.read, bucket_path(self._target, shard), at, item.size)
+                data = persistent(reader.read, unpacked_path(self._target, shard), at, item.size)
                 at += item.size
             elif item.tar >= 0:
                 data = persistent(reader.read, Path(self._tars[item.tar]), item.offset, item.size)
@@ -105,18 +105,18 @@ class Reader:
 # --- a gzipped source ------------------------------------------------------------------------------------------------
 
 
-def bucket_path(target: Target, shard: int) -> Path:
-    return target.work / f"bucket.{shard}"
+def unpacked_path(target: Target, shard: int) -> Path:
+    return target.work / f"unpacked.{shard}"
 
 
-def fill_buckets(target: Target, plan: Plan, shards: list[int], on_progress: Callable[[int, int], object]) -> None:
+def unpack(target: Target, plan: Plan, shards: list[int], on_progress: Callable[[int, int], object]) -> None:
     """Sorts a .tar.gz, which cannot be read at an offset, into one file per shard: one pass, constant memory.
 
-    A bucket is deleted when its shard is made, so the disk holds the set once and never twice. Interrupted, the sorting
+    Such a file is deleted when its shard is made, so the disk holds the set once and never twice. Interrupted, it
     begins again: gzip has no way to continue in the middle. Raises TarError where the source was damaged since.
     """
     rows = {shard: np.arange(plan.bounds[shard], plan.bounds[shard + 1]) for shard in shards}
-    rows = {shard: part for shard, part in rows.items() if not _is_full(bucket_path(target, shard), plan, part)}
+    rows = {shard: part for shard, part in rows.items() if not _is_unpacked(unpacked_path(target, shard), plan, part)}
     if not rows:
         return
     sizes = [plan.rows["size"][part] for part in rows.values()]
@@ -126,15 +126,15 @@ def fill_buckets(target: Target, plan: Plan, shards: list[int], on_progress: Cal
     with closing(tar.GzipFile(Path(plan.tars[0]))) as source:
         for position in np.argsort(plan.rows["offset"][row]):
             at, size = int(plan.rows["offset"][row[position]]), int(plan.rows["size"][row[position]])
-            file = os.open(target.work / f"part.bucket.{owner[position]}", os.O_WRONLY | os.O_CREAT, 0o644)
+            file = os.open(target.work / f"part.unpacked.{owner[position]}", os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.pwrite(file, source.read_at(at, size), int(start[position]))
             finally:
                 os.close(file)
             on_progress(1, size)
     for shard in rows:
-        (target.work / f"part.bucket.{shard}").replace(bucket_path(target, shard))
+        (target.work / f"part.unpacked.{shard}").replace(unpacked_path(target, shard))
 
 
-def _is_full(bucket: Path, plan: Plan, rows: np.ndarray) -> bool:
-    return bucket.exists() and bucket.stat().st_size == plan.rows["size"][rows].sum()
+def _is_unpacked(path: Path, plan: Plan, rows: np.ndarray) -> bool:
+    return path.exists() and path.stat().st_size == plan.rows["size"][rows].sum()

@@ -312,9 +312,8 @@ def named(out: Path, split: str, name: str) -> Path:
 def timm_splits(out: Path) -> dict[str, dict]:
     """What timm's `_info.json` says of each split; empty where it says nothing."""
     splits = (host.read_json(out / "_info.json") or {}).get("splits")
-    return (
-        {name: split for name, split in splits.items() if isinstance(split, dict)} if isinstance(splits, dict) else {}
-    )
+    found = splits.items() if isinstance(splits, dict) else ()
+    return {name: split for name, split in found if isinstance(split, dict)}
 
 
 def fault(manifest: dict) -> str:
