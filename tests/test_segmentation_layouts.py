@@ -246,7 +246,9 @@ def test_the_files_beside_are_no_masks(other: str, tmp_path: Path, refused) -> N
         assert file.with_name(file.name.replace("labelIds", other)).exists()
         file.unlink()
     said = refused(tmp_path / "data", "cityscapes", "train")
-    assert "aachen_000000_000019_leftImg8bit.png is an image without a mask\n" in said
+    assert (
+        "holds no mask of split train: this layout keeps them as gtFine/train/*/{key}_gtFine_labelIds.png or " in said
+    )
 
 
 def test_label_ids_in_place_of_train_ids_are_refused(tmp_path: Path, refused) -> None:
@@ -262,9 +264,15 @@ def test_label_ids_in_place_of_train_ids_are_refused(tmp_path: Path, refused) ->
 def test_images_and_masks_without_each_other_are_named(mine: Path, refused) -> None:
     (mine / "masks/train/a.png").rename(mine / "masks/train/c.png")
     assert "masks/train/c.png is a mask without an image\n" in refused(mine, "folders", "train")
-    (mine / "masks/train/c.png").unlink()
-    (mine / "masks/train/deep/b.png").unlink()
+    make.put(mine, {"images/train/c.jpg": make.photo(1, MASK), "images/train/d.jpg": make.photo(1, MASK)})
     assert "images/train/a.jpg is an image without a mask (one of 2)\n" in refused(mine, "folders", "train")
+    (mine / "images/train").rename(mine / "images/val")
+    assert "--split train: this layout has val\n" in refused(mine, "folders", "train")
+    (mine / "images/train").mkdir()
+    said = refused(mine, "folders", "train")
+    assert "holds no image of split train: this layout keeps them as images/train/{path}.*\n" in said
+    shutil.rmtree(mine / "images")
+    assert "holds no folder of a split: images lie in images/SPLIT" in refused(mine, "folders", "train")
 
 
 def test_names_that_a_data_set_does_not_have_are_named(tmp_path: Path, refused) -> None:
@@ -303,15 +311,20 @@ def test_two_images_of_one_name_are_named(mine: Path, refused) -> None:
 def test_idd_says_what_makes_its_masks(tmp_path: Path, refused) -> None:
     make.idd(tmp_path / "data")
     said = refused(tmp_path / "data", "idd19", "train")
-    assert "without a mask (one of 2) (make it from the polygons with " in said
+    assert "keeps them as gtFine/train/{path}_gtFine_labelcsTrainIds.png (make them from the polygons with " in said
     assert "--id-type csTrainId)" in said
+    next((tmp_path / "data").glob("IDD_Segmentation/gtFine/train/1/*3Ids.png")).unlink()
+    assert "1/005506_leftImg8bit.png is an image without a mask (make them " in refused(
+        tmp_path / "data", "idd", "train"
+    )
 
 
 @pytest.mark.parametrize(
     ("layout", "split", "message"),
     [
         ("cityscapes", "test", "--split test: this layout has train, val\n"),  # its labels are dummies
-        ("ade20k", "train", "holds no image of split train: this layout keeps them as images/training/{key}.jpg\n"),
+        ("ade20k", "train", "holds no mask of split train: this layout keeps them as annotations/training/{key}.png\n"),
+        ("idd19", "train", "holds no mask of split train: "),
         ("folders", "train", "classes.txt is missing: it names the classes, one a line"),
     ],
 )
@@ -333,7 +346,7 @@ def test_two_years_of_voc_are_told_apart(tmp_path: Path, refused) -> None:
     devkit = tmp_path / "data/VOCdevkit"
     make.put(devkit / "VOC2007", {"JPEGImages/000001.jpg": b"", "SegmentationClass/000001.png": b""})
     said = refused(tmp_path / "data", "voc", "train")
-    assert f"holds JPEGImages twice, in {devkit}/VOC2007/JPEGImages and {devkit}/VOC2012/JPEGImages" in said
+    assert f"holds SegmentationClass twice, in {devkit}/VOC2007/SegmentationClass and {devkit}/VOC2012/S" in said
     same(shard(devkit / "VOC2012", "voc", "train"), found["train"])
 
 

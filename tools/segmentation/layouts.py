@@ -13,7 +13,7 @@ from .pairs import Layout, every_key
 
 
 def folders(source: Path) -> Layout:
-    """Anybody's: images/SPLIT, masks/SPLIT with gray PNGs of class indices, classes.txt with a name a line."""
+    """A user's own set: images/SPLIT, masks/SPLIT with gray PNGs of class indices, classes.txt with a name a line."""
     file = source / "classes.txt"
     if not file.is_file():
         raise SourceError(f"{file} is missing: it names the classes, one a line, in the order of the masks' numbers")
@@ -22,6 +22,10 @@ def folders(source: Path) -> Layout:
         raise SourceError(f"{file} names {len(names)} classes: a mask of 8 bits holds {VOID} and void")
     masks = {"masks/{split}/{path}.png": Indices(identity(len(names)))}
     splits = {path.name: (path.name, None) for path in sorted(source.glob("images/*")) if path.is_dir()}
+    if not splits:
+        raise SourceError(
+            f"{source / 'images'} holds no folder of a split: images lie in images/SPLIT, masks in masks/SPLIT"
+        )
     return Layout(names, ("images/{split}/{path}.*",), masks, splits, as_stored=False)
 
 
@@ -60,7 +64,7 @@ def _vaihingen_member(split: str, key: str) -> bool:
 
 
 def _vaihingen_partner(split: str, key: str) -> str | None:
-    return None if key == "area9" else key  # its ground truth came with the others', its image never did
+    return None if key == "area9" else key  # it has a ground truth and no image
 
 
 _TRAIN_IDS = Indices(identity(19))
@@ -91,7 +95,7 @@ _idd = Layout(
     images=("leftImg8bit/{split}/{path}_leftImg8bit.*",),
     masks={"gtFine/{split}/{path}_gtFine_labellevel3Ids.png": Indices(identity(26))},
     splits={"train": ("train", 6993), "val": ("val", 981)},
-    hint="make it from the polygons with AutoNUE's preperation/createLabels.py --id-type level3Id",
+    hint="make them from the polygons with AutoNUE's preperation/createLabels.py --id-type level3Id",
 )
 _potsdam = Layout(
     classes=classes.ISPRS,
@@ -163,7 +167,7 @@ LAYOUTS: dict[str, Layout] = {
         masks={"gtFine/{split}/{path}_gtFine_labelcsTrainIds.png": _TRAIN_IDS},
         hint=_idd.hint.replace("level3Id", "csTrainId"),
     ),
-    "isprs": replace(  # one city to learn from, the other to be judged by, in the channels that both have
+    "isprs": replace(  # train on one city, validate on the other, in the channels that both have
         _potsdam,
         images=("{split}/2_Ortho_RGB/top_{key}_RGB.tif", "{split}/top/top_mosaic_09cm_{key}.tif"),
         masks={

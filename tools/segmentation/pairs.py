@@ -47,8 +47,8 @@ class Layout:
     patch: tuple[int, int] | None = None  # side and stride of the patches that large images are cut into
     red_green: Mapping[str, tuple[int, int]] | None = None  # split -> channels of an image that becomes R, G, (R+G)/2
     oversized: bool = False  # a mask larger than its image is cut at the right and at the bottom
-    as_stored: bool = True  # masks were drawn on the pixels as stored, whatever EXIF says of turning; False: who knows
-    hint: str = ""  # said where a mask is missing
+    as_stored: bool = True  # masks belong to the pixels as stored, whatever EXIF says of turning; False: unknown
+    hint: str = ""  # how to get masks that are missing
 
     def encoding(self, pair: "Pair") -> Encoding:
         return list(self.masks.values())[pair.encoding]
@@ -81,11 +81,13 @@ def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -
     if split not in layout.splits:
         raise SourceError(f"--split {split}: this layout has {', '.join(layout.splits)}")
     folder = layout.splits[split][0]
-    images = _collect(layout.images, source, folder)
-    if not images:
-        wanted = " or ".join(layout.images).replace("{split}", folder)
-        raise SourceError(f"{source} holds no image of split {split}: this layout keeps them as {wanted}")
+    hint = f" ({layout.hint})" if layout.hint else ""
     masks = _collect(layout.masks, source, folder)
+    images = _collect(layout.images, source, folder) if masks else {}
+    for what, found, patterns in (("mask", masks, layout.masks), ("image", images, layout.images)):
+        if not found:
+            wanted = " or ".join(patterns).replace("{split}", folder)
+            raise SourceError(f"{source} holds no {what} of split {split}: this layout keeps them as {wanted}{hint}")
     masks = {key: found for name, found in masks.items() if (key := _ask(layout.partner, split, name, found))}
     listed = _names(names, images) if names else _listed(layout, source, split, images)
     if listed is None:
@@ -97,10 +99,9 @@ def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -
     else:
         images = {key: images[key] for key in listed}
     if lacking := sorted(images.keys() - masks.keys()):
-        hint = f" ({layout.hint})" if layout.hint else ""
         raise SourceError(f"{source / images[lacking[0]][0]} is an image without a mask{_more(lacking)}{hint}")
-    found = [Pair(key, images[key][0], *masks[key]) for key in sorted(images)]
-    return [part for pair in found for part in _patches(pair, source, *layout.patch)] if layout.patch else found
+    whole = [Pair(key, images[key][0], *masks[key]) for key in sorted(images)]
+    return [part for pair in whole for part in _patches(pair, source, *layout.patch)] if layout.patch else whole
 
 
 def _collect(patterns: Iterable[str], source: Path, split: str) -> dict[str, tuple[str, int]]:

@@ -115,7 +115,7 @@ def _same_size(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """What goes wrong with a mask is told with its file's name."""
+    """Errors of a mask name its file."""
     try:
         yield
     except (SourceError, MemoryError):
