@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from trainer import parallel
+from trainer.segmentation.metric import Confusion
 
 
 def free_port() -> str:
@@ -54,6 +55,12 @@ def ranks_agree_with_one_process(rank: int, world: int, port: str, compiled: boo
         dist.all_reduce(average)
         torch.testing.assert_close(average / world, theirs, rtol=1e-12, atol=1e-12)
     assert parallel.rank() == rank and parallel.world_size() == world
+
+    predicted, truth = torch.randint(3, (2, 8, 5), generator=torch.Generator().manual_seed(0))
+    whole, part = Confusion(3), Confusion(3)
+    whole.add(predicted, truth)
+    part.add(predicted.chunk(world)[rank], truth.chunk(world)[rank])
+    assert torch.equal(parallel.sum_over_ranks_(part.matrix), whole.matrix) and part.miou == whole.miou
     dist.destroy_process_group()
 
 

@@ -36,11 +36,12 @@ def pair(seed: int, height: int = 48, width: int = 64) -> tuple[NDArray[np.uint8
     return colours.clip(0, 255).astype(np.uint8), mask
 
 
-def shards(folder: Path, pairs: list[tuple[NDArray, NDArray | None]], names: list[str] | None = NAMES) -> str:
+def shards(folder: Path, pairs: list[tuple[NDArray | bytes, NDArray | None]], names: list[str] | None = NAMES) -> str:
     folder.mkdir()
     members = []
     for i, (picture, mask) in enumerate(pairs):
-        members.append((f"street/{i:03d}.jpg", encode(picture, "JPEG", quality=95)))
+        content = picture if isinstance(picture, bytes) else encode(picture, "JPEG", quality=95)
+        members.append((f"street/{i:03d}.jpg", content))
         if mask is not None:
             members.append((f"street/{i:03d}.seg.png", encode(mask)))
     write_tar(folder / "pairs-000000.tar", members)
@@ -173,8 +174,10 @@ PICTURE, MASK = pair(0)
     ("what", "train", "reason"),
     [
         ("timm:test_vit", [(PICTURE, MASK), (PICTURE, None)], "street/001 has no mask"),
-        ("timm:test_vit", [(PICTURE, MASK), (PICTURE, MASK + 1)], "street/001: .*class 3.*lists 3"),
-        ("timm:test_vit", [(PICTURE, PICTURE)], "street/000: its mask has colours"),
+        ("timm:test_vit", [(PICTURE, MASK), (PICTURE, MASK + 1)], "street/001 .*class 3.*lists 3"),
+        ("timm:test_vit", [(PICTURE, PICTURE)], "street/000 .*its mask has colours"),
+        ("timm:test_vit", [(PICTURE, MASK.T)], r"street/000 is of size \(48, 64\), its mask \(64, 48\)"),
+        ("timm:test_vit", [(b"no image", MASK)], "street/000 cannot be read"),
         ("timm:test_vit", [(PICTURE, MASK)], "one training image is too few"),
         ("timm:test_vit", [(PICTURE, np.full_like(MASK, VOID))] * 2, "no labelled pixel"),
         ("timm:nothing", [(PICTURE, MASK)] * 2, "no model 'nothing'"),

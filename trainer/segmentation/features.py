@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.host import cores
 from trainer.backbones import stride
 from trainer.segmentation.frozen import Frozen
-from trainer.segmentation.labelled import Labelled, class_shares
+from trainer.segmentation.labelled import Labelled, class_shares, fitted
 from trainer.stored import arrays, fingerprint, keep
 
 FORMAT = 1  # counts up when the same inputs would give other features
@@ -66,7 +66,7 @@ def extract(
     except (AssertionError, IndexError) as error:  # timm's and ours
         raise ValueError(f"layers {' '.join(map(str, frozen.layers))}: {error}") from None
     cell = 2 * multiple // tried.shape[2]  # of several layers the finest counts
-    sides = np.array([data.fitted(int(i), short_side, multiple) for i in images])
+    sides = np.array([fitted(*data.size(int(i)), short_side, multiple) for i in images])
     grids = sides // cell
     ends = grids.prod(1).cumsum()
     start, patches = ends - grids.prod(1), int(ends[-1])

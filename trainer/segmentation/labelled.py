@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -24,33 +25,34 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def fitted(self, i: int, short_side: int | None, stride: int) -> tuple[int, int]:
-        """Height and width at which a network of this stride sees image `i`: see `fitted`."""
-        return fitted(int(self.shards.table["height"][i]), int(self.shards.table["width"][i]), short_side, stride)
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image `i` by its header. Raises ValueError that names it where that is none."""
+        height, width = (int(self.shards.table[side][i]) for side in ("height", "width"))
+        return (height, width) if height and width else self._refuse(i, "cannot be read")
 
     def image(self, i: int) -> Image.Image:
         """Image `i` in RGB. Raises ValueError that names it where it cannot be decoded."""
         try:
             return Image.open(io.BytesIO(self.shards.read(i))).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{self.shards.shard_of(i)}: image {self.shards.key(i)} cannot be read ({error})"
-            ) from None
+            return self._refuse(i, f"cannot be read ({error})")
 
     def mask(self, i: int) -> Tensor:
         """The label map of image `i`, u8 (H, W): classes, VOID for none. Raises ValueError that names a bad one."""
-        where = f"{self.shards.shard_of(i)}: image {self.shards.key(i)}"
         if (stored := self.shards.read_mask(i)) is None:
-            raise ValueError(
-                f"{where} has no mask KEY.seg.png beside it: tools/shard_segmentation.py makes such shards"
-            )
+            self._refuse(i, "has no mask, KEY.seg.png beside it: tools/shard_segmentation.py makes such shards")
         try:
             labels = decode_mask(stored)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if self.classes and (beyond := labels[labels != VOID]).size and beyond.max() >= len(self.classes):
-            raise ValueError(f"{where}: its mask holds class {beyond.max()}, but classes.txt lists {len(self.classes)}")
+            self._refuse(i, f"cannot be used: {error}")
+        if labels.shape != self.size(i):
+            self._refuse(i, f"is of size {self.size(i)}, its mask {labels.shape}")
+        if self.classes and (labelled := labels[labels != VOID]).size and labelled.max() >= len(self.classes):
+            self._refuse(i, f"has a mask with class {labelled.max()}, but classes.txt lists {len(self.classes)}")
         return torch.from_numpy(labels)
+
+    def _refuse(self, i: int, reason: str) -> NoReturn:
+        raise ValueError(f"{self.shards.shard_of(i)}: image {self.shards.key(i)} {reason}") from None
 
 
 def class_names(*sets: Labelled) -> list[str]:
