@@ -22,9 +22,12 @@ import skimage
 import torch
 from mapimages import write_set
 from PIL import Image
+from scenes import pair, write_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer import checkpoint, evaluate, interrupt, methods, metrics
+from trainer import checkpoint, config, evaluate, interrupt, methods, metrics
 from trainer.config import UsageError
+from trainer.segmentation.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -186,8 +189,11 @@ def test_time_limit_and_full_disk(
 def test_a_probe_moves_nothing(
     run: Callable[..., int], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """k-NN of the teacher on labelled shards, at the first line after it fell due; the run is the one without it."""
-    labelled = str(write_set(tmp_path / "labelled", 12, 1))
+    """k-NN of the teacher on labelled shards, at the first line after it fell due; the run is the one without it.
+
+    So is segmentation, with a picture for TensorBoard.
+    """
+    labelled, pairs = str(write_set(tmp_path / "labelled", 12, 1)), write_pairs(tmp_path / "pairs", [pair(0), pair(1)])
     probed = []
 
     def score(probe: evaluate.Probe, backbone: torch.nn.Module) -> float:
@@ -196,13 +202,36 @@ def test_a_probe_moves_nothing(
 
     original = evaluate.Probe.__call__
     monkeypatch.setattr(evaluate.Probe, "__call__", score)
-    sets = ("--probe.train", labelled, "--probe.val", labelled, "--probe.images", "9")
-    assert run("--out", str(tmp_path / "out"), *sets, "--probe.every", "1.25", "--log.every", "2") == 0
+    sets = ["--probe.train", labelled, "--probe.val", labelled, "--probe.images", "9"]
+    sets += ["--probe.segment_train", pairs, "--probe.segment_val", pairs]
+    assert (
+        run(
+            "--out",
+            str(tmp_path / "out"),
+            *sets,
+            "--probe.every",
+            "1.25",
+            "--log.every",
+            "2",
+            "--log.tensorboard",
+            "true",
+        )
+        == 0
+    )
     log = lines(tmp_path / "out")
     assert [line["step"] for line in log if "knn" in line] == [4, 6]  # due after 2.5 and 5
-    teacher = checkpoint.restore(final(tmp_path / "out")).backbone()  # type: ignore[operator]
-    nine = evaluate.stored(teacher, evaluate.labelled(labelled), size=224, batch_size=4, device="cpu", images=9)
+    teacher = checkpoint.restore(final(tmp_path / "out"))
+    nine = evaluate.stored(
+        teacher.backbone(), evaluate.labelled(labelled), size=224, batch_size=4, device="cpu", images=9
+    )
     assert len(nine[1]) == 9 and log[-1]["knn"] == evaluate.knn_accuracy(nine, nine)
+    dense = Monitor(config.Probe(segment_train=pairs, segment_val=pairs), teacher.mean, teacher.std, "cpu")
+    miou, picture = dense(teacher.backbone())
+    assert [line["segment_miou"] for line in log if "segment_miou" in line][1:] == [miou] and 0 < miou <= 100
+    (board,) = (tmp_path / "out" / "tensorboard").iterdir()
+    events = EventAccumulator(str(board)).Reload()
+    shown = events.Images("segmentation")[-1]
+    assert (shown.step, shown.height, shown.width) == (6, *picture.shape[:2])
     trained = final(tmp_path / "out")["model"]
     assert_same(probed[-1], {name: trained[f"teacher.backbone.{name}"] for name in probed[-1]})
     for key in ("model", "optimizer", "loader"):

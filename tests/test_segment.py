@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mapimages import encode, write_tar
-from numpy.typing import NDArray
 from PIL import Image
+from scenes import NAMES, pair, write_pairs
 
 from trainer import checkpoint, segment
 from trainer.methods import loca
@@ -22,33 +21,6 @@ from trainer.segmentation.frozen import Frozen
 from trainer.segmentation.labelled import VOID, Labelled, class_names
 from trainer.segmentation.metric import evaluate
 
-NAMES = ["left", "right", "disc"]
-
-
-def pair(seed: int, height: int = 48, width: int = 64) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A picture and its label map: two halves and a disc, each of a colour of its own, and a void frame."""
-    g = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    mask = (x > width * g.uniform(0.3, 0.7)).astype(np.uint8)
-    mask[(y - height * g.uniform(0.3, 0.7)) ** 2 + (x - width * g.uniform(0.3, 0.7)) ** 2 < 120] = 2
-    colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])[mask] + g.normal(0, 25, (height, width, 3))
-    mask[:2] = VOID
-    return colours.clip(0, 255).astype(np.uint8), mask
-
-
-def shards(folder: Path, pairs: list[tuple[NDArray | bytes, NDArray | None]], names: list[str] | None = NAMES) -> str:
-    folder.mkdir()
-    members = []
-    for i, (picture, mask) in enumerate(pairs):
-        content = picture if isinstance(picture, bytes) else encode(picture, "JPEG", quality=95)
-        members.append((f"street/{i:03d}.jpg", content))
-        if mask is not None:
-            members.append((f"street/{i:03d}.seg.png", encode(mask)))
-    write_tar(folder / "pairs-000000.tar", members)
-    if names:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names))
-    return str(folder)
-
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
@@ -56,7 +28,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("pairs")
     sizes = [(48, 64), (64, 48)]
     train, val = ([pair(seed, *sizes[seed % 2]) for seed in range(*part)] for part in ((0, 20), (50, 56)))
-    return shards(folder / "train", train), shards(folder / "val", val)
+    return write_pairs(folder / "train", train), write_pairs(folder / "val", val)
 
 
 def run(capsys: pytest.CaptureFixture[str], what: str, sets: tuple[str, str], *more: str) -> dict[str, Any]:
@@ -159,9 +131,9 @@ def test_an_interrupted_extraction_goes_on(
 
 
 def test_classes_without_a_list_are_counted(tmp_path: Path) -> None:
-    data = Labelled(shards(tmp_path / "a", [pair(0)], None))
+    data = Labelled(write_pairs(tmp_path / "a", [pair(0)], None))
     assert class_names(data) == ["0", "1", "2"]
-    listed = Labelled(shards(tmp_path / "b", [pair(0)], [*NAMES, "nowhere"]))
+    listed = Labelled(write_pairs(tmp_path / "b", [pair(0)], [*NAMES, "nowhere"]))
     assert class_names(listed) == [*NAMES, "nowhere"]
     with pytest.raises(ValueError, match="different classes"):
         class_names(data, listed)
@@ -188,7 +160,7 @@ PICTURE, MASK = pair(0)
 def test_what_cannot_be_used_is_named_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, train: list[Any], reason: str, sets: tuple[str, str]
 ) -> None:
-    spec = shards(tmp_path / "train", train)
+    spec = write_pairs(tmp_path / "train", train)
     argv = [what, "--train", spec, "--val", sets[1], "--untrained", "0", "--device", "cpu", "--out", str(tmp_path)]
     assert segment.main(argv) == 2
     message = capsys.readouterr().err.splitlines()[-1]

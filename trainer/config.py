@@ -87,7 +87,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Probe:
-    """k-NN classification while training, by the weights that are exported; see trainer.evaluate for more"""
+    """k-NN while training, by the weights that are exported; trainer.evaluate and trainer.segment tell more"""
 
     train: str | None = None
     """labelled shards to look for neighbours in; with val, turns the probe on"""
@@ -97,6 +97,12 @@ class Probe:
     """epochs between two scores; each stands in the next line of the log"""
     images: int = 10_000
     """at most so many of each set, the same ones every time; the other ranks wait meanwhile"""
+    segment_train: str | None = None
+    """shards of images with label maps, whose patches are neighbours; with segment_val, turns the mIoU of k-NN on"""
+    segment_val: str | None = None
+    """shards of images with label maps to segment"""
+    segment_images: int = 200
+    """as `images`, of these sets"""
 
 
 @dataclass(frozen=True)
@@ -205,10 +211,14 @@ def parse(argv: list[str]) -> Settings:
         raise UsageError("speed.accumulate, log.every and log.checkpoint_every must be positive")
     if run.log.keep_last < 1 or run.optim.lr_batch < 1:
         raise UsageError("log.keep_last and optim.lr_batch must be positive")
-    if (run.probe.train is None) != (run.probe.val is None) or run.probe.every <= 0 or run.probe.images < 1:
-        raise UsageError("probe.train and probe.val belong together; probe.every and probe.images must be positive")
-    if run.probe.train and run.speed.parallel == "fsdp":
-        raise UsageError("probe needs all weights on one rank, which fsdp has not: run trainer.evaluate on checkpoints")
+    probe = run.probe
+    for train, val in (("train", "val"), ("segment_train", "segment_val")):
+        if (getattr(probe, train) is None) != (getattr(probe, val) is None):
+            raise UsageError(f"probe.{train} and probe.{val} belong together")
+    if min(probe.every, probe.images, probe.segment_images) <= 0:
+        raise UsageError("probe.every, probe.images and probe.segment_images must be positive")
+    if (probe.train or probe.segment_train) and run.speed.parallel == "fsdp":
+        raise UsageError("probe needs all weights on one rank, unlike fsdp: use trainer.evaluate or trainer.segment")
     del parsed["config"]
     return Settings(run, objects[name], parser.dump(parsed))
 

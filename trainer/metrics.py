@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -178,6 +180,11 @@ class Log:
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
+
+    def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """An image u8 (H, W, 3) for TensorBoard."""
+        if self._board:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def _project(self, steps: int, seconds: float) -> None:
         minutes = round(steps * seconds / 60)

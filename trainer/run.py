@@ -11,6 +11,7 @@ limit after writing a checkpoint, 1 failed: what was learnt until the last check
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trainer/, whose names are not top-level ones
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
     from trainer.method import Method
+    from trainer.segmentation.monitor import Monitor
     from trainer.step import TrainingStep
 
     # ---------------------------------------------------------------- who am I
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> int:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = True  # shapes never change
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # ranks wait while the first one probes
     rank = parallel.rank()
     chief = rank == 0
     slices = world * cfg.speed.accumulate
@@ -117,6 +120,8 @@ def main(argv: list[str]) -> int:
             hw_decoder_load=cfg.data.hw_decoder_load,
         )
         probe = Probe(cfg.probe, str(device)) if chief and cfg.probe.train else None
+        segments = chief and cfg.probe.segment_train is not None
+        monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
     except (ValueError, ReadError) as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
@@ -243,6 +248,9 @@ def main(argv: list[str]) -> int:
             record |= {name: value.item() for name, value in method.scheduled(progress).items()}
             if probe and not stopped and score_due(done):
                 record["knn"] = probe(method.backbone())
+            if monitor and log and not stopped and score_due(done):
+                record["segment_miou"], panels = monitor(method.backbone())
+                log.picture("segmentation", panels, done)
             if log:
                 log.line(record)
         if stopped or done == total or done % cfg.log.checkpoint_every == 0:
