@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer import checkpoint, evaluate, export, released
+from trainer.segmentation import frozen
 
 Array = NDArray[np.float32]
 Tree = dict[str, Any]
@@ -203,6 +204,13 @@ def test_loca_goes_on_to_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     argv = [str(tmp_path / "ours.pt"), "--train", str(tmp_path / "nowhere"), "--val", "x", "--device", "cpu"]
     assert evaluate.main(argv) == 2  # the checkpoint is read; the shards are not there
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_loca_is_segmented_with_as_released(tmp_path: Path) -> None:
+    teacher = loca_tree(1)
+    (tmp_path / "released").write_bytes(packed(state(params=loca_tree(0), ema_params=teacher)))
+    found = frozen.load(f"released:{tmp_path / 'released'}")
+    assert found.backbone.norm.weight.tolist() == teacher["encoder_norm"]["scale"].tolist()
 
 
 def test_bfloat16_is_widened(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from test_released import converted, fails
 
 from trainer import released
+from trainer.backbones import stride
 from trainer.methods import vicregl
+from trainer.segmentation import frozen
 
 
 def convnext_file() -> released.Weights:
@@ -170,13 +172,19 @@ def test_vicregl_resnet_without_a_local_projector(tmp_path: Path, capsys: pytest
 
 
 def test_vicregl_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = partial(vicregl.Config, expander=(8, 8, 8), projector=(8, 8, 8))  # 8192 wide, they take seconds to draw
-    monkeypatch.setattr(vicregl, "Config", small)
+    @dataclass(frozen=True)
+    class Small(vicregl.Config):
+        expander: tuple[int, ...] = (8, 8, 8)  # 8192 wide, they take seconds to draw
+        projector: tuple[int, ...] = (8, 8, 8)
+
+    monkeypatch.setattr(vicregl, "Config", Small)
     backbone = resnet_file()
     torch.save(backbone, tmp_path / "released")
     payload, told = released.convert(tmp_path / "released", "vicregl", False)
     assert told == "resnet50: encoder; initialised at random: expander, projector"
     assert torch.equal(payload["model"]["encoder.layer4.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
+    dense = frozen.load(f"released:{tmp_path / 'released'}").backbone  # at output stride 8
+    assert stride(dense) == 8 and torch.equal(dense.layer4[2].conv3.weight, backbone["layer4.2.conv3.weight"])
 
 
 @pytest.mark.parametrize("harm", ["missing", "shape", "extra"])
