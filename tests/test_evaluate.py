@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline import Batch, Loader, ShardSet, View, recipes
-from trainer import checkpoint, evaluate
+from trainer import checkpoint, config, evaluate
 from trainer.backbones import VisionTransformer
-from trainer.evaluate import PENALTIES, features, knn_accuracy, ridge_accuracy, shots, stored
-from trainer.methods import loca
+from trainer.evaluate import PENALTIES, Probe, features, knn_accuracy, ridge_accuracy, shots, stored
+from trainer.methods import loca, vicregl
 from trainer.stored import arrays
 
 Set = tuple[Tensor, Tensor]
@@ -292,6 +292,27 @@ def test_program(
     assert len(seen) == 1 and not torch.equal(seen[0], start)
     untrained = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert untrained[0] == trained and untrained[1].keys() == trained.keys()
+
+
+def test_images_are_normalised_as_the_method_was_trained(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = recipes.VICRegL("released", size=32, small=0, gamma=None)
+    cfg = vicregl.Config("vit_pico_patch16", views=views, feature_gamma=None, expander=(8,), projector=(8,))
+    saved = {"step": 1, "method": "vicregl", "config": json.dumps({"vicregl": asdict(cfg)})}
+    checkpoint.write(tmp_path / "run.pt", saved | {"model": vicregl.Method(cfg).state_dict()})
+    stds = []
+
+    def recording(*args: Any, std: tuple[float, ...], **kwargs: Any) -> Set:
+        stds.append(std)
+        return features(*args, std=std, **kwargs)
+
+    monkeypatch.setattr(evaluate, "features", recording)
+    sets = ["--train", str(shards), "--val", str(shards), "--size", "32", "--device", "cpu"]
+    assert evaluate.main([str(tmp_path / "run.pt"), *sets]) == 0
+    probe = Probe(config.Probe(train=str(shards), val=str(shards)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "cpu")
+    assert 0 < probe(vicregl.Method(cfg).backbone()) <= 1
+    assert set(stds) == {(0.228, 0.224, 0.225), (0.25, 0.25, 0.25)}
 
 
 def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

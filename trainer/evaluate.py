@@ -74,6 +74,8 @@ def stored(
     size: int,
     batch_size: int,
     device: str,
+    mean: tuple[float, ...] = recipes.IMAGENET_MEAN,
+    std: tuple[float, ...] = recipes.IMAGENET_STD,
     images: int | None = None,
     folder: Path | None = None,
     title: str | None = None,
@@ -86,7 +88,7 @@ def stored(
     recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=backbone.patch)
     count = min(len(shards), images or len(shards))
     if folder is not None:
-        folder /= fingerprint(backbone, FORMAT, shards.fingerprint, size, images)
+        folder /= fingerprint(backbone, FORMAT, shards.fingerprint, size, mean, std, images)
     layout = {"x": (np.float16, (count, backbone.width)), "y": (np.int64, (count,)), "filled": (np.int64, (1,))}
     found = arrays(folder, layout)
     if (start := int(found["filled"][0])) < count:
@@ -95,7 +97,7 @@ def stored(
         bar = tqdm(total=count, initial=start, desc=title, unit=" images", disable=title is None)
         try:
             for step, batch in enumerate(loader, 1):
-                x, y = (part[: count - start] for part in features(backbone, [batch], mean=recipe.mean, std=recipe.std))
+                x, y = (part[: count - start] for part in features(backbone, [batch], mean=mean, std=std))
                 rows = slice(start, start + len(y))
                 found["x"][rows], found["y"][rows] = x.half(), y
                 if not np.isfinite(found["x"][rows]).all():
@@ -119,18 +121,15 @@ class Probe:
     Raises ValueError, at once, for shards that cannot be read or have images without a class.
     """
 
-    def __init__(self, cfg: config.Probe, device: str) -> None:
+    def __init__(self, cfg: config.Probe, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
         self._sets = [labelled(spec) for spec in (cfg.train, cfg.val) if spec]
-        self._images, self._device = cfg.images, device
+        self._options: dict[str, Any] = {"mean": mean, "std": std, "device": device, "images": cfg.images}
 
     def __call__(self, backbone: Any) -> float:
         """`knn_accuracy` of the backbone."""
         size = getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
-        train, val = (
-            stored(backbone, shards, size=size, batch_size=64, device=self._device, images=self._images)
-            for shards in self._sets
-        )
-        return knn_accuracy(train, val, device=self._device)
+        train, val = (stored(backbone, shards, size=size, batch_size=64, **self._options) for shards in self._sets)
+        return knn_accuracy(train, val, device=self._options["device"])
 
 
 Set = tuple[Tensor, Tensor]  # features (n, D), of any float type, memory-mapped for all we know; classes (n,)
@@ -225,6 +224,7 @@ def main(argv: list[str]) -> None:
     backbone = method.backbone().to(args.device)
     sets = [labelled(spec) for spec in (args.train, args.val)]
     options = {"size": args.size, "batch_size": args.batch_size, "device": args.device, "folder": folder}
+    options |= {"mean": method.mean, "std": method.std}
     train, val = (
         stored(backbone, shards, title=title, **options)
         for shards, title in zip(sets, ("training images", "images to score"), strict=True)

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
             prefetch=cfg.data.prefetch,
             hw_decoder_load=cfg.data.hw_decoder_load,
         )
-        probe = Probe(cfg.probe, str(device)) if chief and cfg.probe.train else None
+        probe = Probe(cfg.probe, method.mean, method.std, str(device)) if chief and cfg.probe.train else None
         segments = chief and cfg.probe.segment_train is not None
         monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
     except (ValueError, ReadError) as error:  # ShardError among them
