@@ -87,3 +87,12 @@ def test_nobody_imports_the_programs() -> None:
 def test_no_room_of_the_trainer_hides_a_standard_module() -> None:
     names = {p.stem for p in (ROOT / "trainer").iterdir() if p.suffix in ("", ".py")}
     assert not names & sys.stdlib_module_names
+
+
+def test_gradients_are_synchronised_in_one_way() -> None:
+    """Whoever wraps a method by itself loses what `parallel.data_parallel` sets."""
+    for folder in ("trainer", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.name == "parallel.py" or "DistributedDataParallel(" not in path.read_text(encoding="utf-8"), (
+                path
+            )

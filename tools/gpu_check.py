@@ -70,7 +70,7 @@ from PIL import Image  # noqa: E402
 
 from pipeline import Batch, Loader, Recipe, recipes  # noqa: E402
 from pipeline.graph import Form  # noqa: E402
-from trainer import cost, methods  # noqa: E402
+from trainer import cost, methods, parallel  # noqa: E402
 from trainer.step import TrainingStep  # noqa: E402
 
 CHECKS: dict[str, Callable[["Bench"], None]] = {}
@@ -318,9 +318,7 @@ def nccl_and_ddp(bench: Bench) -> None:
         torch._dynamo.config.optimize_ddp = splits
         method = room.Method(config).to(bench.device)
         method.compile(dynamic=False)
-        ddp = torch.nn.parallel.DistributedDataParallel(
-            method, device_ids=[0] if bench.gpu else None, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        ddp = parallel.data_parallel(method, device or torch.device("cpu"))
         optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
         training_step = TrainingStep(method, optimizer, model=ddp, amp_dtype=torch.bfloat16, clip=1.0)
         for step in range(14 if bench.gpu else 3):

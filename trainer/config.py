@@ -37,6 +37,8 @@ class Data:
     """share of the images that a GPU's JPEG engines decode, from 0 to 1 (default: DALI's); bench_loader.py --tune"""
     max_bad: float | None = None
     """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
+    form: Literal["auto", "fused", "operators", "triton"] = "auto"
+    """how views are cut (docs/gpu.md); auto: fused on a CPU, operators on a GPU"""
 
 
 @dataclass(frozen=True)

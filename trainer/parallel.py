@@ -4,6 +4,7 @@ Every loss here is a mean over ranks, because DDP averages gradients; with these
 gradients is the gradient of the one-process loss. With one process both are the identity and cost nothing.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-# Newer torch renamed it and warns of the old name.
+# Newer torch renamed both and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_BUFFERS_STAY: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 def world_size() -> int:
@@ -73,3 +78,13 @@ def sum_over_ranks_(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """DDP. Gradients are views of what is sent, one copy less; buffers are not: equal weights make equal ones."""
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **_BUFFERS_STAY,
+    )

@@ -31,7 +31,6 @@ def main(argv: list[str]) -> int:
 
     import torch
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
     from pipeline import Loader, ReadError, ShardSet, cores
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> int:
     training_step = TrainingStep(
         method,
         optimizer,
-        model=DistributedDataParallel(method) if world > 1 and not sharded else None,
+        model=parallel.data_parallel(method, device) if world > 1 and not sharded else None,
         accumulate=cfg.speed.accumulate,
         amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
         clip=cfg.optim.clip,
@@ -118,6 +117,7 @@ def main(argv: list[str]) -> int:
             max_bad=cfg.data.max_bad,
             prefetch=cfg.data.prefetch,
             hw_decoder_load=cfg.data.hw_decoder_load,
+            form=cfg.data.form,
         )
         probe = Probe(cfg.probe, method.mean, method.std, str(device)) if chief and cfg.probe.train else None
         segments = chief and cfg.probe.segment_train is not None
