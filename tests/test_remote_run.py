@@ -38,15 +38,15 @@ def test_a_run_from_a_bucket_is_killed_and_resumed(tmp_path: Path) -> None:
         .replace("steps: 6", f"steps: {STEPS}")
         .replace("checkpoint_every: 100", "checkpoint_every: 20")
     )
+    argv = ["--config", str(config), "--shards"]
+    local = command(*argv, str(folder), "--data.order", "block", "--out", str(tmp_path / "local"))
+    subprocess.run(local, cwd=ROOT, check=True, capture_output=True)
     (tmp_path / "server").mkdir()
-    with seaweed(tmp_path / "server") as writer:
+    with seaweed(tmp_path / "server", seconds=900) as writer:
         bucket = Bucket(writer["AWS_ENDPOINT_URL"], client_of(writer), "bucket")
         address = bucket.upload(folder, "in1k")
         cache = tmp_path / "user"
         there = {**os.environ, **writer, "AWS_ACCESS_KEY_ID": "reader"}
-        argv = ["--config", str(config), "--shards"]
-        local = command(*argv, str(folder), "--data.order", "block", "--out", str(tmp_path / "local"))
-        subprocess.run(local, cwd=ROOT, check=True, timeout=250, capture_output=True)
         remote = command(
             *argv, address, "--cache.folder", str(cache), "--cache.size", "0.001", "--out", str(tmp_path / "remote")
         )
@@ -57,7 +57,7 @@ def test_a_run_from_a_bucket_is_killed_and_resumed(tmp_path: Path) -> None:
             run.send_signal(signal.SIGKILL)
         assert step_of(tmp_path / "remote") < STEPS
         assert list(cache.rglob("0000??.tar"))
-        done = subprocess.run(remote, cwd=ROOT, env=there, check=True, timeout=250, capture_output=True, text=True)
+        done = subprocess.run(remote, cwd=ROOT, env=there, check=True, capture_output=True, text=True)
         assert "going on from step" in done.stdout
         assert lines(tmp_path / "remote")[-1]["cache_hits"] > 0.5
         assert_same_run(tmp_path / "remote", tmp_path / "local")

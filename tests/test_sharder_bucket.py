@@ -117,6 +117,7 @@ def test_a_part_that_is_done_helps_a_part_that_died(
     assert "helping with" in said[0]
 
 
+@pytest.mark.slow
 def test_two_machines_at_a_time(bucket: Bucket, source: Path, wanted: dict[str, bytes]) -> None:
     words = (source, "s3://bucket/two", "--shards", 6, "--workers", 1)
     both = [make.command(*words, env={"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
