@@ -13,7 +13,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -291,6 +291,7 @@ def _changed(address: str) -> ShardError:
 
 _loop: asyncio.AbstractEventLoop | None = None
 _process: int | None = None
+_ended = False
 _lock = threading.Lock()
 _semaphore: asyncio.Semaphore | None = None
 
@@ -314,10 +315,14 @@ def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
             "before the first ShardSet"
         )
     with _lock:
+        if _ended:
+            task.close()
+            raise ReadError("the program ends")
         if _loop is None:
             _process, _loop = os.getpid(), asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, name="remote", daemon=True).start()
-            atexit.register(_end, _loop)
+            # Before other threads are joined, which wait for answers, outage or not; atexit's turn comes after that.
+            getattr(threading, "_register_atexit", atexit.register)(_end, _loop)
     return asyncio.run_coroutine_threadsafe(task, _loop)
 
 
@@ -327,16 +332,14 @@ def run(task: Coroutine[Any, Any, T]) -> T:
 
 
 def wait(future: "Future[T]") -> T:
-    """What a future brings. Where the program ends meanwhile, ReadError: its threads are waited for, outage or not."""
-    while True:
-        try:
-            return future.result(timeout=0.5)
-        except TimeoutError:
-            if not threading.main_thread().is_alive():
-                raise ReadError("the program ends") from None
-        except BaseException:
-            future.cancel()
-            raise
+    """What a future brings. Raises what it raises, and ReadError where the program ends meanwhile."""
+    try:
+        return future.result()
+    except CancelledError:
+        raise ReadError("the program ends") from None
+    except BaseException:
+        future.cancel()
+        raise
 
 
 def _end(loop: asyncio.AbstractEventLoop) -> None:
@@ -348,6 +351,9 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    if _process == os.getpid():
+    global _ended  # noqa: PLW0603 - the process ends once
+    with _lock:
+        _ended = _process == os.getpid()
+    if _ended:
         with suppress(Exception):
             asyncio.run_coroutine_threadsafe(cancel(), loop).result(timeout=2)

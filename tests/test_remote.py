@@ -692,9 +692,10 @@ def test_a_program_ends_at_once_in_an_outage(address: str, proxy: Proxy) -> None
         assert run.stdout.readline() == "ready\n"
         proxy.drop()
         proxy.faults[:] = ["stall 0"] * 1000
+        before = proxy.connections
         run.stdin.write("go\n")
         run.stdin.flush()
-        time.sleep(1)
+        until(lambda: proxy.connections > before)
         run.send_signal(signal.SIGINT)  # a real one: it ends a wait for a lock
         assert run.stdout.readline() == "interrupted\n"
         start = time.monotonic()
