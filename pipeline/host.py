@@ -22,17 +22,33 @@ def cores() -> int:
 
 def quota() -> float | None:
     """Cores' worth of CPU time that the control groups of this process (v1 or v2) allow; None: no limit."""
-    limits = [limit for group in _groups() for limit in [_limit(group)] if limit is not None]
+    limits = [limit for group in _groups("cpu") for limit in [_limit(group)] if limit is not None]
     return min(limits, default=None)
 
 
-def _groups() -> Iterator[Path]:
-    """The folders of this process's CPU control groups and of all above them, whose limits hold as well."""
-    yield from (_CGROUPS, _CGROUPS / "cpu")  # a container sees its own group here, under whatever name it has outside
+def memory() -> int | None:
+    """Bytes that this process can still take: what the machine has available, or less where a control group's limit
+    says so. None where neither is known.
+    """
+    lines = _text(Path("/proc/meminfo")).splitlines()
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for group in _groups("memory"):
+        for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, used = (_text(group / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                pages = [line.split() for line in _text(group / "memory.stat").splitlines()]
+                cache = max((int(n) for name, n in pages if name.endswith("inactive_file")), default=0)  # given back
+                found.append(max(0, int(limit) - int(used) + cache))
+    return min(found, default=None)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups and of all above them, whose limits hold as well."""
+    yield from (_CGROUPS, _CGROUPS / controller)  # a container sees its own here, whatever its name is outside
     for line in _text(_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            group = (_CGROUPS / "cpu" if controllers else _CGROUPS) / path.lstrip("/")
+        if not controllers or controller in controllers.split(","):
+            group = (_CGROUPS / controller if controllers else _CGROUPS) / path.lstrip("/")
             yield from (folder for folder in (group, *group.parents) if _CGROUPS in folder.parents)
 
 

@@ -70,8 +70,8 @@ def step(preset: Path) -> dict[str, Any]:
             method = room.Method(settings.method)
     except NotImplementedError:  # it computes constants when it is made
         method = room.Method(settings.method)
-    if run.speed.recompute:
-        backbones.recompute_(method)
+    if run.speed.activation_checkpointing:
+        backbones.checkpoint_activations_(method)
     mode, flops, tracker = FakeTensorMode(), FlopCounterMode(display=False), MemTracker()
     method = on_gpu(mode, method)
     with mode:

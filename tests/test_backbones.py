@@ -12,9 +12,9 @@ from trainer.backbones import (
     ConvNeXt,
     ResNet,
     VisionTransformer,
+    checkpoint_activations_,
     feature_map,
     normalise,
-    recompute_,
     stride,
     take,
     timm_backbone,
@@ -326,7 +326,7 @@ def test_activations_computed_again_count_once_in_running_statistics() -> None:
     torch.manual_seed(0)
     plain = ResNet((1, 1, 1, 1))
     recomputed = deepcopy(plain)
-    recompute_(recomputed)
+    checkpoint_activations_(recomputed)
     pixels = torch.randn(2, 3, 32, 32)
     gradients = []
     for network in (plain, recomputed):

@@ -30,6 +30,31 @@ def test_the_resolved_settings_are_a_config_file(tmp_path: Path) -> None:
     assert yaml.safe_load(settings.text)["seed"] == 7
 
 
+def test_what_is_null_stays_null(tmp_path: Path) -> None:
+    """LOCA's preset clips gradients: a run without says so in its config.yaml."""
+    file = tmp_path / "c.yaml"
+    file.write_text(config.parse(["--shards", "x", "--optim.clip", "null"]).text)
+    assert config.parse(["--config", str(file)]).run.optim.clip is None
+
+
+@pytest.mark.parametrize("argv", [["--steps", "2", "--config", "FILE"], ["--config=FILE", "--steps=2"]])
+def test_options_beat_the_file_wherever_it_stands(tmp_path: Path, argv: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 1500\nseed: 3\n")
+    settings = config.parse([word.replace("FILE", str(file)) for word in argv])
+    assert (settings.run.steps, settings.run.seed) == (2, 3)
+
+
+def test_the_folder_of_a_run_names_its_settings(tmp_path: Path) -> None:
+    """`--out` alone goes on with config.yaml; with another method or other shards it is a run of its own."""
+    first = config.parse(["--method", "vicregl", "--shards", "x", "--seed", "7", "--out", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(first.text)
+    assert config.parse(["--out", str(tmp_path)]) == first
+    longer = config.parse(["--out", str(tmp_path), "--steps", "3000"])
+    assert (longer.run.seed, longer.run.steps, longer.run.method) == (7, 3000, "vicregl")
+    assert config.parse(["--out", str(tmp_path), "--method", "loca"]).run.seed == 0
+
+
 def test_both_spellings_of_an_option() -> None:
     assert config.parse(["--shards", "x", "--stop-after", "5"]).run.stop_after == 5
 
@@ -61,6 +86,57 @@ def test_a_mistake_is_one_sentence(argv: list[str], sentence: str) -> None:
     with pytest.raises(config.UsageError, match=sentence) as error:
         config.parse(argv)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    "--shards= --out= --method= --init= --config= --log.wandb= --seed=-1 --seed=9223372036854775808 --steps=0 "
+    "--optim.betas=[2.0,0.9] --optim.betas=[0.9,-1] --optim.lr=-1 --optim.clip=-1 --optim.clip=0 --epochs=.inf "
+    "--optim.weight_decay=-0.1 --optim.warmup_epochs=-1 --optim.final_lr=-1 --optim.lr=.nan --log.keep_every=0 "
+    "--stop_after=-1 --optim.max_skipped=0 --data.prefetch=1.5 --data.max_bad=2 --optim=/etc/passwd --loca=5 --config "
+    "--loca.eta=null --speed.recompute=true stray".split(),
+)
+def test_nonsense_is_named(option: str) -> None:
+    with pytest.raises(config.UsageError) as error:
+        config.parse([*([] if option.startswith("--shards") else ["--shards", "x"]), option])
+    assert option.partition("=")[0].removeprefix("--").partition(".")[0] in str(error.value)
+    assert "\n" not in str(error.value) and "root:" not in str(error.value)
+
+
+LAUGHS = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{c}: &{c} {{x: *{d}, y: *{d}}}\n" for c, d in zip("bcdefg", "abcdef", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "map"),
+        ("# nothing\n", "map"),
+        ("- 1\n", "map"),
+        ("batch_size: null", "batch_size"),
+        ("method: 5", "method"),
+        ("method: [a]", "method"),
+        ("optim: 5", "optim"),
+        ("optim:", "optim"),
+        ("loca: 5", "loca"),
+        ("1: 2", "'1'"),
+        ("config: /etc/passwd", "'config'"),
+        ("a: &a {b: *a}", "aliases"),
+        (LAUGHS, "aliases"),
+        ("a: " + "[" * 20_000, "levels"),
+        ("a: " + "x" * 200_000, "characters"),
+        ("seed: " + "1" * 5000, "read"),
+        ("seed: [1, 2", "read"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_a_mistake(tmp_path: Path, content: str, word: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(config.UsageError) as error:
+        config.parse(["--shards", "x", "--config", str(file)])
+    assert word in str(error.value)
+    assert "\n" not in str(error.value) and "root:" not in str(error.value)
 
 
 def test_a_file_that_is_no_text_is_a_mistake(tmp_path: Path) -> None:
@@ -102,3 +178,15 @@ def test_the_program_exits_with_2_and_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "optim.lr" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["shards", "init", "probe.train", "probe.val"])
+def test_what_is_not_there_is_found_before_torch_is_imported(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{option}: /nowhere/at/all\n")
+    for argv in ([f"--{option}", "/nowhere/at/all"], ["--config", str(file)]):
+        with pytest.raises(config.UsageError, match="/nowhere/at/all"):
+            config.check_paths(argv)
+    config.check_paths([f"--{option}", f"{tmp_path}/x-{{00..07}}.tar", "--config", str(file)])
+    code = "import sys; from trainer import config; config.check_paths([]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -56,6 +56,22 @@ def test_the_tightest_group_above_a_process_counts(groups: Path) -> None:
     assert host.cores() == 2
 
 
+def test_memory_is_what_the_machine_or_a_control_group_has_left(groups: Path) -> None:
+    free = host.memory()
+    assert free is not None and free > 10**6
+    limit(groups, ".", "memory.max", "max")
+    limit(groups, ".", "memory.current", "5000")
+    assert abs(host.memory() - free) < 10**9  # others come and go meanwhile
+    limit(groups, "memory", "memory.limit_in_bytes", "9000")
+    limit(groups, "memory", "memory.usage_in_bytes", "5000")
+    assert host.memory() == 4000
+    (groups / "membership").write_text("4:memory:/job\n0::/job\n")
+    limit(groups, "job", "memory.max", "3000")
+    limit(groups, "job", "memory.current", "2500")
+    limit(groups, "job", "memory.stat", "anon 7\ninactive_file 100\nactive_file 900")
+    assert host.memory() == 600
+
+
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert host.cache_folder("tables") == Path("/somewhere/dense-ssl/tables")

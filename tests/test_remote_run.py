@@ -18,7 +18,7 @@ STEPS = 200
 
 
 def command(*argv: str) -> list[str]:
-    return [sys.executable, "trainer/run.py", "--data.threads", "1", *argv]
+    return [sys.executable, "trainer/run.py", "--data.num_threads", "1", *argv]
 
 
 def step_of(out: Path) -> int:

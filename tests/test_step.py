@@ -77,6 +77,15 @@ def test_clipping_bounds_the_step_and_not_the_norm_that_is_logged() -> None:
     assert 0 < (method.w - before).norm() <= 0.1 * 1e-3 * before.norm() * 1.01  # LARS: lr x trust x norm of the weights
 
 
+def test_lars_makes_its_momentum_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, step = make("lars")
+    step(batches(5.0), PROGRESS)
+    made = [value for state in step.optimizer.state.values() for value in state.values()]
+    monkeypatch.setattr(torch, "zeros_like", pytest.fail)
+    step(batches(5.0), PROGRESS)
+    assert [value for state in step.optimizer.state.values() for value in state.values()] == made
+
+
 def test_an_overflow_of_the_scaled_loss_is_no_failure() -> None:
     """In fp16 the scale falls until gradients fit, more often than failures are allowed; a NaN fails at any scale."""
     method, step = make("lars", amp_dtype=torch.float16)

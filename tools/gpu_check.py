@@ -207,7 +207,7 @@ def _train(bench: Bench, name: str, backbone: str | None = None) -> dict[str, An
     room = methods.load(name)
     config = room.Config(backbone=backbone, drop_path=0.0) if backbone else bench.config(room)
     method = room.Method(config).to(bench.device)
-    flops = cost.flops_per_image(method, room.views(config))
+    flops = cost.estimate(lambda: room.Method(config), room.views(config), 4, bench.device).flops_per_image
     optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
     method.compile(dynamic=False)
     training_step = TrainingStep(method, optimizer, amp_dtype=torch.bfloat16, clip=1.0)

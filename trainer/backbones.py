@@ -37,7 +37,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, Block | timm_convnext.ConvNeXtBlock | timm_resnet.Bottleneck)]
 
 
-def recompute_(module: nn.Module) -> None:
+def checkpoint_activations_(module: nn.Module) -> None:
     """Makes every block drop its activations and compute them again in the backward pass."""
     for block in blocks(module):
         block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 from pipeline import host
-from trainer import methods
+from trainer import methods, parallel
 from trainer.method import Method
 
 FORMAT = 1
@@ -30,7 +31,7 @@ NEEDED = {"step": int, "method": str, "config": str, "model": dict}  # the confi
 OPTIONAL = {"optimizer": dict, "loader": dict, "scaler": dict}  # what a run needs to go on
 
 
-def save(folder: Path, payload: Payload, *, keep_last: int, keep_every: int | None) -> bool:
+def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None) -> bool:
     """Writes `payload` as ``folder/step_XXXXXXXXX.pt`` and removes what need not be kept. False if the disk refused.
 
     A full disk costs this checkpoint, not the run and not the checkpoints before it. One process at a time may save.
@@ -100,6 +101,16 @@ def latest(folder: Path) -> Payload | None:
     return None
 
 
+def resume(folder: Path) -> Payload | None:
+    """`latest`, read by rank 0 alone; the others learn all but the tensors, which `set_state` hands to them."""
+    payload = latest(folder) if parallel.rank() == 0 else None
+    if parallel.world_size() > 1:
+        shared = [payload and {**payload, "model": {}, "optimizer": {}}]
+        dist.broadcast_object_list(shared)
+        payload = payload or shared[0]
+    return payload
+
+
 def restore(payload: Payload) -> Method:
     """The method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
     name = payload["method"]
@@ -136,25 +147,24 @@ def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
 
 
 def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
-    """The way back. Raises ValueError where names or shapes do not fit."""
-    options = StateDictOptions(full_state_dict=True, strict=True)
+    """The way back, from rank 0's payload on every rank. Raises ValueError where names or shapes do not fit."""
     trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
     with _one_sentence("the checkpoint was made with other settings of the method or the optimizer"):
-        if lacking := trainable - set(payload["optimizer"]["state"]):  # torch would take its absence for a fresh start
+        # torch would take an absent state for a fresh start
+        if parallel.rank() == 0 and (lacking := trainable - set(payload["optimizer"]["state"])):
             raise KeyError(min(lacking))
-        set_state_dict(
-            method,
-            optimizer,
-            model_state_dict=payload["model"],
-            optim_state_dict=payload["optimizer"],
-            options=options,
-        )
+        set_model_state_dict(method, payload["model"], options=_from_rank_0())
+        set_optimizer_state_dict(method, optimizer, payload["optimizer"], options=_from_rank_0())
 
 
 def set_weights(method: nn.Module, payload: Payload) -> None:
     """The weights alone, to begin with. Raises ValueError where names or shapes do not fit."""
     with _one_sentence("the checkpoint's weights do not fit the method's settings"):
-        set_model_state_dict(method, payload["model"], options=StateDictOptions(full_state_dict=True, strict=True))
+        set_model_state_dict(method, payload["model"], options=_from_rank_0())
+
+
+def _from_rank_0() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, strict=True, broadcast_from_rank0=parallel.world_size() > 1)
 
 
 def _paths(folder: Path) -> list[Path]:

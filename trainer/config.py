@@ -1,14 +1,17 @@
-"""The settings of a run: dataclasses, YAML and dotted overrides.
+"""The settings of a run: dataclasses, YAML files and dotted options.
 
-The sections are ordered by who may touch them: what is learnt, from what, how, how fast, and what is told meanwhile.
-Only `speed`, `probe` and `log` never change a result.
+The sections are ordered by who may change them: what is trained, on what data, how, how fast, and what is logged.
+`speed`, `probe` and `log` never change a result, beyond rounding.
 """
 
+import argparse
 import dataclasses
 import difflib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonargparse
 import yaml
@@ -16,17 +19,24 @@ import yaml
 from trainer import methods
 
 PRESETS = Path(__file__).parent / "presets"
+PATHS = ("shards", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val")
+_LARGEST = 100_000  # characters of a YAML file
+_DEEPEST = 10  # levels of nesting in it
 
 
 class UsageError(Exception):
     """A mistake in what was asked for: one sentence, exit code 2."""
 
 
+class RunError(RuntimeError):
+    """The run cannot go on, and says why in one sentence: exit code 1."""
+
+
 @dataclass(frozen=True)
 class Data:
-    """how the images are read"""
+    """reading the images: the loader's keyword arguments"""
 
-    threads: int | None = None
+    num_threads: int | None = None
     """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
     order: Literal["global", "block"] | None = None
     """"global" shuffles all samples; "block" shuffles shards, then samples within a window of shards: for storage that
@@ -53,52 +63,52 @@ class Cache:
 
 @dataclass(frozen=True)
 class Optim:
-    """how the weights move"""
+    """optimizer and schedule"""
 
     name: Literal["adamw", "lars"] = "adamw"
     lr: float = 1e-3
     """base learning rate: the peak is lr * batch_size / lr_batch"""
     lr_batch: int = 1024
     final_lr: float = 0.01
-    """share of the peak that is left at the end"""
-    warmup_epochs: float = 15
+    """learning rate at the end, as a share of the peak"""
+    warmup_epochs: float = 15.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's; the first is LARS's momentum"""
     clip: float | None = 1.0
     """largest global norm of the gradient"""
     max_skipped: int = 10
-    """steps in a row that a non-finite loss or gradient may skip before the run ends"""
+    """steps in a row that a non-finite loss or gradient may skip before the run fails"""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """how fast it goes, and in how much memory"""
+    """speed and memory"""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the method's step as one compiled graph; auto: on a GPU"""
+    """the method's forward pass as one compiled graph; auto: on a GPU"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """how ranks share the work; fsdp (FSDP2) also shards weights and optimizer state over them: for L, H and XL"""
-    recompute: bool = False
-    """every block's activations are computed again in the backward pass: less memory, a third more work"""
+    activation_checkpointing: bool = False
+    """keep no activations within a block and compute them again in the backward pass: less memory, a third more work"""
     accumulate: int = 1
-    """the global batch in so many slices and one optimizer step; a loss sees one slice at a time"""
+    """gradient accumulation: micro-batches per optimizer step; a loss sees one micro-batch at a time"""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """k-NN while training, by the weights that are exported; trainer.evaluate and trainer.segment tell more"""
+    """k-NN while training, with the weights that are exported; see trainer.evaluate and trainer.segment for more"""
 
     train: str | None = None
-    """labelled shards to look for neighbours in; with val, turns the probe on"""
+    """labelled shards in which neighbours are looked up; with val, turns the probe on"""
     val: str | None = None
     """labelled shards to classify"""
-    every: float = 10
-    """epochs between two scores; each stands in the next line of the log"""
+    every: float = 10.0
+    """epochs between two scores; each is logged with the next line"""
     images: int = 10_000
-    """at most so many of each set, the same ones every time; the other ranks wait meanwhile"""
+    """at most this many images of each set, the same ones every time; the other ranks wait meanwhile"""
     segment_train: str | None = None
     """shards of images with label maps, whose patches are neighbours; with segment_val, turns the mIoU of k-NN on"""
     segment_val: str | None = None
@@ -109,20 +119,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Log:
-    """what is told and kept meanwhile"""
+    """logging and checkpoints"""
 
     every: int = 50
     """steps between two lines; the only places where the host waits for the device"""
     checkpoint_every: int = 1000
     """steps between two checkpoints"""
     keep_last: int = 3
+    """checkpoints that are kept, the newest ones"""
     keep_every: int | None = None
     """checkpoints at multiples of this many steps are kept for good"""
     tensorboard: bool = True
     wandb: str | None = None
     """a project's name turns it on"""
     profile: bool = False
-    """trace five early steps into the run's folder and print what they spent their time on"""
+    """trace five early steps into the run's folder and print where their time went"""
 
 
 @dataclass(frozen=True)
@@ -130,15 +141,16 @@ class Run:
     """the run"""
 
     method: str = "loca"
-    """what is learnt: a file in trainer/methods"""
+    """what is trained: a file in trainer/methods"""
     shards: str | None = None
     """directory, brace pattern or list of tars; without it, photographs that scikit-image brings along"""
     out: str | None = None
-    """folder of this run; runs/METHOD by default. The same command again goes on from its last checkpoint"""
+    """folder of this run, runs/METHOD by default. The same command again resumes from its last checkpoint, and so does
+    --out alone, with the settings of its config.yaml"""
     init: str | None = None
     """checkpoint, or a run's folder, whose weights to start with, until the run has a checkpoint of its own"""
     seed: int = 0
-    epochs: float = 100
+    epochs: float = 100.0
     steps: int | None = None
     """length in steps, in place of epochs"""
     batch_size: int = 1024
@@ -155,6 +167,26 @@ class Run:
     log: Log = field(default_factory=Log)
 
 
+# What a value that is not null must hold.
+RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "must be positive",
+        lambda x: x > 0,
+        "epochs steps batch_size data.num_threads data.prefetch optim.lr_batch optim.clip optim.max_skipped "
+        "speed.accumulate probe.every probe.images probe.segment_images log.every log.checkpoint_every log.keep_last "
+        "log.keep_every",
+    ),
+    (
+        "must not be negative",
+        lambda x: x >= 0,
+        "stop_after cache.size optim.lr optim.final_lr optim.warmup_epochs optim.weight_decay",
+    ),
+    ("must lie between 0 and 1", lambda x: 0 <= x <= 1, "data.hw_decoder_load data.max_bad"),
+    ("must be at least 0 and below 1", lambda pair: all(0 <= x < 1 for x in pair), "optim.betas"),
+    ("must be at least 0 and below 2**63", lambda x: 0 <= x < 2**63, "seed"),
+]
+
+
 @dataclass(frozen=True)
 class Settings:
     run: Run
@@ -167,112 +199,164 @@ class Settings:
 
 
 def parse(argv: list[str]) -> Settings:
-    """The settings that `argv` asks for: defaults < preset < `--config` < the other options. Raises UsageError.
+    """The settings that `argv` asks for: defaults < preset < `--config` < the other options, in whatever order.
 
     The preset is the method's published run, or, without shards and without a file, a small one for the bundled
-    photographs. `--help` and `--print-config` print and exit.
+    photographs. `--out` of an earlier run, without `--config`, `--method` and `--shards`, stands for
+    ``--config OUT/config.yaml``. `--help` and `--print-config` print and exit. Raises UsageError.
     """
-    early = _early(argv)
-    name = early["method"]
+    words = [_underscores(word) for word in argv]
+    asked, file = _early(words)
+    name, shards = ({**file, **asked}.get(key) for key in ("method", "shards"))
+    name = Run.method if name is None else name
     if name not in methods.names():
-        raise UsageError(f"unknown method {name!r}: {_nearest(name, methods.names())}")
-    preset = name if early["shards"] or early["config"] else f"{name}_demo"
-    preset_file = PRESETS / f"{preset}.yaml"
+        raise UsageError(f"unknown method {name!r}: {_nearest(str(name), methods.names())}")
+    preset = PRESETS / (f"{name}.yaml" if file or shards else f"{name}_demo.yaml")
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool({"-h", "--help"} & {*words}))  # slow
     parser = jsonargparse.ArgumentParser(
         prog="run.py",
         description=f"Pretrains a backbone with {name}. Other methods: --method {' | '.join(methods.names())}",
         exit_on_error=False,
-        default_config_files=[str(preset_file)] if preset_file.exists() else [],
-        print_config="--print-config",
     )
-    parser.add_argument("--config", action="config", help="YAML file; its keys are these options")
+    parser.add_argument("--config", help="YAML file; its keys are these options")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
     parser.add_class_arguments(Run)
     method_class = methods.load(name).Config
     parser.add_class_arguments(method_class, name)
+    kinds = {**_leaves(Run), **_leaves(method_class, f"{name}.")}
+    for action in parser._actions:  # jsonargparse offers to read each section from a file of its own: one file will do
+        if any(key.startswith(f"{action.dest}.") for key in kinds):
+            action.help = argparse.SUPPRESS
+    for i, word in enumerate(words):
+        key = word[2:].partition("=")[0]
+        if not word.startswith("--") or key in ("help", "config", "print_config"):
+            continue
+        _known(key, kinds)
+        if word.endswith(key) and kinds[key] is bool and (i + 1 == len(words) or words[i + 1].startswith("--")):
+            words[i] += "=true"  # a switch alone turns it on
+    for key in file:
+        _known(key, kinds)
 
-    known = {**_fields(Run), name: method_class, **{f"{name}.{key}": t for key, t in _fields(method_class).items()}}
-    flags = {key for key, kind in known.items() if kind is bool}
-    for key in [_option(word) for word in argv if word.startswith("--")] + _flat(early["file"]):
-        if key not in [*known, "config", "help", "print-config"] and not key.isdigit():
-            raise UsageError(f"unknown option {key!r}: {_nearest(key, list(known))}")
+    values = {**(read_yaml(preset) if preset.exists() else {}), **file}
     try:
-        words = [_dashes(word) for word in argv]
-        for i, word in enumerate(words):  # a switch alone turns it on
-            if word.removeprefix("--") in flags and (i + 1 == len(words) or words[i + 1].startswith("--")):
-                words[i] += "=true"
+        typed = parser.parse_object(values)
+        parser.set_defaults({key: typed[key] for key in values})
         parsed = parser.parse_args(words)
+        _check(parsed, kinds)
         objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
-    if run.batch_size < 1 or run.epochs <= 0 or (run.steps is not None and run.steps < 1):
-        raise UsageError("batch_size, epochs and steps must be positive")
-    if run.speed.accumulate < 1 or run.log.every < 1 or run.log.checkpoint_every < 1:
-        raise UsageError("speed.accumulate, log.every and log.checkpoint_every must be positive")
-    if run.log.keep_last < 1 or run.optim.lr_batch < 1:
-        raise UsageError("log.keep_last and optim.lr_batch must be positive")
-    probe = run.probe
-    for train, val in (("train", "val"), ("segment_train", "segment_val")):
-        if (getattr(probe, train) is None) != (getattr(probe, val) is None):
-            raise UsageError(f"probe.{train} and probe.{val} belong together")
-    if min(probe.every, probe.images, probe.segment_images) <= 0:
-        raise UsageError("probe.every, probe.images and probe.segment_images must be positive")
-    if (probe.train or probe.segment_train) and run.speed.parallel == "fsdp":
-        raise UsageError("probe needs all weights on one rank, unlike fsdp: use trainer.evaluate or trainer.segment")
+        raise UsageError(" ".join(str(error).replace("Parser key ", "").split())) from None
+    print_config = parsed.pop("print_config")
     del parsed["config"]
-    return Settings(run, objects[name], parser.dump(parsed))
+    text = parser.dump(parsed, skip_unset=False)
+    if print_config:
+        print(text, end="")
+        raise SystemExit(0)
+    return Settings(Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)}), objects[name], text)
 
 
-def _early(argv: list[str]) -> dict[str, Any]:
-    """What decides how the rest is parsed: the method, and whether shards or a file are named."""
-    found: dict[str, Any] = {"method": None, "shards": None, "config": None, "file": {}}
-    for i, word in enumerate(argv):
-        key, _, value = word[2:].partition("=")
-        if word.startswith("--") and key in found:
-            found[key] = value or (argv[i + 1] if i + 1 < len(argv) else "")
-    if found["config"]:
-        try:
-            found["file"] = yaml.safe_load(Path(found["config"]).read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"--config {found['config']}: cannot be read ({' '.join(str(error).split())})") from None
-        if not isinstance(found["file"], dict):
-            raise UsageError(f"--config {found['config']}: must hold a mapping of options to values")
-    found["method"] = found["method"] or found["file"].get("method") or Run.method
-    found["shards"] = found["shards"] or found["file"].get("shards")
+def _check(parsed: Any, kinds: dict[str, Any]) -> None:
+    """Raises UsageError for a value that its type allows and that means nothing."""
+    for key, kind in kinds.items():
+        value = parsed[key]
+        if value == "" or (value is None and type(None) not in get_args(kind)):
+            raise UsageError(f"{key} is {'null' if value is None else 'empty'}: give it a value, or leave it out")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key} is {value}: it must be finite")
+    for rule, holds, keys in RULES:
+        for key in keys.split():
+            if parsed[key] is not None and not holds(parsed[key]):
+                raise UsageError(f"{key} is {parsed[key]}: it {rule}")
+    for train, val in (("probe.train", "probe.val"), ("probe.segment_train", "probe.segment_val")):
+        if (parsed[train] is None) != (parsed[val] is None):
+            raise UsageError(f"{train} and {val} belong together")
+        if parsed[train] and parsed["speed.parallel"] == "fsdp":
+            raise UsageError("probe needs all weights on one rank, unlike fsdp: use trainer.evaluate, trainer.segment")
+
+
+def check_paths(argv: list[str]) -> None:
+    """Raises UsageError for shards or weights that are not there: a look that need not wait until torch is imported.
+
+    What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
+    """
+    asked, file = _early([_underscores(word) for word in argv])
+    for key in PATHS:
+        path = {**file, **asked}.get(key)
+        if isinstance(path, str) and not set(path) & set("{,:") and not Path(path).exists():
+            raise UsageError(f"--{key} {path}: there is no such file or folder")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's settings by dotted name: {"optim.lr": 0.1, ...}. Raises UsageError.
+
+    Nothing is resolved before it is known to be small and flat: aliases can make gigabytes of a few lines.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} characters")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                raise ValueError(f"settings need no aliases and no more than {_DEEPEST} levels")
+        tree = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise UsageError(f"{path} must map options to values, as config.yaml in a run's folder does")
+    return flat(tree)
+
+
+def flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def _option(word: str) -> str:
-    return _dashes(word)[2:].partition("=")[0]
-
-
-def _dashes(word: str) -> str:
-    """`--stop-after 5` for `--stop_after 5`: both spellings are typed, the fields have one."""
-    if not word.startswith("--") or word.startswith("--print-config"):
-        return word
-    key, equals, value = word.partition("=")
-    return "--" + key[2:].replace("-", "_") + equals + value
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, and, dotted, of those within."""
+def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of a dataclass's fields by dotted name; of a nested dataclass, those of its fields."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        found[f.name] = f.type
-        if dataclasses.is_dataclass(f.type):
-            found |= {f"{f.name}.{key}": kind for key, kind in _fields(f.type).items()}  # type: ignore[arg-type]
+        name = f"{prefix}{f.name}"
+        found |= _leaves(f.type, f"{name}.") if dataclasses.is_dataclass(f.type) else {name: f.type}
     return found
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in tree.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += _flat(value, f"{prefix}{key}.")
-    return keys
+def _early(words: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The options that decide how the others are read, or that `check_paths` looks at; and the settings of the file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for key in ("method", "config", "out", *PATHS):
+        parser.add_argument(f"--{key}", default=argparse.SUPPRESS)
+    try:
+        asked = vars(parser.parse_known_args(words)[0])
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if empty := [key for key, value in asked.items() if not value]:
+        raise UsageError(f"--{empty[0]} is empty: give it a value, or leave it out")
+    earlier = Path(asked.get("out", "")) / "config.yaml"
+    if "config" in asked:
+        return asked, read_yaml(Path(asked["config"]))
+    goes_on = "out" in asked and not asked.keys() & {"method", "shards"} and earlier.is_file()
+    return asked, read_yaml(earlier) if goes_on else {}
+
+
+def _underscores(word: str) -> str:
+    """`--stop_after` for `--stop-after`: both spellings are typed, the fields have one."""
+    key, equals, value = word.partition("=")
+    return key.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def _known(key: str, kinds: dict[str, Any]) -> None:
+    """Raises UsageError for a key that is no setting."""
+    if any(name.startswith(f"{key}.") for name in kinds):
+        raise UsageError(f"{key} is a section: name one of its settings, as in {key}.NAME")
+    if key not in kinds:
+        raise UsageError(f"unknown option {key!r}: {_nearest(key, [*kinds])}")
 
 
 def _nearest(name: str, choices: list[str]) -> str:

@@ -1,15 +1,28 @@
-"""What a step costs: operations, counted without computing them, the share of a GPU's peak they are, and a trial."""
+"""What a step costs: operations and memory, counted without computing it, a GPU's peak, and a trial on noise."""
 
 import itertools
 import time
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import Batch, Recipe, View
+from pipeline import Batch, Recipe, View, host
+from trainer import parallel
+from trainer.backbones import checkpoint_activations_
+from trainer.config import UsageError
+from trainer.method import Method
 from trainer.metrics import memory_gb
 from trainer.step import TrainingStep
 
@@ -32,24 +45,91 @@ def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
     return Batch(views, {k: torch.from_numpy(t) for k, t in targets.items()}, label, torch.arange(count)).to(device)
 
 
-def flops_per_image(method: nn.Module, recipe: Recipe, count: int = 4) -> float:
-    """Operations of one forward and backward pass per image: products and convolutions, a multiply-add as two.
+@dataclass(frozen=True)
+class Estimate:
+    """What a method costs, counted on tensors that have a shape and no contents: in seconds, and before it is built."""
 
-    Counted on tensors that have a shape and no contents, in a second or two and without memory or a trace in `method`,
-    which must not be compiled or sharded yet.
+    flops_per_image: float
+    """of one forward and backward pass: products and convolutions, a multiply-add as two"""
+    memory: float
+    """bytes of a rank: weights, gradients, optimizer state, and the most that a pass holds at one time"""
+
+
+def estimate(
+    build: Callable[[], Method],
+    recipe: Recipe,
+    count: int,
+    device: torch.device | str,
+    *,
+    states: int = 2,
+    checkpointing: bool = False,
+) -> Estimate:
+    """Of micro-batches of `count` images and an optimizer with `states` numbers per trainable one, in fp32.
+
+    Zeros, with a warning, for a method that cannot be run without contents: it may train nevertheless.
     """
-    counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
-    weights = {**dict(method.named_parameters()), **dict(method.named_buffers())}
-    shapes: dict[str, torch.Tensor] = {name: fake.from_tensor(value) for name, value in weights.items()}
-    device = next(iter(weights.values())).device
-    with fake, counter:
-        arguments = (synthetic(recipe, count, device), torch.zeros((), device=device))
-        torch.func.functional_call(method, shapes, arguments)[0].backward()
-    return counter.get_total_flops() / count
+    try:
+        with torch.device("meta"):
+            method = build()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in method.modules():
+                for name, p in [*module.named_parameters(recurse=False)]:
+                    setattr(module, name, torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+                for name, b in [*module.named_buffers(recurse=False)]:
+                    setattr(module, name, torch.empty_like(b, device=device))
+            counter, peak = FlopCounterMode(display=False), _Peak([*method.parameters(), *method.buffers()])
+            if checkpointing:  # what is computed again takes less memory, and is no operation of the method's
+                with counter:
+                    _forward_and_backward(method, synthetic(recipe, count, device))
+                checkpoint_activations_(method)
+            with peak, nullcontext() if checkpointing else counter:
+                _forward_and_backward(method, synthetic(recipe, count, device))
+    except Exception as error:  # whatever it is, nothing is wrong with the run
+        warnings.warn(f"the cost of a step is not known: {' '.join(str(error).split())[:200]}", stacklevel=2)
+        return Estimate(0.0, 0.0)
+    state = states * sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    return Estimate(counter.get_total_flops() / count, peak.most + state)
 
 
-def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device, flops: float) -> str:
-    """Runs three steps whose micro-batches are `count` images of noise; the last one's time, memory and operations."""
+def _forward_and_backward(method: Method, batch: Batch) -> None:
+    method(batch, torch.zeros((), device=batch.label.device))[0].backward()
+    method.zero_grad()
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that `tensors`, and those made under this mode, held at one time."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = sum(t.nbytes for t in tensors)
+        self._known = weakref.WeakSet(t.untyped_storage() for t in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def require_memory(needed: float, small: Path) -> None:
+    """Raises UsageError where this machine has fewer bytes than `needed`, and names the preset that needs few."""
+    left = host.memory()
+    if left is not None and needed > left:
+        raise UsageError(
+            f"this run needs at least {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free: "
+            f"--config {small} is made for a CPU; lower batch_size, or raise speed.accumulate"
+        )
+
+
+def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device, flops: float) -> None:
+    """Runs three steps whose micro-batches are `count` images of noise, and prints what the last one took."""
     batches, progress = itertools.repeat(synthetic(recipe, count, device)), torch.zeros((), device=device)
     for _ in range(3):
         start = time.perf_counter()
@@ -57,10 +137,11 @@ def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    return (
-        f"{images} images: {1e3 * seconds:.0f} ms, {images / seconds:.3g} images/s, {memory_gb(device):.2f} GB peak, "
-        f"{flops / 1e9:.3g} GFLOP an image, {flops * images / seconds / 1e12:.3g} TFLOP/s"
-    )
+    if parallel.rank() == 0:
+        print(
+            f"{images} images: {1e3 * seconds:.0f} ms, {images / seconds:.3g} images/s, {memory_gb(device):.2f} GB "
+            f"peak, {flops / 1e9:.3g} GFLOP an image, {flops * images / seconds / 1e12:.3g} TFLOP/s"
+        )
 
 
 def peak_flops(device: torch.device) -> float | None:

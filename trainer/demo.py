@@ -4,12 +4,13 @@ Ten photographs become 800 pictures, each nearly the whole of one, by crops from
 see everything work and a model learn; it is not enough to learn anything about the world.
 """
 
-import os
+import fcntl
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+from pipeline import host
 from trainer.config import UsageError
 
 PHOTOGRAPHS = (
@@ -22,20 +23,30 @@ SHARDER = Path(__file__).resolve().parents[1] / "tools" / "shard_imagenet.py"
 
 def shards() -> str:
     """The folder with the default run's shards, made by the real sharder on first use (some ten seconds)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-ssl" / "photographs"
-    done = home / "shards"
-    if not (done / "manifest.json").exists():
-        try:
-            _cut(home / "pictures")
-        except OSError as error:
-            raise UsageError(
-                f"{home}: cannot be written ({error.strerror}); set XDG_CACHE_HOME or name --shards"
-            ) from None
-        folders = [str(home / "pictures"), str(done)]
-        # --part: all of it, whatever rank this is
-        options = ["--split", "train", "--workers", "2", "--part", "0/1"]
-        subprocess.run([sys.executable, str(SHARDER), *folders, *options], check=True)
-    return str(done)
+    try:
+        home = host.cache_folder("photographs")
+        made = home / "shards"
+        if not (made / "manifest.json").exists():
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / "lock").open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another first run may be making them: wait for its end
+                if not (made / "manifest.json").exists():
+                    _make(home / "pictures", made)
+    except OSError as error:
+        raise UsageError(f"{error}: set XDG_CACHE_HOME to a folder that can be written, or name --shards") from None
+    return str(made)
+
+
+def _make(pictures: Path, made: Path) -> None:
+    _cut(pictures)
+    # --part: all of it, whatever rank this is
+    options = ["--split", "train", "--workers", "2", "--part", "0/1"]
+    done = subprocess.run([sys.executable, str(SHARDER), str(pictures), str(made), *options], check=False)
+    if done.returncode:
+        raise UsageError(
+            f"the bundled photographs could not be sharded (exit code {done.returncode}; see above): "
+            f"remove {made.parent} and run it again, or name --shards"
+        )
 
 
 def _cut(folder: Path) -> None:

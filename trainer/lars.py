@@ -45,7 +45,10 @@ class LARS(torch.optim.Optimizer):
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any], scaled: bool) -> None:
         gradients: Any = [p.grad for p in parameters]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+        for p in parameters:
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         lr, momentum = group["lr"], group["momentum"]
         if scaled:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])

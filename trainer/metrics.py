@@ -8,7 +8,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import Batch, ShardSet
+from pipeline import ShardSet, host
 from trainer import parallel
 from trainer.config import UsageError
 
@@ -41,28 +41,54 @@ class Meter:
 
         NaN where nothing was finite.
         """
-        each = {name: torch.stack(values) for name, values in self._values.items()}
-        sound = {name: values.isfinite() for name, values in each.items()}
-        sums = torch.stack([each[name].where(sound[name], 0).sum() for name in each])
-        counts = torch.stack([sound[name].sum() for name in each])
+        stacked = {name: torch.stack(values) for name, values in self._values.items()}
+        finite = {name: values.isfinite() for name, values in stacked.items()}
+        sums = torch.stack([values.where(finite[name], 0).sum() for name, values in stacked.items()])
+        counts = torch.stack([flags.sum() for flags in finite.values()])
         sums, counts = parallel.mean_over_ranks(torch.stack([sums, counts]))
-        most = each[largest].where(sound[largest], -torch.inf).max()
-        *means, peak = torch.cat([sums / counts, most[None]]).tolist()
+        maximum = stacked[largest].where(finite[largest], -torch.inf).max()
+        *means, peak = torch.cat([sums / counts, maximum[None]]).tolist()
         self._values = {}
-        return {**dict(zip(each, means, strict=True)), f"{largest}_max": peak if math.isfinite(peak) else math.nan}
+        return {**dict(zip(stacked, means, strict=True)), f"{largest}_max": peak if math.isfinite(peak) else math.nan}
 
 
-class Timed(Iterator[Batch]):
-    """An iterator that adds up the seconds that its batches were waited for."""
+class Clock:
+    """Where the time goes between two lines of the log. Pauses, for checkpoints, do not count."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches, self.seconds = batches, 0.0
+    def __init__(self, batch_size: int, world_size: int) -> None:
+        self._batch_size, self._world_size = batch_size, world_size
+        self.restart()
 
-    def __next__(self) -> Batch:
+    def restart(self) -> None:
+        self._start, self._waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
         start = time.perf_counter()
-        batch = next(self._batches)
-        self.seconds += time.perf_counter() - start
-        return batch
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what is still computed is no pause
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def rates(self) -> dict[str, float]:
+        elapsed = self.elapsed()
+        rate = self.steps * self._batch_size / elapsed
+        return {
+            "images_per_s": rate,
+            "images_per_s_rank": rate / self._world_size,
+            "step_ms": 1e3 * elapsed / self.steps,
+            "data_wait_ms": 1e3 * self._waited / self.steps,
+        }
 
 
 class Network:
@@ -126,7 +152,8 @@ class Log:
     """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
 
     Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
-    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not installed.
+    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not
+    installed, or the log cannot be written to begin with.
     """
 
     def __init__(self, out: Path, start: int, total: int, *, tensorboard: bool, wandb: str | None) -> None:
@@ -138,8 +165,12 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         path = out / "log.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= start), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = "".join(f"{line}\n" for line in lines if _step(line) <= start).encode()
+            try:
+                host.write_atomic(path, lambda file: file.write(kept))
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._file = path.open("a", encoding="utf-8")
         self._total, self._lines = total, 0
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.config import Optim
+from trainer.config import Optim, RunError
 from trainer.method import Method
+
+STATES = {"adamw": 2, "lars": 1}  # numbers that an optimizer keeps for each trainable one
 
 
 def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
@@ -35,18 +37,18 @@ class Guard:
         self._seen.append((finite, index))
 
     def check(self, step: int, key: Callable[[int], str]) -> None:
-        """Reads the flags of the steps up to `step`, waiting for the device. Raises RuntimeError past the limit."""
+        """Reads the flags of the steps up to `step`, waiting for the device. Raises RunError past the limit."""
         flags = torch.stack([finite for finite, _ in self._seen]).tolist()
         for i, (finite, (_, index)) in enumerate(zip(flags, self._seen, strict=True)):
             self._in_a_row = 0 if finite else self._in_a_row + 1
             if not finite:
                 self.skipped += 1
-                record = {"step": step - len(flags) + i + 1, "keys": [key(j) for j in index.tolist()]}
                 try:
+                    record = {"step": step - len(flags) + i + 1, "keys": [key(j) for j in index.tolist()]}
                     with self._file.open("a", encoding="utf-8") as file:  # every rank appends whole lines
                         file.write(json.dumps(record) + "\n")
                 except OSError as error:
                     warnings.warn(f"{self._file}: {error}; the run goes on", stacklevel=2)
             if self._in_a_row >= self._limit:
-                raise RuntimeError(f"{self._limit} steps in a row had a non-finite loss or gradient; see {self._file}")
+                raise RunError(f"{self._limit} steps in a row had a non-finite loss or gradient; see {self._file}")
         self._seen = []

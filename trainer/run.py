@@ -1,38 +1,58 @@
-"""Pretrains a backbone. Reads top to bottom: who am I, what is learnt, from what, where were we, the loop, goodbye.
+"""Pretrains a backbone. `train` reads from top to bottom: setup, model, data, resume, loop, teardown.
 
     torchrun trainer/run.py --method loca                                            bundled photographs, minutes
     torchrun --nproc_per_node=8 trainer/run.py --method loca --shards DIR --out runs/loca
+    torchrun --nproc_per_node=8 trainer/run.py --out runs/loca                       resumes; so does the same command
     python trainer/run.py --method loca --help                                       every setting
 
-The same command again goes on from its last checkpoint. Exit codes: 0 done, 2 usage, 75 stopped by a signal or a time
-limit after writing a checkpoint, 1 failed: what was learnt until the last checkpoint is there.
+Exit codes: 0 done, 2 usage, 75 stopped by a signal, a time limit or an outage of the storage after writing a checkpoint
+(0 under torchrun, which would restart the run), 1 failed: the last checkpoint is kept. `status.json` in the folder of
+the run says which.
 """
 
+import itertools
 import os
+import signal
 import sys
-import time
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pipeline import Batch
+
+if __name__ == "__main__":  # until there is something to save, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trainer/, whose names are not top-level ones
 
-from trainer import config  # noqa: E402 - after the line above
+from trainer import config, folder  # noqa: E402 - after the line above
 
 STOPPED = 75  # EX_TEMPFAIL: run it again to go on
 
 
 def main(argv: list[str]) -> int:
+    """The exit code of the run that `argv` describes. Raises UsageError and RunError."""
     # Threads that wait for each other by spinning stop a shared CPU: measured on two cores with a busy neighbour, 6
     # images/s against 61 asleep; alone, 117 against 105. To be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+    config.check_paths(argv)
     settings = config.parse(argv)
-    cfg, out = settings.run, settings.out
+    writes = os.environ.get("RANK", "0") == "0" and not settings.run.dry_run
+    with folder.held(settings.out) if writes else nullcontext() as out:
+        return train(settings, out)
 
+
+def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
+    """Trains; `out` is the run's folder on rank 0, and None on other ranks or where nothing is to be written."""
     import torch
     import torch.distributed as dist
+    from torch.profiler import record_function as span
 
-    from pipeline import Loader, ReadError, ShardSet, cores
+    from pipeline import Loader, ReadError, ShardError, ShardSet, host
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
     from trainer.evaluate import Probe
     from trainer.interrupt import Interrupt
@@ -40,44 +60,43 @@ def main(argv: list[str]) -> int:
     from trainer.segmentation.monitor import Monitor
     from trainer.step import TrainingStep
 
-    # ---------------------------------------------------------------- who am I
-    local_rank, here, world = (
-        int(os.environ.get(name, default))
-        for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"), ("WORLD_SIZE", "1"))
-    )
-    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # Autocast takes the heavy products; what it leaves in fp32 are small differences in losses. TF32 loses those.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.benchmark = True  # shapes never change
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # ranks wait while the first one probes
-    rank = parallel.rank()
-    chief = rank == 0
-    slices = world * cfg.speed.accumulate
-    if cfg.batch_size % slices:
+    # ---------------------------------------------------------------- setup
+    cfg = settings.run
+    changes = out.changes(settings) if out else []
+    device = parallel.connect()
+    rank, world_size = parallel.rank(), parallel.world_size()
+    is_main, local_world_size = rank == 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    micro_batches = world_size * cfg.speed.accumulate
+    micro_batch = cfg.batch_size // micro_batches
+    if cfg.batch_size % micro_batches:
         raise config.UsageError(
-            f"batch_size {cfg.batch_size} does not divide among {world} ranks x {cfg.speed.accumulate} slices: "
-            f"make it a multiple of {slices}"
+            f"batch_size {cfg.batch_size} does not divide among {world_size} ranks x {cfg.speed.accumulate} "
+            f"micro-batches: make it a multiple of {micro_batches}"
         )
     precision = cfg.speed.precision if cfg.speed.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     compiled = cfg.speed.compile == "on" or (cfg.speed.compile == "auto" and device.type == "cuda")
 
-    # ---------------------------------------------------------------- what is learnt
-    room = methods.load(cfg.method)
-    torch.manual_seed(cfg.seed)
+    # ---------------------------------------------------------------- model
+    module = methods.load(cfg.method)
     try:
-        method_config = room.Config(**vars(settings.method))
-        recipe = room.views(method_config)
-        method: Method = room.Method(method_config).to(device)
+        recipe = module.views(settings.method)
+        estimate = cost.estimate(
+            lambda: module.Method(settings.method),
+            recipe,
+            micro_batch,
+            device,
+            states=optim.STATES[cfg.optim.name],
+            checkpointing=cfg.speed.activation_checkpointing,
+        )
+        if device.type == "cpu":
+            cost.require_memory(estimate.memory * local_world_size, config.PRESETS / f"{cfg.method}_demo.yaml")
+        torch.manual_seed(cfg.seed)
+        method: Method = module.Method(settings.method).to(device)
     except ValueError as error:
         raise config.UsageError(f"--{cfg.method}: {error}") from None
-    per_image = cost.flops_per_image(method, recipe)
-    if cfg.speed.recompute:
-        backbones.recompute_(method)
-    if sharded := cfg.speed.parallel == "fsdp" and world > 1:
+    if cfg.speed.activation_checkpointing:
+        backbones.checkpoint_activations_(method)
+    if sharded := cfg.speed.parallel == "fsdp" and world_size > 1:
         parallel.shard_(method, backbones.blocks(method))
     if compiled:  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
         for unit in backbones.blocks(method) if sharded else [method]:
@@ -86,203 +105,169 @@ def main(argv: list[str]) -> int:
     training_step = TrainingStep(
         method,
         optimizer,
-        model=parallel.data_parallel(method, device) if world > 1 and not sharded else None,
+        model=parallel.data_parallel(method, device) if world_size > 1 and not sharded else None,
         accumulate=cfg.speed.accumulate,
         amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
         clip=cfg.optim.clip,
     )
     if cfg.dry_run:
-        told = cost.dry_run(training_step, recipe, cfg.batch_size // slices, device, per_image)
-        if chief:
-            print(told)
+        cost.dry_run(training_step, recipe, micro_batch, device, estimate.flops_per_image)
         return 0
 
-    # ---------------------------------------------------------------- from what
+    # ---------------------------------------------------------------- data
     try:
-        if cfg.shards is None and chief:
-            demo.shards()
-        if world > 1:
-            dist.barrier()
         shards = ShardSet(cfg.shards or demo.shards(), cache=cfg.cache.folder, cache_size=cfg.cache.size)
-        loader = Loader(
-            shards,
-            recipe,
-            cfg.batch_size // slices,
-            device=str(device),
-            seed=cfg.seed,
-            rank=rank,
-            world_size=world,
-            num_threads=cfg.data.threads,
-            order=cfg.data.order,
-            max_bad=cfg.data.max_bad,
-            prefetch=cfg.data.prefetch,
-            hw_decoder_load=cfg.data.hw_decoder_load,
-            form=cfg.data.form,
-        )
-        probe = Probe(cfg.probe, method.mean, method.std, str(device)) if chief and cfg.probe.train else None
-        segments = chief and cfg.probe.segment_train is not None
+        if len(shards) < world_size * micro_batch:
+            raise ValueError(
+                f"batch_size {cfg.batch_size} is more than the {len(shards):,} images there are: lower it, or raise "
+                "speed.accumulate"
+            )
+        settings_of_rank: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size, **vars(cfg.data)}
+        loader = Loader(shards, recipe, micro_batch, seed=cfg.seed, **settings_of_rank)
+        probe = Probe(cfg.probe, method.mean, method.std, str(device)) if is_main and cfg.probe.train else None
+        segments = is_main and cfg.probe.segment_train is not None
         monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
     except (ValueError, ReadError) as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
-    total = cfg.steps or round(cfg.epochs * steps_per_epoch)
-    warmup = round(cfg.optim.warmup_epochs * steps_per_epoch)
-    peak = cfg.optim.lr * cfg.batch_size / cfg.optim.lr_batch
+    total = cfg.steps or max(1, round(cfg.epochs * steps_per_epoch))
+    schedule = schedules.of(cfg.optim, cfg.batch_size, steps_per_epoch, total)
 
-    # ---------------------------------------------------------------- where were we
+    # ---------------------------------------------------------------- resume
     start = 0
+    log = None
     try:
-        saved = checkpoint.latest(out / "checkpoints")
-    except ValueError as error:
-        raise config.UsageError(f"--out {out}: {error}") from None
-    if saved is not None:
-        if saved["method"] != cfg.method:
-            raise config.UsageError(f"--out {out}: holds a run of {saved['method']!r}; name another folder")
-        try:
+        if saved := checkpoint.resume(settings.out / "checkpoints"):
+            if saved["method"] != cfg.method:
+                raise ValueError(f"its checkpoint is of method {saved['method']!r}")
             checkpoint.set_state(method, optimizer, saved)
             training_step.scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            lacks = "it lacks " * isinstance(error, KeyError)
-            reason = lacks + " ".join(str(error).split())[:300]
-            raise config.UsageError(f"--out {out}: cannot go on from its checkpoint: {reason}") from None
-        start = saved["step"]
-    elif cfg.init:
+            start = saved["step"]
+    except ValueError as error:
+        reasons = "; ".join([str(error), *changes])
+        raise config.UsageError(f"--out {settings.out}: cannot go on: {reasons}; name another folder") from None
+    if cfg.init and not saved:
         try:
             checkpoint.set_weights(method, checkpoint.load(Path(cfg.init)))
         except ValueError as error:
-            raise config.UsageError(f"--init {cfg.init}: {' '.join(str(error).split())[:300]}") from None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if chief:
-            (out / "config.yaml").write_text(settings.text, encoding="utf-8")
-    except OSError as error:
-        raise config.UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
-    interrupt = Interrupt(cfg.stop_after)
-    fastest = cost.peak_flops(device)
-    if chief:
-        allowed, threads = cores(), loader.num_threads
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(
+            raise config.UsageError(f"--init {cfg.init}: {error}") from None
+    if out:
+        log = metrics.Log(out.path, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+        out.write_config(settings.text)
+        out.total = total
+        out.status("running", start)
+        summary = [
             f"{cfg.method}: {sum(p.numel() for p in training_step.trainable):,} trainable parameters, "
-            f"{per_image / 1e9:.3g} GFLOP an image, {precision}, "
-            f"{'compiled' if compiled else 'not compiled'}, {world} x {name}, {allowed} cores, "
-            f"{threads} decoding threads a rank\n"
-            f"{len(shards):,} images, batch {cfg.batch_size} = {world} ranks x {cfg.speed.accumulate} x "
-            f"{cfg.batch_size // slices}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
+            f"{estimate.flops_per_image / 1e9:.3g} GFLOP an image, {precision}, {'not ' * (not compiled)}compiled, "
+            f"{world_size} x {parallel.name(device)}, {host.cores()} cores, {loader.num_threads} decoder threads each",
+            f"{len(shards):,} images, batch {cfg.batch_size} = {world_size} ranks x {cfg.speed.accumulate} x "
+            f"{micro_batch}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
             + (f", going on from step {start:,}" if start else "")
-            + f"; {out}/",
-            flush=True,
-        )
-        if here * threads > allowed:
-            shared = f"{here} ranks x {threads} decoding threads share {allowed} cores"
-            print(f"{shared}: give the job more, or set data.threads")
+            + f"; {out.path}/",
+        ]
+        if local_world_size * loader.num_threads > host.cores():
+            shared = f"{local_world_size} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
+            summary.append(f"{shared}: give the job more, or set data.num_threads")
+        print(*changes, *summary, sep="\n", flush=True)
 
-    log = metrics.Log(out, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb) if chief else None
-
-    def save(step: int) -> bool:
-        payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
-        if chief:
-            payload |= {
-                "step": step,
-                "method": cfg.method,
-                "config": settings.text,
-                "scaler": training_step.scaler.state_dict(),
-                "loader": loader.state_dict(),
-            }
-            folder, last, each = out / "checkpoints", cfg.log.keep_last, cfg.log.keep_every
-            return checkpoint.save(folder, payload, keep_last=last, keep_every=each)
-        return True
-
-    def score_due(step: int) -> bool:
-        """Whether the probe's turn came after the last line, or the run is at its end."""
-        period, last_line = cfg.probe.every * steps_per_epoch, (step - 1) // cfg.log.every * cfg.log.every
-        return step == total or step // period > last_line // period
-
-    # ---------------------------------------------------------------- the loop
-    meter, network = metrics.Meter(), metrics.Network(shards)
-    guard = optim.Guard(out, cfg.optim.max_skipped)
-    profile = metrics.Profile(out) if cfg.log.profile and chief else None
-    progress = torch.zeros((), device=device)
-    batches = metrics.Timed(loader.forever())
-    clock, seen = time.perf_counter(), 0
-    stopped, kept = False, True
-    for step in range(start, total):
-        lr = schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=cfg.optim.final_lr * peak)
+    # ---------------------------------------------------------------- loop
+    interrupt = Interrupt(cfg.stop_after)
+    guard = optim.Guard(settings.out, cfg.optim.max_skipped)
+    profile = metrics.Profile(settings.out) if cfg.log.profile and is_main else None
+    meter, clock, network = metrics.Meter(), metrics.Clock(cfg.batch_size, world_size), metrics.Network(shards)
+    progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
+    batches = loader.forever()
+    epoch, lr, stopped, kept, outage = 0, 0.0, False, True, None
+    for done in itertools.count(start):  # steps so far
+        position = loader.state_dict()
+        if done < total:
+            with clock.waiting(), span("data"):
+                try:
+                    taken = list(itertools.islice(batches, cfg.speed.accumulate))
+                except (ReadError, ShardError) as error:
+                    outage = error
+            stopped = parallel.any_rank(outage is not None or (done > start and interrupt.stop()))
+        ends = stopped or done >= total
+        if done > start and (ends or done % cfg.log.every == 0):
+            means = meter.fetch("grad_norm")  # the host waits for the device here, and only here
+            guard.check(done, shards.key)
+            record = {"step": done, "epoch": epoch, **means, "lr": lr, "weight_decay": cfg.optim.weight_decay}
+            record |= clock.rates() | {"memory_gb": metrics.memory_gb(device)}
+            record |= {"skipped": guard.skipped, "bad_samples": len(loader.bad)}
+            record |= network.since_last_line(clock.elapsed())
+            if peak_flops and estimate.flops_per_image:
+                record["mfu"] = record["images_per_s_rank"] * estimate.flops_per_image / peak_flops
+            record |= {name: value.item() for name, value in method.scheduled(progress).items()}
+            period, last_line = cfg.probe.every * steps_per_epoch, (done - 1) // cfg.log.every * cfg.log.every
+            due = not stopped and (done == total or done // period > last_line // period)
+            if probe and due:
+                record["knn"] = probe(method.backbone())
+            if monitor and log and due:
+                record["segment_miou"], panels = monitor(method.backbone())
+                log.picture("segmentation", panels, done)
+            if log and out:
+                log.line(record)
+                out.status("running", done)
+            clock.restart()
+        if done > start and (ends or done % cfg.log.checkpoint_every == 0):
+            with clock.paused(device):
+                payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
+                payload |= {"step": done, "method": cfg.method, "config": settings.text, "loader": position}
+                payload["scaler"] = training_step.scaler.state_dict()
+                if out:
+                    kept = checkpoint.save(out.path / "checkpoints", payload, cfg.log.keep_last, cfg.log.keep_every)
+        if ends:
+            break
+        lr = schedule(done)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        progress.fill_(step / total)
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # drop-path and masks: a function of the step
-        epoch = loader.epoch
-        result = training_step(batches, progress)
+        progress.fill_(done / total)
+        # Drop-path and masks are a function of the step.
+        torch.manual_seed(((cfg.seed * 1_000_003 + done) * 65_537 + rank) % 2**63)
+        result = training_step(iter(taken), progress)
         meter.add(result.metrics)
         guard.add(result.finite, result.index)
-        seen += 1
+        epoch = position["epoch"]
+        clock.steps += 1
         if profile:
             profile.step()
 
-        done = step + 1
-        stopped = interrupt.stop() and done < total
-        if telling := stopped or done == total or done % cfg.log.every == 0:
-            means = meter.fetch("grad_norm")  # the host waits for the device here, and only here
-            guard.check(done, shards.key)
-            elapsed = time.perf_counter() - clock
-            rate = seen * cfg.batch_size / elapsed
-            record = {
-                "step": done,
-                "epoch": epoch,
-                **means,
-                "lr": lr,
-                "weight_decay": cfg.optim.weight_decay,
-                "images_per_s": rate,
-                "images_per_s_rank": rate / world,
-                "step_ms": 1e3 * elapsed / seen,
-                "data_wait_ms": 1e3 * batches.seconds / seen,
-                "memory_gb": metrics.memory_gb(device),
-                "skipped": guard.skipped,
-                "bad_samples": len(loader.bad),
-                **network.since_last_line(elapsed),
-            }
-            if fastest:
-                record["mfu"] = rate / world * per_image / fastest
-            record |= {name: value.item() for name, value in method.scheduled(progress).items()}
-            if probe and not stopped and score_due(done):
-                record["knn"] = probe(method.backbone())
-            if monitor and log and not stopped and score_due(done):
-                record["segment_miou"], panels = monitor(method.backbone())
-                log.picture("segmentation", panels, done)
-            if log:
-                log.line(record)
-        if stopped or done == total or done % cfg.log.checkpoint_every == 0:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # what is still computed is no pause
-            pause = time.perf_counter()
-            kept = save(done)
-            clock += time.perf_counter() - pause  # stands still for checkpoints
-        if telling:
-            clock, seen, batches.seconds = time.perf_counter(), 0, 0.0  # and for the probe
-        if stopped:
-            break
-
-    # ---------------------------------------------------------------- goodbye
+    # ---------------------------------------------------------------- teardown
+    if outage:
+        print(f"run.py: {outage}", file=sys.stderr)
     if not kept:
-        print(f"run.py: the last steps are not kept: make room for {out}, and run it again to do them", file=sys.stderr)
-    elif chief and not stopped:
-        learned = checkpoint.restore(checkpoint.load(out)).to(device).eval()  # as anyone will meet it
-        if learned.picture(next(batches).to(device), picture := out / "placements.png"):
-            print(f"a picture of what was learned: {picture}")
+        print(f"run.py: the last steps are not kept: make room for {settings.out}, and run it again", file=sys.stderr)
+    failed = not kept or isinstance(outage, ShardError)
+    if out and not stopped and kept:
+        draw(out.path, batches, device)
     loader.close()
     if log:
         log.close()
-    if world > 1:
+    if out:
+        out.status("failed" if failed else "stopped" if stopped else "done", done)
+    if world_size > 1:
         dist.destroy_process_group()
-    return 1 if not kept else STOPPED if stopped else 0
+    # torchrun takes any other code than 0 for a failure, and would restart the run that was just stopped.
+    return 1 if failed else 0 if not stopped or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+
+
+def draw(out: Path, batches: "Iterator[Batch]", device: "torch.device") -> None:
+    """A picture of what was learned, by the last checkpoint, as anyone will load it. It can fail; the run has not."""
+    from trainer import checkpoint
+
+    try:
+        method = checkpoint.restore(checkpoint.load(out)).to(device).eval()
+        if method.picture(next(batches).to(device), out / "placements.png"):
+            print(f"a picture of what was learned: {out / 'placements.png'}")
+    except Exception as error:  # out of memory, for example
+        print(f"run.py: no picture of what was learned: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
-    except config.UsageError as error:
+    except (config.UsageError, config.RunError) as error:
         print(f"run.py: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, config.UsageError) else 1
     raise SystemExit(code)

@@ -1,6 +1,16 @@
 """Learning rates as functions of the step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+
+from trainer.config import Optim
+
+
+def of(cfg: Optim, batch_size: int, steps_per_epoch: float, total: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run of `total` steps."""
+    peak, warmup = cfg.lr * batch_size / cfg.lr_batch, round(cfg.warmup_epochs * steps_per_epoch)
+    return partial(warmup_cosine, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: float) -> float:

@@ -1,0 +1,81 @@
+"""Several ranks: a run on them is the run of one, whoever dies and however many go on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mapimages import write_set
+from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_two_ranks, start_two_ranks
+
+
+def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
+    """Interrupted on two ranks, a run goes on with one: same samples, same losses as one rank from the start."""
+    config = tmp_path / "two.yaml"
+    config.write_text(VICREGL)
+    assert run("--config", str(config), "--out", str(tmp_path / "one")) == 0
+    two = str(tmp_path / "two")
+    printed = on_two_ranks(
+        "--config", str(config), "--shards", str(shards), "--out", two, "--log.checkpoint_every", "3"
+    )
+    assert "2 ranks x 1 x 4" in printed
+    (tmp_path / "two" / "checkpoints" / "step_000000006.pt").unlink()  # as if it had died after step 3
+    assert run("--config", str(config), "--out", two) == 0
+    alone, changed = ([line["loss"] for line in lines(tmp_path / out)] for out in ("one", "two"))
+    assert len(changed) == 6
+    assert changed == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_run(tmp_path: Path, shards: Path, rank: int) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    config.write_text(TINY.replace("steps: 6", "steps: 100000"))
+    process = start_two_ranks("--config", str(config), "--shards", str(shards), "--out", str(out))
+    try:
+        kill_rank(rank, out, 3)
+        _, errors = process.communicate(timeout=45)  # torchrun gives the other rank 30 s to end by itself
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Signal 9 (SIGKILL)" in errors and f"rank      : {rank}" in errors
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) -> None:
+    """It goes on from its last checkpoint and ends with the weights of a run that lost none, and was probed besides."""
+    config, labelled = tmp_path / "tiny.yaml", str(write_set(tmp_path / "labelled", 12, 1))
+    config.write_text(TINY.replace("steps: 6", "steps: 24").replace("checkpoint_every: 100", "checkpoint_every: 5"))
+    argv = ["--config", str(config), "--shards", str(shards), "--out"]
+    on_two_ranks(
+        *argv, str(tmp_path / "whole"), "--probe.train", labelled, "--probe.val", labelled, "--probe.every", "4"
+    )
+    assert [line["step"] for line in lines(tmp_path / "whole") if "knn" in line] == [8, 16, 24]
+    process = start_two_ranks(*argv, str(tmp_path / "out"), restarts=1)
+    try:
+        kill_rank(1, tmp_path / "out", 8)
+        printed, errors = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    assert "going on from step 5" in printed
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_fsdp_learns_what_ddp_learns(tmp_path: Path, shards: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    for kind in ("ddp", "fsdp"):
+        out = str(tmp_path / kind)
+        argv = ["--config", str(config), "--shards", str(shards), "--out", out, "--speed.parallel", kind]
+        if kind == "fsdp":  # in two parts
+            on_two_ranks(*argv, "--stop-after", "0")
+            assert final(tmp_path / kind)["step"] == 1
+        on_two_ranks(*argv)
+    ddp, fsdp = ([line["loss"] for line in lines(tmp_path / kind)] for kind in ("ddp", "fsdp"))
+    assert fsdp == pytest.approx(ddp, rel=1e-5)
+    ddp, fsdp = (final(tmp_path / kind)["model"] for kind in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys()
+    for name, weight in ddp.items():
+        torch.testing.assert_close(weight, fsdp[name], atol=1e-6, rtol=1e-5)
