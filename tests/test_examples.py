@@ -1,12 +1,16 @@
-"""The examples run as they stand there, and learn something."""
+"""The examples, and the method of the guide, run as they stand there."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mapimages import smooth_image, write_set
+from runs import ROOT, lines
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from trainer import methods
+
+sys.path.insert(0, str(ROOT / "examples"))
 
 import own_recipe
 import simclr
@@ -14,17 +18,29 @@ import supervised
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_set(tmp_path_factory.mktemp("shards"), count=16, shards=2, make=smooth_image, form="JPEG"))
 
 
 @pytest.mark.parametrize("example", [supervised, simclr])
-def test_a_loop_of_ones_own(example, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loop_of_ones_own(example, labelled: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model resnet10t --steps 4 --batch-size 8 --size 32".split()
-    assert example.main([shards, *words]) < 5
+    assert example.main([labelled, *words]) < 5
     assert "step 3: loss" in capsys.readouterr().out
 
 
-def test_a_recipe_of_ones_own(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0.3 < own_recipe.main(shards) <= 1
+def test_a_recipe_of_ones_own(labelled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0.3 < own_recipe.main(labelled) <= 1
     assert "targets['patches']: int32 (8, 4, 36)" in capsys.readouterr().out
+
+
+def test_the_method_of_the_guide(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/new_method.md, as it stands there: one file, and the program trains it."""
+    text = (ROOT / "docs" / "new_method.md").read_text(encoding="utf-8")
+    (tmp_path / "matched.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trainer.methods.matched", raising=False)
+    words = "--method matched --matched.backbone vit_pico_patch8 --matched.views.size 64 --steps 2"
+    (tmp_path / "tiny.yaml").write_text("batch_size: 8\nlog: {every: 1, tensorboard: false}\n")
+    assert run("--out", str(tmp_path / "out"), *words.split()) == 0
+    assert 0 < lines(tmp_path / "out")[-1]["feature_std"] < 2
