@@ -19,7 +19,6 @@ import yaml
 from trainer import methods
 
 PRESETS = Path(__file__).parent / "presets"
-PATHS = ("shards", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val")
 _LARGEST = 100_000  # characters of a YAML file
 _DEEPEST = 10  # levels of nesting in it
 
@@ -205,52 +204,49 @@ def parse(argv: list[str]) -> Settings:
     photographs. `--out` of an earlier run, without `--config`, `--method` and `--shards`, stands for
     ``--config OUT/config.yaml``. `--help` and `--print-config` print and exit. Raises UsageError.
     """
-    words = [_underscores(word) for word in argv]
-    asked, file = _early(words)
-    name, shards = ({**file, **asked}.get(key) for key in ("method", "shards"))
+    options, file = _sources(argv)
+    name, shards = ({**file, **options}.get(key) for key in ("method", "shards"))
     name = Run.method if name is None else name
     if name not in methods.names():
         raise UsageError(f"unknown method {name!r}: {_nearest(str(name), methods.names())}")
     preset = PRESETS / (f"{name}.yaml" if file or shards else f"{name}_demo.yaml")
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool({"-h", "--help"} & {*words}))  # slow
+    helps, prints, _ = (options.pop(key, None) for key in ("help", "print_config", "config"))
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow
     parser = jsonargparse.ArgumentParser(
         prog="run.py",
         description=f"Pretrains a backbone with {name}. Other methods: --method {' | '.join(methods.names())}",
         exit_on_error=False,
     )
     parser.add_argument("--config", help="YAML file; its keys are these options")
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML, and exit")
-    parser.add_class_arguments(Run)
+    parser.add_argument("--print_config", nargs="?", help="print all settings as YAML, and exit")
     method_class = methods.load(name).Config
+    parser.add_class_arguments(Run)
     parser.add_class_arguments(method_class, name)
     kinds = {**_leaves(Run), **_leaves(method_class, f"{name}.")}
-    for action in parser._actions:  # jsonargparse offers to read each section from a file of its own: one file will do
+    for action in parser._actions:  # jsonargparse offers to read a section from a file of its own: one file will do
         if any(key.startswith(f"{action.dest}.") for key in kinds):
             action.help = argparse.SUPPRESS
-    for i, word in enumerate(words):
-        key = word[2:].partition("=")[0]
-        if not word.startswith("--") or key in ("help", "config", "print_config"):
-            continue
-        _known(key, kinds)
-        if word.endswith(key) and kinds[key] is bool and (i + 1 == len(words) or words[i + 1].startswith("--")):
-            words[i] += "=true"  # a switch alone turns it on
-    for key in file:
-        _known(key, kinds)
 
-    values = {**(read_yaml(preset) if preset.exists() else {}), **file}
+    values = {**(read_yaml(preset) if preset.exists() else {}), **file, **options}
+    for key in values:
+        if any(name.startswith(f"{key}.") for name in kinds):
+            raise UsageError(f"{key} is a section: name one of its settings, as in {key}.NAME")
+        if key not in kinds:
+            raise UsageError(f"unknown option {key!r}: {_nearest(key, [*kinds])}")
     try:
-        typed = parser.parse_object(values)
-        parser.set_defaults({key: typed[key] for key in values})
-        parsed = parser.parse_args(words)
+        parsed = parser.parse_object(values)
         _check(parsed, kinds)
         objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).replace("Parser key ", "").split())) from None
-    print_config = parsed.pop("print_config")
-    del parsed["config"]
+    if helps:
+        parser.set_defaults({key: parsed[key] for key in values})
+        parser.print_help()
+        raise SystemExit(0)
+    del parsed["config"], parsed["print_config"]
     text = parser.dump(parsed, skip_unset=False)
-    if print_config:
+    if prints:
         print(text, end="")
         raise SystemExit(0)
     return Settings(Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)}), objects[name], text)
@@ -280,11 +276,34 @@ def check_paths(argv: list[str]) -> None:
 
     What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
     """
-    asked, file = _early([_underscores(word) for word in argv])
-    for key in PATHS:
-        path = {**file, **asked}.get(key)
+    options, file = _sources(argv)
+    for key in ("shards", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val"):
+        path = {**file, **options}.get(key)
         if isinstance(path, str) and not set(path) & set("{,:") and not Path(path).exists():
             raise UsageError(f"--{key} {path}: there is no such file or folder")
+
+
+def _sources(argv: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The options by name, and the settings of the file that they mean, by dotted name.
+
+    An option is `--key value`, `--key=value`, or `--key` alone, which is true; a name's dashes are underscores.
+    """
+    options: dict[str, str] = {}
+    words = ["--help" if word == "-h" else word for word in reversed(argv)]
+    while words:
+        key, equals, value = words.pop().partition("=")
+        if not key.startswith("--"):
+            raise UsageError(f"{key!r} is no option: their names begin with --")
+        if not equals:
+            value = "true" if not words or words[-1].startswith("--") else words.pop()
+        if not value:
+            raise UsageError(f"{key} is empty: give it a value, or leave it out")
+        options[key[2:].replace("-", "_")] = value
+    earlier = Path(options.get("out", "")) / "config.yaml"
+    if "config" in options:
+        return options, read_yaml(Path(options["config"]))
+    resumes = "out" in options and not options.keys() & {"method", "shards"} and earlier.is_file()
+    return options, read_yaml(earlier) if resumes else {}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -304,7 +323,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 raise ValueError(f"settings need no aliases and no more than {_DEEPEST} levels")
         tree = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UsageError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
         raise UsageError(f"{path} must map options to values, as config.yaml in a run's folder does")
     return flat(tree)
@@ -325,38 +344,6 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{f.name}"
         found |= _leaves(f.type, f"{name}.") if dataclasses.is_dataclass(f.type) else {name: f.type}
     return found
-
-
-def _early(words: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The options that decide how the others are read, or that `check_paths` looks at; and the settings of the file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for key in ("method", "config", "out", *PATHS):
-        parser.add_argument(f"--{key}", default=argparse.SUPPRESS)
-    try:
-        asked = vars(parser.parse_known_args(words)[0])
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
-    if empty := [key for key, value in asked.items() if not value]:
-        raise UsageError(f"--{empty[0]} is empty: give it a value, or leave it out")
-    earlier = Path(asked.get("out", "")) / "config.yaml"
-    if "config" in asked:
-        return asked, read_yaml(Path(asked["config"]))
-    goes_on = "out" in asked and not asked.keys() & {"method", "shards"} and earlier.is_file()
-    return asked, read_yaml(earlier) if goes_on else {}
-
-
-def _underscores(word: str) -> str:
-    """`--stop_after` for `--stop-after`: both spellings are typed, the fields have one."""
-    key, equals, value = word.partition("=")
-    return key.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
-
-
-def _known(key: str, kinds: dict[str, Any]) -> None:
-    """Raises UsageError for a key that is no setting."""
-    if any(name.startswith(f"{key}.") for name in kinds):
-        raise UsageError(f"{key} is a section: name one of its settings, as in {key}.NAME")
-    if key not in kinds:
-        raise UsageError(f"unknown option {key!r}: {_nearest(key, [*kinds])}")
 
 
 def _nearest(name: str, choices: list[str]) -> str:
