@@ -97,6 +97,7 @@ def logistic(
     held = np.sort(order[: min(256, max(1, len(order) // 10))])
     if len(held) == len(order):
         raise ValueError("one training image is too few: the penalty is chosen on images that are held out")
+    train = probes.resident(train, device)
     without = torch.zeros(len(train.x), dtype=torch.bool)
     for j in held:
         without[train.rows(j)] = True

@@ -86,11 +86,8 @@ class Regression:
     """
 
     def __init__(self, x: Tensor, shares: Tensor, *, without: Tensor | None = None, device: str = "cpu") -> None:
-        kind = torch.device(device).type
-        if kind == "cuda" and 2 * (x.nbytes + shares.nbytes) < torch.cuda.mem_get_info(device)[0]:
-            x, shares = x.to(device), shares.to(device)  # read some hundred times
         self.x, self.shares, self.without, self.device = x, shares, without, device
-        self.step = max(1, CHUNK[kind] // x.shape[1])
+        self.step = max(1, CHUNK[torch.device(device).type] // x.shape[1])
         self.mean, self.std = torch.zeros(x.shape[1], device=device), torch.ones(x.shape[1], device=device)
         total, first, second = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         for rows, target in self._chunks():
@@ -171,6 +168,14 @@ class Regression:
         """The fitted probe for features as they are."""
         scaled = weight[:-1].float() / self.std[:, None]
         return Linear(scaled, weight[-1].float() - self.mean @ scaled)
+
+
+def resident(train: Features, device: str) -> Features:
+    """Features on the GPU if they fit in four fifths of its free memory: a regression reads them some hundred times."""
+    if torch.device(device).type != "cuda":
+        return train
+    fits = train.x.nbytes + train.shares.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]
+    return train._replace(x=train.x.to(device), shares=train.shares.to(device)) if fits else train
 
 
 def surroundings(features: Features) -> Tensor:
