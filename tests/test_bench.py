@@ -43,7 +43,7 @@ def results(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_the_result_holds_what_is_promised(results: dict) -> None:
     for recipe, stages in (
         ("decode", {"read", "decode"}),
-        ("plain", {"read", "decode", "draw", "cut", "hand-over", "whole loader"}),
+        ("plain", {"read", "decode", "draw", "cut", "transfer", "whole loader"}),
     ):
         result = results[recipe]
         assert {"recipe", "device", "batch_size", "num_threads", "images_per_s", "stages"} <= result.keys()

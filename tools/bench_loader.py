@@ -3,9 +3,9 @@
 
     python tools/bench_loader.py --shards SPEC --recipe loca --device cpu --batch-size 64 --num-threads 2 --seconds 10
 
-Prints what it measures, a table, and as the last line one JSON object. Warm-up is outside the clock; contestants run
-turn about. `alone` is a stage in one thread on what the stage before hands it; `piled up` is the pipeline up to and
-with that stage, with all threads and prefetching. Exit code: 0 done, 2 wrong usage or unusable input.
+Prints what it measures, a table, and as the last line one JSON object. Warm-up is outside the clock; what is compared
+is measured in turns. "Stage alone": one stage in one thread, on what the stage before gives it. "Pipeline so far": up
+to and with that stage, with all threads and prefetching. Exit code: 0 done, 2 wrong usage or unusable input.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarking import machine, meter, report, rivals, stages, sweeps
 from pipeline import Recipe, ShardSet, cores, recipes
 
 RECIPES = ("loca", "vicregl", "vicregl_resnet50", "plain")
-STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "hand-over", "whole loader")
+STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "transfer", "whole loader")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="folder, brace pattern or tar")
     add("--recipe", default="loca", choices=(*RECIPES, "decode"), help="decode: reading and decoding only")
-    add("--fidelity", default="paper", choices=("paper", "released"))
+    add("--fidelity", choices=("paper", "released"), help="default: the recipe's own, with which run.py trains")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
     add("--batch-size", type=int, default=64)
     add("--num-threads", type=int, default=cores(), help="DALI's; rivals get as many workers")
@@ -69,6 +69,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--batch-size, --num-threads, --repeats and --seconds must be positive")
     if args.recipe == "decode" and (args.tune or args.scaling or args.against):
         raise ValueError("--tune, --scaling and --against need a recipe with views, not 'decode'")
+    recipe: Recipe | None = None
+    if args.recipe != "decode":
+        recipe = getattr(recipes, args.recipe)(**({"fidelity": args.fidelity} if args.fidelity else {}))
+        args.fidelity = recipe.fidelity
     earlier = json.loads(args.compare.read_text()) if args.compare else None
     if earlier is not None:
         report.comparable(vars(args), earlier)
@@ -79,7 +83,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--chart needs matplotlib: pip install 'dense-ssl[bench]'")
     if args.headspace:
         sweeps.headspace_config(args.method, args.backbone)
-    recipe: Recipe | None = None if args.recipe == "decode" else getattr(recipes, args.recipe)(args.fidelity)
     task = stages.Task(
         ShardSet(args.shards),
         recipe,
@@ -95,7 +98,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shuffle = {}
     for order in ("global", "block"):
         quality = shuffle[order] = task.loader(recipes.plain(), order=order, batch_size=1).shuffle_quality()
-        say(f"order {order}, 1 is a uniform shuffle: spread {quality['spread']:.2f}, shards {quality['shards']:.2f}")
+        distance, mixed = quality["spread"], quality["shards"]
+        say(
+            f"order {order}, relative to a uniform shuffle: distance between consecutive samples {distance:.2f}, "
+            f"shards in a batch {mixed:.2f}"
+        )
     result: dict[str, Any] = {
         "recipe": args.recipe,
         "fidelity": args.fidelity,
@@ -128,24 +135,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """All stages, alone and piled up, and the rivals, turn about."""
+    """All stages, alone and as the pipeline so far, and the rivals, measured in turns."""
     challengers = [rivals.meter(name.strip(), task) for name in args.against.split(",") if name.strip()]
     turn = args.seconds / args.repeats
     single = stages.alone(task, stages.Pool(task))
-    meter.turn_about(single, turn, args.repeats, lambda text: say(f"alone, {text}"))
-    piled = stages.cumulative(task)
+    meter.in_turns(single, turn, args.repeats, lambda text: say(f"stage alone, {text}"))
+    so_far = stages.cumulative(task)
     read_before = machine.storage_bytes()
-    meter.turn_about([*piled, *challengers], turn, args.repeats, lambda text: say(f"piled up, {text}"))
-    whole = piled[-1]
-    images = sum(rate * turn * m.share for m in piled for rate in m.rates)
+    meter.in_turns([*so_far, *challengers], turn, args.repeats, lambda text: say(f"pipeline so far, {text}"))
+    whole = so_far[-1]
+    images = sum(rate * turn * m.share for m in so_far for rate in m.rates)
     fetched = 100 * (machine.storage_bytes() - read_before) / (images * result["shards"]["mean_bytes"])
-    for m in [*piled, *challengers]:
+    for m in [*so_far, *challengers]:
         m.close()
     times = {m.name: [1000 / rate for rate in m.rates] for m in single}
     for both, first, second in (("cut + colour", "cut", "colour"), ("decode + cut", "decode", "cut")):
         if both in times:  # the second is what both take longer than the first, round by round
             times[second] = [max(0.0, b - a) for a, b in zip(times[first], times.pop(both), strict=True)]
-    summed = {m.name: m for m in piled}
+    summed = {m.name: m for m in so_far}
     for name in STAGES:
         stage: dict[str, Any] = {"alone_ms": meter.spread(times[name], 4)} if name in times else {}
         if name in summed:

@@ -1,4 +1,4 @@
-"""The machine beneath a measurement: what it is, what of it this process may use, and what the process used up."""
+"""The machine of a measurement: what it is, what of it this process may use, and what the process used."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Measuring in turns: every contestant runs once per round, so that a machine's moods fall on all of them."""
+"""Measuring in turns: all that is compared runs once per round, so that a machine's changes of speed touch it alike."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ SETTLE = 4  # steps outside the clock at the start of each turn: what was prefet
 
 @dataclass
 class Meter:
-    """A contestant: `steps` does one batch per item and says how many images that was."""
+    """What is measured: `steps` does one batch per item and yields how many images that was."""
 
     name: str
     steps: Iterator[int]
@@ -57,8 +57,8 @@ class Meter:
 
     @property
     def latency_ms(self) -> dict[str, float]:
-        p50, p99, most = np.percentile(np.array(self.latencies) * 1e3, [50, 99, 100])
-        return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 2)}
+        p50, p99, largest = np.percentile(np.array(self.latencies) * 1e3, [50, 99, 100])
+        return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(largest, 2)}
 
 
 def rest() -> None:
@@ -84,7 +84,7 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
     }
 
 
-def turn_about(meters: list[Meter], seconds: float, repeats: int, say: Callable[[str], None]) -> None:
+def in_turns(meters: list[Meter], seconds: float, repeats: int, say: Callable[[str], None]) -> None:
     """`repeats` rounds in which each meter has `seconds` x its share."""
     for number in range(repeats):
         for meter in meters:
@@ -97,7 +97,7 @@ def turn_about(meters: list[Meter], seconds: float, repeats: int, say: Callable[
 
 
 def repeat(step: Callable[[int], int]) -> Iterator[int]:
-    """Steps 0, 1, 2, ... of a function that does one batch and says how many images that was."""
+    """Steps 0, 1, 2, ... of a function that does one batch and returns how many images that was."""
     number = 0
     while True:
         yield step(number)

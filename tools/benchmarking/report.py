@@ -7,15 +7,15 @@ Result = dict[str, Any]
 
 
 def table(result: Result) -> str:
-    """The ladder as a Markdown table: stages alone on one core, and piled up."""
+    """A Markdown table: each stage alone on one core, and the pipeline up to and with it."""
     lines = [
-        "| stage | alone, ms/image (one core) | images/s, piled up | min - max | CPU-s / 1,000 |",
+        "| stage | stage alone, ms/image (one core) | pipeline so far, images/s | min - max | CPU-s / 1,000 |",
         "|---|---|---|---|---|",
     ]
     for name, stage in result["stages"].items():
         single = f"{stage['alone_ms']['median']:.3f}" if "alone_ms" in stage else ""
-        piled = stage.get("images_per_s")
-        rate = f"{piled['median']:.0f} | {piled['min']:.0f} - {piled['max']:.0f}" if piled else " | "
+        so_far = stage.get("images_per_s")
+        rate = f"{so_far['median']:.0f} | {so_far['min']:.0f} - {so_far['max']:.0f}" if so_far else " | "
         cpu = f"{stage['cpu_s_per_1000']['median']:.2f}" if "cpu_s_per_1000" in stage else ""
         lines.append(f"| {name} | {single} | {rate} | {cpu} |")
     for name, rival in result.get("against", {}).items():
@@ -32,15 +32,15 @@ def verdict(result: Result) -> str:
     stages, threads = result["stages"], result["num_threads"]
     whole = list(stages.values())[-1]
     costs = {name: s["alone_ms"]["median"] for name, s in stages.items() if "alone_ms" in s}
-    dearest = max(costs, key=lambda name: costs[name])
-    share = 100 * costs[dearest] / sum(costs.values())
+    slowest = max(costs, key=lambda name: costs[name])
+    share = 100 * costs[slowest] / sum(costs.values())
     if result["device"] != "cpu":
         read = stages["read"]["images_per_s"]["median"]
         limit = result["images_per_s"]["median"]
         if read < 1.3 * limit:
             return f"Reading limits ({read:.0f} images/s): faster storage, or --order block."
         return (
-            f"{dearest} costs most ({share:.0f} % of the stages' time): try --tune, for the share of the hardware "
+            f"{slowest} costs most ({share:.0f} % of the stages' time): try --tune, for the share of the hardware "
             "decoder and the number of threads."
         )
     machine = result["machine"]
@@ -52,13 +52,11 @@ def verdict(result: Result) -> str:
             if threads < cores
             else "more cores or a GPU, smaller stored images (shard with --short-side), or fewer views"
         )
-        return (
-            f"The processor limits: {busy:.1f} of {cores} cores are busy, {share:.0f} % of it with {dearest}; {advice}."
-        )
+        return f"The processor limits: {busy:.1f} of {cores} cores are busy, {share:.0f} % with {slowest}; {advice}."
     if machine["load_before"] > 0.5 * cores:
         return (
             f"Other programs limit: load {machine['load_before']} on {cores} cores before the start, and "
-            f"only {busy:.1f} cores were had; measure again on a quiet machine."
+            f"only {busy:.1f} cores were free; measure again on a quiet machine."
         )
     if result["from_storage_percent"] > 10:
         percent = result["from_storage_percent"]
@@ -90,14 +88,14 @@ def _pairs(result: Result, earlier: Result) -> list[tuple[str, dict[str, float],
     pairs = []
     for name, stage in result["stages"].items():
         before = earlier["stages"].get(name, {})
-        for key, unit in (("alone_ms", "ms/image alone"), ("images_per_s", "images/s")):
+        for key, unit in (("alone_ms", "ms/image, stage alone"), ("images_per_s", "images/s")):
             if key in stage and key in before and before[key]["median"]:
                 pairs.append((f"{name}, {unit}", stage[key], before[key]))
     return pairs
 
 
 def chart(result: Result, path: Path) -> None:
-    """A PNG of the ladder; needs matplotlib."""
+    """A PNG of the same; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -119,6 +117,6 @@ def chart(result: Result, path: Path) -> None:
     left.tick_params(axis="x", labelsize=8)
     right.barh(list(singles), list(singles.values()), color="tab:orange")
     right.invert_yaxis()
-    right.set_xlabel("ms per image, alone on one core")
+    right.set_xlabel("ms per image, stage alone on one core")
     figure.savefig(path, dpi=120)
     plt.close(figure)

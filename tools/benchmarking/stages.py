@@ -1,4 +1,4 @@
-"""The stages of the pipeline, each alone on one core, and piled up one after the other as the loader runs them."""
+"""The stages of the pipeline: each alone on one core, and the pipeline up to and with each, as the loader runs it."""
 
 import time
 from collections import deque
@@ -158,7 +158,7 @@ def alone(task: Task, pool: Pool) -> list[Meter]:
     )
     graph.submit(pool.images[0], pool.windows[0], pool.params[0])
     outputs = graph.take()
-    meters.append(stage("hand-over", lambda k: [torch.from_dlpack(output) for output in outputs]))
+    meters.append(stage("transfer", lambda k: [torch.from_dlpack(output) for output in outputs]))
     return meters
 
 

@@ -15,7 +15,7 @@ from pipeline.preparation import by_kind
 from trainer import methods
 from trainer.step import TrainingStep
 
-from .meter import Meter, of_loader, spread, synchronize, turn_about
+from .meter import Meter, in_turns, of_loader, spread, synchronize
 from .stages import Task
 
 Say = Callable[[str], None]
@@ -40,8 +40,8 @@ def tune(task: Task, seconds: float, say: Say) -> dict[str, Any]:
         best = max(rows, key=lambda row: row["images_per_s"]["median"])
         return {name: value for name, value in best.items() if name != "images_per_s"}
 
-    most = task.num_threads
-    threads = sorted({max(1, most // 2), most, most + max(1, most // 2)})
+    given = task.num_threads
+    threads = sorted({max(1, given // 2), given, given + max(1, given // 2)})
     loads: list[float | None] = [0.0, 0.25, 0.5, 0.65, 0.8, 1.0] if task.gpu else [None]
     usual = {"prefetch": 2, "batch_size": task.batch_size}
     best = best_of({"num_threads": count, "hw_decoder_load": load, **usual} for count, load in product(threads, loads))
@@ -57,7 +57,7 @@ def scaling(task: Task, seconds: float, repeats: int, say: Say) -> dict[str, Any
 
     def curve(name: str, loaders: dict[Any, Loader]) -> None:
         meters = [of_loader(str(key), loader) for key, loader in loaders.items()]
-        turn_about(meters, seconds, repeats, lambda text: say(f"{name}: {text}"))
+        in_turns(meters, seconds, repeats, lambda text: say(f"{name}: {text}"))
         for meter in meters:
             meter.close()
         found[name] = {meter.name: meter.rate for meter in meters}
@@ -100,17 +100,17 @@ def headspace_config(method: str, backbone: str | None) -> tuple[Any, Any]:
     """A method's module and its settings. Raises ValueError for a method or backbone that is not there."""
     if method not in methods.names():
         raise ValueError(f"--method {method!r}: choose from {', '.join(methods.names())}")
-    room = methods.load(method)
-    config = room.Config() if backbone is None else replace(room.Config(), backbone=backbone)
-    room.views(config)  # knows its backbones
-    return room, config
+    module = methods.load(method)
+    config = module.Config() if backbone is None else replace(module.Config(), backbone=backbone)
+    module.views(config)  # knows its backbones
+    return module, config
 
 
 def headspace(task: Task, method: str, backbone: str | None, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
     """Training steps on batches that are replayed from memory (the ceiling) and on the loader, turn about."""
-    room, config = headspace_config(method, backbone)
+    module, config = headspace_config(method, backbone)
     device = torch.device(task.device)
-    model = room.Method(config).to(device)
+    model = module.Method(config).to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-5, fused=True)
     if task.gpu:
         model.compile(dynamic=False)
@@ -121,7 +121,7 @@ def headspace(task: Task, method: str, backbone: str | None, seconds: float, rep
         while True:
             yield len(step(batches, progress).index)
 
-    recipe = room.views(config)
+    recipe = module.views(config)
     loader = task.loader(recipe)
     stored = [batch.to(device) for batch in islice(loader.forever(), 4)]
 
@@ -129,7 +129,7 @@ def headspace(task: Task, method: str, backbone: str | None, seconds: float, rep
         Meter("replayed", train(cycle(stored)), settle=2),
         Meter("loader", train(loader.forever()), settle=4),
     ]
-    turn_about(meters, seconds, repeats, lambda text: say(f"headspace: {text}"))
+    in_turns(meters, seconds, repeats, lambda text: say(f"headspace: {text}"))
     synchronize()
     loader.close()
     ceiling, real = (float(np.median(meter.rates)) for meter in meters)
