@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from mapimages import write_set
+from runs import ROOT, TINY, assert_same_run, lines
 from servers import Bucket, client_of, publish, seaweed
-from test_run import TINY, assert_same_run, lines
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 200
 
 
