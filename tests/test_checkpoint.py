@@ -104,6 +104,7 @@ LIES = {
     "config a mapping": ({"config": TINY}, "'config'"),
     "config a text": ({"config": "hello"}, "settings"),
     "config tagged": ({"config": "loca: !!python/object/apply:os._exit [66]"}, "settings"),
+    "config a bomb": ({"config": "a: &a [x, x]\nb: &b [*a, *a]\nloca: {hidden: *b}"}, "aliases"),
     "config broken": ({"config": "loca: {"}, "settings"),
     "config of nothing": ({"config": "optim: {}"}, "settings.*loca"),
     "settings a list": ({"config": "loca: [1]"}, "settings"),

@@ -72,6 +72,8 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
     [
         (["--method", "lorca"], "did you mean 'loca'"),
         (["--optim.lrr", "1"], "did you mean 'optim.lr'"),
+        (["--loca.focal_scale", "[0.1, 0.2]"], "did you mean 'loca.views.focal_scale'"),
+        (["--loca.queries", "10"], "loca.views.focal_views"),
         (["--batchsize", "1"], "did you mean 'batch_size'"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pipeline import host
-from trainer import methods, parallel
+from trainer import config, methods, parallel
 from trainer.method import Method
 
 FORMAT = 1
@@ -117,7 +116,7 @@ def restore(payload: Payload) -> Method:
     if name not in methods.names():
         raise ValueError(f"the checkpoint is of method {name!r}, which is none of {', '.join(methods.names())}")
     with _one_sentence(f"the checkpoint's settings of {name} cannot be used"):
-        settings = yaml.safe_load(payload["config"])
+        settings = config.load_yaml(payload["config"])
         if not isinstance(settings, dict) or not isinstance(settings.get(name), dict):
             raise ValueError(f"they hold no mapping {name!r}")
         method: Method = methods.load(name).Method(methods.config(name, settings[name]))

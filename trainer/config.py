@@ -233,7 +233,7 @@ def parse(argv: list[str]) -> Settings:
         if any(name.startswith(f"{key}.") for name in kinds):
             raise UsageError(f"{key} is a section: name one of its settings, as in {key}.NAME")
         if key not in kinds:
-            raise UsageError(f"unknown option {key!r}: {_nearest(key, [*kinds])}")
+            raise UsageError(f"unknown option {key!r}: {methods.MOVED.get(key) or _nearest(key, [*kinds])}")
     try:
         parsed = parser.parse_object(values)
         _check(parsed, kinds)
@@ -307,26 +307,30 @@ def _sources(argv: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's settings by dotted name: {"optim.lr": 0.1, ...}. Raises UsageError.
-
-    Nothing is resolved before it is known to be small and flat: aliases can make gigabytes of a few lines.
-    """
+    """A YAML file's settings by dotted name: {"optim.lr": 0.1, ...}. Raises UsageError."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST:,} characters")
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
-                raise ValueError(f"settings need no aliases and no more than {_DEEPEST} levels")
-        tree = yaml.safe_load(text)
+            tree = load_yaml(file.read(_LARGEST + 1))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
         raise UsageError(f"{path} must map options to values, as config.yaml in a run's folder does")
     return flat(tree)
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises ValueError or YAMLError.
+
+    Nothing is resolved before it is known to be small and flat: aliases can make gigabytes of a few lines.
+    """
+    if len(text) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST:,} characters")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+            raise ValueError(f"settings need no aliases and no more than {_DEEPEST} levels")
+    return yaml.safe_load(text)
 
 
 def flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

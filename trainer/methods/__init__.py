@@ -13,6 +13,8 @@ from typing import Any
 
 import jsonargparse
 
+MOVED = {"loca.queries": "now it is loca.views.focal_views, which does not count the random query"}
+
 
 def names() -> list[str]:
     """The choices of `--method`."""
