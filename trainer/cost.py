@@ -123,8 +123,8 @@ def require_memory(needed: float, small: Path) -> None:
     left = host.memory()
     if left is not None and needed > left:
         raise UsageError(
-            f"this run needs at least {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free: "
-            f"--config {small} is made for a CPU; lower batch_size, or raise speed.accumulate"
+            f"this run needs at least {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free: lower "
+            f"batch_size, raise speed.accumulate, or take the preset for a CPU, --config {small}"
         )
 
 
