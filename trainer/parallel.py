@@ -42,6 +42,11 @@ def connect() -> torch.device:
     return device
 
 
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 

@@ -49,7 +49,6 @@ def main(argv: list[str]) -> int:
 def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
     """Trains; `out` is the run's folder on rank 0, and None on other ranks or where nothing is to be written."""
     import torch
-    import torch.distributed as dist
     from torch.profiler import record_function as span
 
     from pipeline import Loader, ReadError, ShardError, ShardSet, host
@@ -69,10 +68,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
     micro_batches = world_size * cfg.speed.accumulate
     micro_batch = cfg.batch_size // micro_batches
     if cfg.batch_size % micro_batches:
-        raise config.UsageError(
-            f"batch_size {cfg.batch_size} does not divide among {world_size} ranks x {cfg.speed.accumulate} "
-            f"micro-batches: make it a multiple of {micro_batches}"
-        )
+        parts = f"{world_size} ranks x {cfg.speed.accumulate} micro-batches"
+        raise config.UsageError(f"batch_size {cfg.batch_size} is no multiple of {micro_batches}, {parts}")
     precision = cfg.speed.precision if cfg.speed.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     compiled = cfg.speed.compile == "on" or (cfg.speed.compile == "auto" and device.type == "cuda")
 
@@ -118,10 +115,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
     try:
         shards = ShardSet(cfg.shards or demo.shards(), cache=cfg.cache.folder, cache_size=cfg.cache.size)
         if len(shards) < world_size * micro_batch:
-            raise ValueError(
-                f"batch_size {cfg.batch_size} is more than the {len(shards):,} images there are: lower it, or raise "
-                "speed.accumulate"
-            )
+            few = f"batch_size {cfg.batch_size} is more than the {len(shards):,} images there are"
+            raise ValueError(f"{few}: lower it, or raise speed.accumulate")
         settings_of_rank: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size, **vars(cfg.data)}
         loader = Loader(shards, recipe, micro_batch, seed=cfg.seed, **settings_of_rank)
         probe = Probe(cfg.probe, method.mean, method.std, str(device)) if is_main and cfg.probe.train else None
@@ -246,8 +241,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
         log.close()
     if out:
         out.status("failed" if failed else "stopped" if stopped else "done", done)
-    if world_size > 1:
-        dist.destroy_process_group()
+    parallel.disconnect()
     # torchrun takes any other code than 0 for a failure, and would restart the run that was just stopped.
     return 1 if failed else 0 if not stopped or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
 
