@@ -678,7 +678,8 @@ def test_other_orders_come_from_the_cache_too(local: Path, address: str, options
 def test_a_program_ends_at_once_in_an_outage(address: str, proxy: Proxy) -> None:
     """Ctrl-C while threads wait for a server that is silent: nobody waits for them to give up."""
     program = (
-        "import sys; sys.path.insert(0, 'tests'); from mapimages import still_recipe\n"
+        "import signal, sys; sys.path.insert(0, 'tests'); from mapimages import still_recipe\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored\n"
         "from pipeline import Loader, ShardSet\n"
         "loader = Loader(ShardSet(sys.argv[1]), still_recipe(), 8, num_threads=1)\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
