@@ -14,9 +14,6 @@ from PIL import Image
 from .cutting import cut_mask
 from .recipes import Cut
 
-IGNORED = 255
-"""The index of pixels that count for no class."""
-
 
 def decode_mask(data: bytes) -> NDArray[np.uint8]:
     """The class indices u8 (H, W) of a stored label map; a palette counts by its indices, its colours mean nothing.

@@ -52,10 +52,6 @@ class Meter:
         return spread(self.rates)
 
     @property
-    def ms_per_image(self) -> dict[str, float]:
-        return spread([1000 / rate for rate in self.rates], 4)
-
-    @property
     def latency_ms(self) -> dict[str, float]:
         p50, p99, largest = np.percentile(np.array(self.latencies) * 1e3, [50, 99, 100])
         return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(largest, 2)}
