@@ -7,6 +7,7 @@ import pytest
 import torch
 from mapimages import write_set
 from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_two_ranks, start_two_ranks
+from scenes import pair, write_pairs
 
 
 def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
@@ -47,10 +48,12 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) 
     config, labelled = tmp_path / "tiny.yaml", str(write_set(tmp_path / "labelled", 12, 1))
     config.write_text(TINY.replace("steps: 6", "steps: 24").replace("checkpoint_every: 100", "checkpoint_every: 5"))
     argv = ["--config", str(config), "--shards", str(shards), "--out"]
-    on_two_ranks(
-        *argv, str(tmp_path / "whole"), "--probe.train", labelled, "--probe.val", labelled, "--probe.every", "4"
-    )
-    assert [line["step"] for line in lines(tmp_path / "whole") if "knn" in line] == [8, 16, 24]
+    pairs = write_pairs(tmp_path / "pairs", [pair(0), pair(1)])
+    probes = {"train": labelled, "val": labelled, "segment_train": pairs, "segment_val": pairs, "every": "4"}
+    words = [word for name, value in probes.items() for word in (f"--probe.{name}", value)]
+    on_two_ranks(*argv, str(tmp_path / "whole"), *words)
+    for score in ("knn", "segment_miou"):
+        assert [line["step"] for line in lines(tmp_path / "whole") if score in line] == [8, 16, 24]
     process = start_two_ranks(*argv, str(tmp_path / "out"), restarts=1)
     try:
         kill_rank(1, tmp_path / "out", 8)
