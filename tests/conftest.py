@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-golden", action="store_true", help="record the seeded losses anew: results changed")
+    parser.addoption("--write-golden", action="store_true", help="record the seeded losses again: results changed")
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ def test_an_optimizer_s_lies_are_one_sentence(whole: checkpoint.Payload) -> None
 
 
 def test_a_folder_of_unreadable_ones_is_not_an_empty_one(tmp_path: Path) -> None:
-    """A run must not begin anew where it has been, and put its first steps in the place of its last."""
+    """A run must not begin again where it has been, and put its first steps in the place of its last."""
     (tmp_path / "step_000000007.pt").write_text("<html>")
     with pytest.warns(UserWarning, match="step_000000007"), pytest.raises(ValueError, match="holds no readable"):
         checkpoint.latest(tmp_path)

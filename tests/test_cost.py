@@ -13,7 +13,7 @@ from trainer.method import Method
 
 
 class Layers(Method):
-    """Two products of 32 x 32 pixels' colours: sizes and operations can be told by hand."""
+    """Two products of 32 x 32 pixels' colours: sizes and operations can be computed by hand."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -256,7 +256,7 @@ def test_a_shard_overwritten_while_running(tmp_path: Path) -> None:
 
 
 def test_a_bit_flipped_shard_loses_what_it_must(tmp_path: Path) -> None:
-    """One flipped bit in each of many places, the set scanned anew: the loader always gets through."""
+    """One flipped bit in each of many places, the set scanned again: the loader always gets through."""
     folder = write_set(tmp_path / "set", 8, 1, make=smooth_image, form="JPEG")
     content = (folder / "map-0000.tar").read_bytes()
     rng = np.random.default_rng(0)

@@ -24,11 +24,11 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / NAME, ignore=shutil.ignore_patterns("__pycache__")))
 
 
-def load(room: str) -> ModuleType:
+def load(module: str) -> ModuleType:
     """A module of the copy, as a new process would import it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == NAME]:
         del sys.modules[name]
-    return importlib.import_module(f"{NAME}.{room}")
+    return importlib.import_module(f"{NAME}.{module}")
 
 
 def test_a_kernel_is_compiled_once_and_again_when_a_file_that_goes_into_it_changes(copy: Path) -> None:

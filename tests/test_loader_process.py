@@ -53,19 +53,19 @@ def test_prefetching_changes_nothing_but_when(shards: ShardSet, monkeypatch: pyt
 
 
 def test_bytes_are_asked_for_before_they_are_read(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system is told of all of a batch's images before the first of them is read."""
-    told: list[tuple[int, int]] = []
+    """All of a batch's images are requested from the system before the first is read."""
+    requested: list[tuple[int, int]] = []
     asked: list[tuple[int, int]] = []
     advise, pread = os.posix_fadvise, os.pread
 
     def spy(fd: int, offset: int, size: int, how: int) -> None:
         assert how == os.POSIX_FADV_WILLNEED
-        told.append((offset, size))
+        requested.append((offset, size))
         advise(fd, offset, size, how)
 
     def read(fd: int, size: int, offset: int) -> bytes:
         if not len(asked) % 4:
-            assert len(told) == len(asked) + 4
+            assert len(requested) == len(asked) + 4
         asked.append((offset, size))
         return pread(fd, size, offset)
 
@@ -74,7 +74,7 @@ def test_bytes_are_asked_for_before_they_are_read(shards: ShardSet, monkeypatch:
     monkeypatch.setattr(os, "pread", read)
     for start in range(0, 12, 4):
         samples.load(0, np.arange(start, start + 4))
-    assert asked == told
+    assert asked == requested
     assert len(asked) == 12
 
 

@@ -145,15 +145,15 @@ def test_the_short_forms_are_the_settings_recipes() -> None:
 
 @pytest.mark.parametrize("method", ["loca", "vicregl"])
 def test_a_methods_settings_reach_its_views(method: str) -> None:
-    room = methods.load(method)
-    config, scales = room.Config(), {"loca": ("scale", "focal_scale"), "vicregl": ("large_scale", "small_scale")}
+    module = methods.load(method)
+    config, scales = module.Config(), {"loca": ("scale", "focal_scale"), "vicregl": ("large_scale", "small_scale")}
     changes = {**AUGMENTATION, **dict.fromkeys(scales[method], (0.1, 0.2))}
     changes |= {"blur": (0.2, 0.4, 0.6) if method == "loca" else (0.2, 0.4), "size": 448}
     changes |= {"loca": {"focal_views": 4, "focal_size": 112}, "vicregl": {"small": 2, "small_size": 128}}[method]
     changes["fidelity"] = "paper" if config.views.fidelity == "released" else "released"
     for name, value in changes.items():
         changed = replace(config, views=replace(config.views, **{name: value}))
-        assert describe(room.views(changed)) != describe(room.views(config)), name
+        assert describe(module.views(changed)) != describe(module.views(config)), name
 
 
 @pytest.mark.parametrize("rule", ["released", "overlap"])

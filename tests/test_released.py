@@ -238,8 +238,8 @@ def test_a_head_that_is_not_there_is_initialised(tmp_path: Path, how: str, capsy
             part |= {key: value * np.float32(1e-30) for key, value in part.items()}
     options = ("--method", "loca", *(("--backbone-only",) if how == "left out" else ()))
     method = converted(tmp_path, packed({"params": student, "ema_params": teacher}), *options)
-    anew = {"missing": "clusters, norm", "decayed": "clusters", "left out": "clusters, cross, norm, head"}[how]
-    assert f"initialised at random: {anew}\n" in capsys.readouterr().out
+    initialised = {"missing": "clusters, norm", "decayed": "clusters", "left out": "clusters, cross, norm, head"}[how]
+    assert f"initialised at random: {initialised}\n" in capsys.readouterr().out
     weight = method.student.clusters.prototypes.weight
     assert torch.equal(weight, method.teacher.clusters.prototypes.weight)
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))  # as a run would draw them

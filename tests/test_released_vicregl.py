@@ -180,8 +180,8 @@ def test_vicregl_backbone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(vicregl, "Config", Small)
     backbone = resnet_file()
     torch.save(backbone, tmp_path / "released")
-    payload, told = released.convert(tmp_path / "released", "vicregl", False)
-    assert told == "resnet50: encoder; initialised at random: expander, projector"
+    payload, message = released.convert(tmp_path / "released", "vicregl", False)
+    assert message == "resnet50: encoder; initialised at random: expander, projector"
     assert torch.equal(payload["model"]["encoder.layer4.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
     dense = frozen.load(f"released:{tmp_path / 'released'}").backbone  # at output stride 8
     assert stride(dense) == 8 and torch.equal(dense.layer4[2].conv3.weight, backbone["layer4.2.conv3.weight"])

@@ -138,7 +138,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--out", str(tmp_path / "out"), "--dry-run") == 0
-    assert "8 images: " in (told := capsys.readouterr().out) and "GB peak" in told
+    assert "8 images: " in (printed := capsys.readouterr().out) and "GB peak" in printed
     assert not (tmp_path / "out").exists()
 
 

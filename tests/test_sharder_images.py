@@ -118,7 +118,7 @@ def test_what_is_no_plain_jpeg_is_repaired(what):
         hard_edges = what in ("palette PNG", "GIF")  # 256 colours: chroma at half the size smears them
         near(np.asarray(image.convert("RGB" if wanted.ndim == 3 else "L")).astype(int), wanted, 8 if hard_edges else 4)
     assert (found.height, found.width) == wanted.shape[:2]
-    assert examine(found.content, RULES).repairs == (), "what was repaired is sound"
+    assert examine(found.content, RULES).repairs == (), "what was repaired is valid"
 
 
 @pytest.mark.parametrize("turn", range(2, 9))

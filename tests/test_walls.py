@@ -27,14 +27,14 @@ def reaches(path: Path, *names: str) -> set[str]:
     return {i for i in imports(path) for name in names if i == name or i.startswith(f"{name}.")}
 
 
-@pytest.mark.parametrize("room", ["correspondence", "draws", "order", "cutting", "windows"])
-def test_kernels_know_neither_torch_nor_dali(room: str) -> None:
-    assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
+@pytest.mark.parametrize("module", ["correspondence", "draws", "order", "cutting", "windows"])
+def test_kernels_know_neither_torch_nor_dali(module: str) -> None:
+    assert not reaches(ROOT / "pipeline" / f"{module}.py", "torch", "nvidia", "trainer")
 
 
-@pytest.mark.parametrize("room", ["recipes", "shards", "specs", "tables"])
-def test_descriptions_know_neither_torch_nor_dali(room: str) -> None:
-    assert not reaches(ROOT / "pipeline" / f"{room}.py", "torch", "nvidia", "trainer")
+@pytest.mark.parametrize("module", ["recipes", "shards", "specs", "tables"])
+def test_descriptions_know_neither_torch_nor_dali(module: str) -> None:
+    assert not reaches(ROOT / "pipeline" / f"{module}.py", "torch", "nvidia", "trainer")
 
 
 def test_what_is_compiled_in_is_among_the_files_that_kernels_are_kept_by() -> None:
@@ -42,8 +42,8 @@ def test_what_is_compiled_in_is_among_the_files_that_kernels_are_kept_by() -> No
 
     for path in (ROOT / "pipeline").glob("*.py"):
         if path.stem in COMPILED:
-            rooms = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
-            assert rooms <= {*COMPILED, "host", "recipes"}, path  # folders and types: nothing that is compiled in
+            modules = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+            assert modules <= {*COMPILED, "host", "recipes"}, path  # folders and types: nothing that is compiled in
         elif path.stem != "graph":  # nobody's kernels use what it compiles
             assert "pipeline.kernel" not in imports(path), path
 
@@ -53,8 +53,8 @@ def test_the_host_needs_the_standard_library_only() -> None:
 
 
 def test_one_file_says_dali() -> None:
-    rooms = [p for folder in ("pipeline", "trainer") for p in (ROOT / folder).rglob("*.py")]
-    assert {p.name for p in rooms if reaches(p, "nvidia")} == {"graph.py"}
+    modules = [p for folder in ("pipeline", "trainer") for p in (ROOT / folder).rglob("*.py")]
+    assert {p.name for p in modules if reaches(p, "nvidia")} == {"graph.py"}
 
 
 def test_the_pipeline_does_not_know_the_trainer() -> None:
@@ -64,9 +64,9 @@ def test_the_pipeline_does_not_know_the_trainer() -> None:
 
 def test_the_trainer_sees_only_the_face_of_the_pipeline() -> None:
     face = {"pipeline.host", "pipeline.recipes"}
-    rooms = {f"pipeline.{p.stem}" for p in (ROOT / "pipeline").glob("*.py")} - face
+    modules = {f"pipeline.{p.stem}" for p in (ROOT / "pipeline").glob("*.py")} - face
     for path in (ROOT / "trainer").rglob("*.py"):
-        assert not reaches(path, *rooms, "numba", "nvidia"), path
+        assert not reaches(path, *modules, "numba", "nvidia"), path
 
 
 def test_a_method_knows_no_other_method_and_not_the_program() -> None:

@@ -15,7 +15,7 @@ STATES = {"adamw": 2, "lars": 1}  # numbers that an optimizer keeps for each tra
 
 
 def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
-    """The optimizer over the method's own parameter groups. Its learning rate is set anew before each step."""
+    """The optimizer over the method's own parameter groups. Its learning rate is set before each step."""
     groups = method.parameter_groups(cfg.weight_decay)
     if cfg.name == "lars":
         from trainer.lars import LARS

@@ -10,7 +10,7 @@ target   an OUT folder: paths, locks, what is made and what is missing, the meta
 bucket   the same at an address in a bucket
 pool     many shards over processes, with progress
 check    is a finished folder what its manifest says?
-command  options, the trip through a target, exit codes
+command  options, the steps over a target, exit codes
 """
 
 

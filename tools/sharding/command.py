@@ -1,4 +1,4 @@
-"""What the sharders' command lines share: options, the trip through a target, sentences and exit codes."""
+"""What the sharders' command lines share: options, the steps over a target, sentences and exit codes."""
 
 import argparse
 import os
