@@ -55,6 +55,29 @@ def test_the_folder_of_a_run_names_its_settings(tmp_path: Path) -> None:
     assert config.parse(["--out", str(tmp_path), "--method", "loca"]).run.seed == 0
 
 
+def test_a_preset_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of that name comes first."""
+    assert config.parse(["--shards", "x", "--config", "loca_s16_1k_600ep"]).run.epochs == 600
+    monkeypatch.chdir(tmp_path)
+    Path("loca_s16_1k_600ep").write_text("epochs: 3\n")
+    assert config.parse(["--shards", "x", "--config", "loca_s16_1k_600ep"]).run.epochs == 3
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        config.parse(["--config", "vicregl_resnet50_100ep", "--optim.lr", "0.125", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "default: resnet50)" in told and "default: lars)" in told and "default: 0.125)" in told
+
+
+def test_values_may_be_what_they_mean() -> None:
+    """As `trainer.train` gives them; as text they mean the same."""
+    typed = {"shards": "x", "batch_size": 8, "optim.clip": None, "optim.betas": (0.8, 0.9), "loca.views.flip": 0.25}
+    words = "--shards x --batch-size 8 --optim.clip null --optim.betas [0.8,0.9] --loca.views.flip 0.25".split()
+    assert config.resolve(typed).text == config.parse(words).text
+
+
 def test_both_spellings_of_an_option() -> None:
     assert config.parse(["--shards", "x", "--stop-after", "5"]).run.stop_after == 5
 
@@ -77,6 +100,8 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--batchsize", "1"], "did you mean 'batch_size'"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "loca_600ep"], "no such preset; presets are loca, loca_b16_1k_600ep, "),
+        (["--shards", "a-0.tar", "a-1.tar"], "'a-1.tar' is no option.*a pattern: put it in quotes"),
         (["--batch_size", "0"], "positive"),
         (["--log.keep_last", "0"], r"log\.keep_last"),
         (["--optim.lr_batch", "0"], r"optim\.lr_batch"),
@@ -188,7 +213,7 @@ def test_what_is_not_there_is_found_before_torch_is_imported(tmp_path: Path, opt
     file.write_text(f"{option}: /nowhere/at/all\n")
     for argv in ([f"--{option}", "/nowhere/at/all"], ["--config", str(file)]):
         with pytest.raises(config.UsageError, match="/nowhere/at/all"):
-            config.check_paths(argv)
-    config.check_paths([f"--{option}", f"{tmp_path}/x-{{00..07}}.tar", "--config", str(file)])
-    code = "import sys; from trainer import config; config.check_paths([]); sys.exit('torch' in sys.modules)"
+            config.check_paths(config.options(argv))
+    config.check_paths({option: f"{tmp_path}/x-{{00..07}}.tar", "config": str(file)})
+    code = "import sys; from trainer import config; config.check_paths({}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -267,7 +267,7 @@ def test_a_run_that_does_not_fit_the_memory_names_one_that_does(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "memory", lambda: 2 * 10**7)
-    with pytest.raises(UsageError, match=r"at least 0\.\d GB of memory, and 0\.0 GB are free: .*loca_demo\.yaml"):
+    with pytest.raises(UsageError, match=r"at least 0\.\d GB of memory, and 0\.0 GB are free: .*--config loca_demo$"):
         run("--out", str(tmp_path / "out"))
 
 

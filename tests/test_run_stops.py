@@ -16,7 +16,7 @@ from runs import TINY, VICREGL, assert_same_run, command, final, lines
 
 from pipeline import Batch, Loader, ShardError, ShardSet, host, samples
 from trainer import checkpoint, interrupt
-from trainer.config import UsageError
+from trainer.config import RunError, UsageError
 
 
 def status(out: Path) -> dict:
@@ -49,11 +49,13 @@ def test_time_limit_and_full_disk(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # a file of a megabyte is too large for this disk
     try:
-        with pytest.warns(UserWarning, match="no checkpoint at step 4.*too large; the ones before it are kept"):
-            assert run("--out", str(tmp_path / "out"), "--log.checkpoint_every", "2") == 1
+        with (
+            pytest.warns(UserWarning, match="no checkpoint at step 4.*too large; the ones before it are kept"),
+            pytest.raises(RunError, match="the last steps are not kept"),
+        ):
+            run("--out", str(tmp_path / "out"), "--log.checkpoint_every", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the last steps are not kept" in capsys.readouterr().err
     assert status(tmp_path / "out") == {"state": "failed", "step": 6, "of": 6}
     assert final(tmp_path / "out")["step"] == 1
     assert [line["loss"] for line in lines(tmp_path / "out")] == [line["loss"] for line in lines(whole)]
@@ -151,8 +153,8 @@ def test_too_many_bad_samples_fail_a_run_with_a_checkpoint(
         raise ShardError("33 of 20 samples are bad")
 
     monkeypatch.setattr(Loader, "forever", forever)
-    assert run("--out", str(tmp_path)) == 1
-    assert capsys.readouterr().err.strip() == "run.py: 33 of 20 samples are bad"
+    with pytest.raises(RunError, match=r"^33 of 20 samples are bad$"):
+        run("--out", str(tmp_path))
     assert status(tmp_path) == {"state": "failed", "step": 2, "of": 6} and final(tmp_path)["step"] == 2
 
 

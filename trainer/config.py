@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -198,27 +198,46 @@ class Settings:
 
 
 def parse(argv: list[str]) -> Settings:
-    """The settings that `argv` asks for: defaults < preset < `--config` < the other options, in whatever order.
+    """`resolve` of the options in `argv`. `--help` and `--print-config` print and exit. Raises UsageError."""
+    given = options(argv)
+    helps, prints = (given.pop(key, None) for key in ("help", "print_config"))
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow
+    parser, parsed, settings = _resolve(given)
+    if helps:
+        parser.set_defaults(parsed)
+        parser.print_help()
+        raise SystemExit(0)
+    if prints:
+        print(settings.text, end="")
+        raise SystemExit(0)
+    return settings
+
+
+def resolve(given: Mapping[str, Any]) -> Settings:
+    """The settings that options by dotted name ask for: defaults < preset < the file `config` < the other options.
 
     The preset is the method's published run, or, without shards and without a file, a small one for the bundled
-    photographs. `--out` of an earlier run, without `--config`, `--method` and `--shards`, stands for
-    ``--config OUT/config.yaml``. `--help` and `--print-config` print and exit. Raises UsageError.
+    photographs. `out` of an earlier run, without `config`, `method` and `shards`, stands for its config.yaml. A value
+    is text, as on a command line, or what the setting holds. Raises UsageError.
     """
-    options, file = _sources(argv)
-    name, shards = ({**file, **options}.get(key) for key in ("method", "shards"))
+    return _resolve(given)[2]
+
+
+def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any], Settings]:
+    """A parser with all options, the values that are not its defaults by dotted name, and the settings."""
+    file = _file(given)
+    name, shards = ({**file, **given}.get(key) for key in ("method", "shards"))
     name = Run.method if name is None else name
     if name not in methods.names():
         raise UsageError(f"unknown method {name!r}: {_nearest(str(name), methods.names())}")
     preset = PRESETS / (f"{name}.yaml" if file or shards else f"{name}_demo.yaml")
 
-    helps, prints, _ = (options.pop(key, None) for key in ("help", "print_config", "config"))
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow
     parser = jsonargparse.ArgumentParser(
         prog="run.py",
         description=f"Pretrains a backbone with {name}. Other methods: --method {' | '.join(methods.names())}",
         exit_on_error=False,
     )
-    parser.add_argument("--config", help="YAML file; its keys are these options")
+    parser.add_argument("--config", help="a preset's name, or a YAML file; its keys are these options")
     parser.add_argument("--print_config", nargs="?", help="print all settings as YAML, and exit")
     method_class = methods.load(name).Config
     parser.add_class_arguments(Run)
@@ -228,7 +247,8 @@ def parse(argv: list[str]) -> Settings:
         if any(key.startswith(f"{action.dest}.") for key in kinds):
             action.help = argparse.SUPPRESS
 
-    values = {**(read_yaml(preset) if preset.exists() else {}), **file, **options}
+    own = {key: value for key, value in given.items() if key != "config"}
+    values = {**(read_yaml(preset) if preset.exists() else {}), **file, **own}
     for key in values:
         if any(name.startswith(f"{key}.") for name in kinds):
             raise UsageError(f"{key} is a section: name one of its settings, as in {key}.NAME")
@@ -240,16 +260,10 @@ def parse(argv: list[str]) -> Settings:
         objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).replace("Parser key ", "").split())) from None
-    if helps:
-        parser.set_defaults({key: parsed[key] for key in values})
-        parser.print_help()
-        raise SystemExit(0)
     del parsed["config"], parsed["print_config"]
     text = parser.dump(parsed, skip_unset=False)
-    if prints:
-        print(text, end="")
-        raise SystemExit(0)
-    return Settings(Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)}), objects[name], text)
+    run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
+    return parser, {key: parsed[key] for key in values}, Settings(run, objects[name], text)
 
 
 def _check(parsed: Any, kinds: dict[str, Any]) -> None:
@@ -271,39 +285,56 @@ def _check(parsed: Any, kinds: dict[str, Any]) -> None:
             raise UsageError("probe needs all weights on one rank, unlike fsdp: use trainer.evaluate, trainer.segment")
 
 
-def check_paths(argv: list[str]) -> None:
+def check_paths(given: Mapping[str, Any]) -> None:
     """Raises UsageError for shards or weights that are not there: a look that need not wait until torch is imported.
 
     What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
     """
-    options, file = _sources(argv)
+    values = {**_file(given), **given}
     for key in ("shards", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val"):
-        path = {**file, **options}.get(key)
+        path = values.get(key)
         if isinstance(path, str) and not set(path) & set("{,:") and not Path(path).exists():
             raise UsageError(f"--{key} {path}: there is no such file or folder")
 
 
-def _sources(argv: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The options by name, and the settings of the file that they mean, by dotted name.
+def options(argv: list[str]) -> dict[str, Any]:
+    """The options in `argv` by dotted name. Raises UsageError.
 
     An option is `--key value`, `--key=value`, or `--key` alone, which is true; a name's dashes are underscores.
     """
-    options: dict[str, str] = {}
+    found: dict[str, Any] = {}
     words = ["--help" if word == "-h" else word for word in reversed(argv)]
     while words:
         key, equals, value = words.pop().partition("=")
         if not key.startswith("--"):
-            raise UsageError(f"{key!r} is no option: their names begin with --")
+            quote = "; the shell has expanded a pattern: put it in quotes" if key.endswith(".tar") else ""
+            raise UsageError(f"{key!r} is no option: their names begin with --{quote}")
         if not equals:
             value = "true" if not words or words[-1].startswith("--") else words.pop()
         if not value:
             raise UsageError(f"{key} is empty: give it a value, or leave it out")
-        options[key[2:].replace("-", "_")] = value
-    earlier = Path(options.get("out", "")) / "config.yaml"
-    if "config" in options:
-        return options, read_yaml(Path(options["config"]))
-    resumes = "out" in options and not options.keys() & {"method", "shards"} and earlier.is_file()
-    return options, read_yaml(earlier) if resumes else {}
+        found[key[2:].replace("-", "_")] = value
+    return found
+
+
+def _file(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the file that options mean, by dotted name; none where they mean none."""
+    if "config" in given:
+        return read_yaml(_named(str(given["config"])))
+    earlier = Path(given.get("out", "")) / "config.yaml"
+    resumes = "out" in given and not given.keys() & {"method", "shards"} and earlier.is_file()
+    return read_yaml(earlier) if resumes else {}
+
+
+def _named(config: str) -> Path:
+    """The file that is meant by a path or by a preset's name."""
+    path, preset = Path(config), PRESETS / f"{config}.yaml"
+    if path.is_file() or "/" in config or path.suffix in (".yaml", ".yml"):
+        return path
+    if not preset.is_file():
+        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise UsageError(f"--config {config}: there is no such file, and no such preset; presets are {presets}")
+    return preset
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,8 +117,8 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def require_memory(needed: float, small: Path) -> None:
-    """Raises UsageError where this machine has fewer bytes than `needed`, and names the preset that needs few."""
+def require_memory(needed: float, small: str) -> None:
+    """Raises UsageError where this machine has fewer bytes than `needed`, and names the preset `small` that needs few."""
     left = host.memory()
     if left is not None and needed > left:
         raise UsageError(

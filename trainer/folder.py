@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -16,6 +17,21 @@ FIXED = ("method", "seed", "optim.name", "METHOD.backbone", "METHOD.views.")
 FREE = ("out", "stop_after")  # settings that each start may name again
 
 State = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended that did not fail."""
+
+    out: Path
+    """its folder"""
+    state: State
+    """"done", or "stopped" by a signal, a time limit or an outage of the storage, with a checkpoint: train again"""
+    step: int
+    of: int
+    """steps it has made, and is to make"""
+    record: dict[str, Any]
+    """its last line of log.jsonl; empty where there was nothing left to do"""
 
 
 class RunFolder:

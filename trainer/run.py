@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
     from pipeline import Batch
 
-if __name__ == "__main__":  # until there is something to save, Ctrl-C ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; not trainer/, whose names are not top-level ones
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends it without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; names in trainer/ are not top-level ones
 
-from trainer import config, folder  # noqa: E402 - after the line above
+from trainer import config, folder
+from trainer.folder import Result
 
 STOPPED = 75  # EX_TEMPFAIL: run it again to go on
 
@@ -39,14 +40,20 @@ def main(argv: list[str]) -> int:
     # Threads that wait for each other by spinning stop a shared CPU: measured on two cores with a busy neighbour, 6
     # images/s against 61 asleep; alone, 117 against 105. To be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    config.check_paths(argv)
-    settings = config.parse(argv)
+    config.check_paths(config.options(argv))
+    result = start(config.parse(argv))
+    # torchrun takes any other code than 0 for a failure, and would restart the run that was just stopped.
+    return STOPPED if result.state == "stopped" and "TORCHELASTIC_RUN_ID" not in os.environ else 0
+
+
+def start(settings: config.Settings) -> Result:
+    """Makes or resumes the run that the settings describe. Raises UsageError and RunError."""
     writes = os.environ.get("RANK", "0") == "0" and not settings.run.dry_run
     with folder.held(settings.out) if writes else nullcontext() as out:
         return train(settings, out)
 
 
-def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
+def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     """Trains; `out` is the run's folder on rank 0, and None on other ranks or where nothing is to be written."""
     import torch
     from torch.profiler import record_function as span
@@ -86,7 +93,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
             checkpointing=cfg.speed.activation_checkpointing,
         )
         if device.type == "cpu":
-            cost.require_memory(estimate.memory * local_world_size, config.PRESETS / f"{cfg.method}_demo.yaml")
+            cost.require_memory(estimate.memory * local_world_size, f"{cfg.method}_demo")
         torch.manual_seed(cfg.seed)
         method: Method = module.Method(settings.method).to(device)
     except ValueError as error:
@@ -109,7 +116,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
     )
     if cfg.dry_run:
         cost.dry_run(training_step, recipe, micro_batch, device, estimate.flops_per_image)
-        return 0
+        return Result(settings.out, "done", 0, 0, {})
 
     # ---------------------------------------------------------------- data
     try:
@@ -174,6 +181,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
     progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
     batches = loader.forever()
     epoch, lr, stopped, kept, outage = 0, 0.0, False, True, None
+    record: dict[str, Any] = {}
     for done in itertools.count(start):  # steps so far
         position = loader.state_dict()
         if done < total:
@@ -220,30 +228,32 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> int:
         progress.fill_(done / total)
         # Drop-path and masks are a function of the step.
         torch.manual_seed(((cfg.seed * 1_000_003 + done) * 65_537 + rank) % 2**63)
-        result = training_step(iter(taken), progress)
-        meter.add(result.metrics)
-        guard.add(result.finite, result.index)
+        made = training_step(iter(taken), progress)
+        meter.add(made.metrics)
+        guard.add(made.finite, made.index)
         epoch = position["epoch"]
         clock.steps += 1
         if profile:
             profile.step()
 
     # ---------------------------------------------------------------- teardown
-    if outage:
-        print(f"run.py: {outage}", file=sys.stderr)
+    failure = str(outage) if isinstance(outage, ShardError) else None
     if not kept:
-        print(f"run.py: the last steps are not kept: make room for {settings.out}, and run it again", file=sys.stderr)
-    failed = not kept or isinstance(outage, ShardError)
+        failure = f"the last steps are not kept: make room for {settings.out}, and run it again"
+    if outage and failure != str(outage):
+        print(f"run.py: {outage}", file=sys.stderr)
     if out and not stopped and kept:
         draw(out.path, batches, device)
     loader.close()
     if log:
         log.close()
+    result = Result(settings.out, "stopped" if stopped else "done", done, total, record)
     if out:
-        out.status("failed" if failed else "stopped" if stopped else "done", done)
+        out.status("failed" if failure else result.state, done)
     parallel.disconnect()
-    # torchrun takes any other code than 0 for a failure, and would restart the run that was just stopped.
-    return 1 if failed else 0 if not stopped or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    if failure:
+        raise config.RunError(failure)
+    return result
 
 
 def draw(out: Path, batches: "Iterator[Batch]", device: "torch.device") -> None:
