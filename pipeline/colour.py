@@ -21,6 +21,9 @@ from .parameters import (
     HUE,
     LUMA,
     ORDER,
+    PAD_COLUMNS,
+    PAD_ROWS,
+    PADDING,
     PERMUTATIONS,
     RADII,
     SATURATION,
@@ -33,11 +36,17 @@ if TYPE_CHECKING:
 
 
 def apply(
-    pixels: Tensor, params: Tensor, augmentations: "Sequence[Augmentation]", *, compiled: bool | None = None
+    pixels: Tensor,
+    params: Tensor,
+    augmentations: "Sequence[Augmentation]",
+    *,
+    padded: bool = False,
+    compiled: bool | None = None,
 ) -> Tensor:
     """The views u8 (B, V, S, S, 3) after jitter, gray, blur and solarize, as params f32 (B, V, PARAMS) say.
 
-    `augmentations` are the cut's, of one rule: what none of them can draw is left out.
+    `augmentations` are the cut's, of one rule: what none of them can draw is left out. `padded` views may show what
+    lies outside the image, and keep it as it is.
     `compiled` (None: on a GPU) fuses the steps into a few kernels at the first call for each shape. Each step alone
     reads and writes the whole batch.
     """
@@ -49,7 +58,7 @@ def apply(
     if not (jitter or gray or radius or solarize):
         return pixels
     augment = _compiled() if (pixels.is_cuda if compiled is None else compiled) else _augment
-    return augment(pixels, params, _permutations(pixels.device), jitter, gray, radius, solarize)
+    return augment(pixels, params, _permutations(pixels.device), jitter, gray, radius, solarize, padded)
 
 
 @cache
@@ -72,6 +81,7 @@ def _augment(
     gray: bool,
     radius: int,
     solarize: bool,
+    padded: bool,
 ) -> Tensor:
     p = params[..., None, None]  # (B, V, PARAMS, 1, 1): a column is one number per view
     x = pixels.movedim(-1, 2).float()  # (B, V, 3, S, S)
@@ -85,6 +95,10 @@ def _augment(
         x = _blur(x, params[..., SIGMA], radius)
     if solarize:
         x = torch.where(p[:, :, SOLARIZE, None] > 0, torch.minimum(x, 255 - x), x)
+    if padded:
+        place = torch.arange(x.shape[-1], 0, -1, device=x.device)  # counted from the bottom and from the right
+        outside = (place[:, None] <= p[:, :, PAD_ROWS, None]) | (place <= p[:, :, PAD_COLUMNS, None])
+        x = torch.where(outside, x.new_tensor(PADDING)[:, None, None], x)
     return x.to(torch.uint8).movedim(2, -1).contiguous()
 
 
@@ -116,7 +130,7 @@ def _jitter(x: Tensor, params: Tensor, permutations: Tensor, rule: str) -> Tenso
             base = (1 - contrast) * gray.mean((-2, -1), keepdim=True) + (1 - saturation) * gray
             x = (x * factor + base).clamp(0, 255)
         else:
-            mean = x.mean((-2, -1), keepdim=True)
+            mean = x.mean((-2, -1), keepdim=True) if rule == "tensorflow" else 0.0  # mmseg: away from black
             x = (x * contrast + (1 - contrast) * mean + 255 * only(BRIGHTNESS, 0.0)).clamp(0, 255)
             value = x.amax(2, keepdim=True)
             chroma = value - x.amin(2, keepdim=True)

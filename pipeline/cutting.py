@@ -26,7 +26,11 @@ from .parameters import (
     GRAY,
     HUE,
     LUMA,
+    MMSEG,
     ORDER,
+    PAD_COLUMNS,
+    PAD_ROWS,
+    PADDING,
     PERMUTATIONS,
     RADII,
     RULE,
@@ -34,6 +38,8 @@ from .parameters import (
     SIGMA,
     SOLARIZE,
     TENSORFLOW,
+    TORCHVISION,
+    VOID,
 )
 from .simd import transpose, weigh
 
@@ -113,23 +119,27 @@ def _within(low, high, length):
 
 
 @kernel
-def _columns(columns, image, bounds, flipped, size, filtering):
-    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), reversed if flipped."""
+def _columns(columns, image, bounds, flipped, shape, filtering):
+    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), reversed if flipped.
+
+    To `shape`, rows and columns; the last ones are repeated where that is less.
+    """
     y0, y1, x0, x1 = bounds
     padded = columns.shape[1] // 3
     row = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * x0 : 3 * x1]
     turned = np.empty((3 * (x1 - x0), padded), dtype=np.uint8)
     strip = np.empty((16, 3 * (x1 - x0)), dtype=np.uint8)
-    first, taps, weights = resize_weights(y1 - y0, size, filtering)
+    first, taps, weights = resize_weights(y1 - y0, shape[0], filtering)
     for y in range(padded):
-        i = min(y, size - 1)
+        i = min(y, shape[0] - 1)
         weigh(strip[y % 16], row[y0 + first[i] :], weights[i], taps[i])
         if y % 16 == 15:
             transpose(turned[:, y - 15 : y + 1], strip)
     turned = turned.reshape(x1 - x0, 3 * padded)
-    first, taps, weights = resize_weights(x1 - x0, size, filtering)
-    for x in range(size):
-        i = size - 1 - x if flipped else x
+    first, taps, weights = resize_weights(x1 - x0, shape[1], filtering)
+    for x in range(len(columns)):
+        i = min(x, shape[1] - 1)
+        i = shape[1] - 1 - i if flipped else i
         weigh(columns[x], turned[first[i] :], weights[i], taps[i])
 
 
@@ -198,10 +208,12 @@ def _offsets(p, operation, factor, means):
     """What `_affine` adds: means f32 (3,) are those of the channels before the contrast."""
     offsets = np.zeros(3, dtype=np.float32)
     for c in range(3):
+        if operation == CONTRAST and p[RULE] == MMSEG:
+            continue  # away from black
         if operation == CONTRAST:
             mean = means[c] if p[RULE] == TENSORFLOW else _luma(means[0], means[1], means[2])
             offsets[c] = (np.float32(1) - factor) * mean
-        elif p[RULE] == TENSORFLOW:
+        elif p[RULE] != TORCHVISION:
             offsets[c] = np.float32(255) * factor
     return offsets
 
@@ -210,7 +222,7 @@ def _offsets(p, operation, factor, means):
 def _jitter(channels, p, start, stop, means):
     """Operations start..stop-1 of the drawn order on channels f32 (3, n) in levels."""
     r, g, b = channels[0], channels[1], channels[2]
-    shifted = p[RULE] == TENSORFLOW
+    shifted = p[RULE] != TORCHVISION
     for step in range(start, stop):
         operation = PERMUTATIONS[np.int64(p[ORDER]), step]
         factor = p[operation]
@@ -290,7 +302,8 @@ def cut_view(out, image, window, p):
     radius = taps // 2
     framed = np.empty((size + 2 * radius, 3 * padded), dtype=np.uint8)
     columns = framed[radius : radius + size]
-    _columns(columns, image, _bounds(window, height, width), window[3] < window[1], size, np.int64(p[FILTER]))
+    shape = size - np.int64(p[PAD_ROWS]), size - np.int64(p[PAD_COLUMNS])
+    _columns(columns, image, _bounds(window, height, width), window[3] < window[1], shape, np.int64(p[FILTER]))
     if p[ORDER] >= 0 or p[GRAY] > 0:
         _jitter_and_gray(columns, size, p)
     if radius:
@@ -309,6 +322,11 @@ def cut_view(out, image, window, p):
         for y in range(size):
             for i in range(3 * size):
                 rows[y, i] = min(rows[y, i], np.uint8(255) - rows[y, i])
+    if shape[0] < size or shape[1] < size:
+        for y in range(size):
+            for x in range(shape[1] if y < shape[0] else 0, size):
+                for c in range(3):
+                    out[y, x, c] = PADDING[c]
 
 
 @kernel
@@ -322,12 +340,18 @@ def cut_image(outputs, image, windows, params):
 
 
 @kernel
-def cut_mask(out, mask, window):
-    """One view u8 (S, S) of class indices `mask` u8 (H, W), as window f32 (4,) says: each place's nearest pixel."""
+def cut_mask(out, mask, window, p):
+    """One view u8 (S, S) of class indices `mask` u8 (H, W), as window f32 (4,) and parameters f32 (PARAMS,) say.
+
+    Each place's nearest pixel, VOID outside the image.
+    """
     size = out.shape[0]
+    rows, columns = size - np.int64(p[PAD_ROWS]), size - np.int64(p[PAD_COLUMNS])
     y0, y1, x0, x1 = _bounds(window, mask.shape[0], mask.shape[1])
-    for y in range(size):
-        row = mask[y0 + (2 * y + 1) * (y1 - y0) // (2 * size)]
-        for x in range(size):
-            i = size - 1 - x if window[3] < window[1] else x
-            out[y, x] = row[x0 + (2 * i + 1) * (x1 - x0) // (2 * size)]
+    out[rows:] = VOID
+    out[:, columns:] = VOID
+    for y in range(rows):
+        row = mask[y0 + (2 * y + 1) * (y1 - y0) // (2 * rows)]
+        for x in range(columns):
+            i = columns - 1 - x if window[3] < window[1] else x
+            out[y, x] = row[x0 + (2 * i + 1) * (x1 - x0) // (2 * columns)]

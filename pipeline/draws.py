@@ -19,14 +19,20 @@ from .parameters import (
     BRIGHTNESS,
     CENTRE,
     CONTRAST,
+    CONTRAST_FIRST,
+    CONTRAST_LAST,
     FILTER,
     GRAY,
     HUE,
+    MMSEG,
     ORDER,
+    PAD_COLUMNS,
+    PAD_ROWS,
     PARAMS,
     PERMUTATIONS,
     RULE,
     SATURATION,
+    SCALED,
     SIGMA,
     SOLARIZE,
     TENSORFLOW,
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 
 _RANGES = ("scale", "ratio", "brightness", "contrast", "saturation", "hue", "sigma")
 _CHANCES = ("flip", "jitter", "gray", "blur", "solarize")
-_CHOICES = ("sampler", "attempts", "filter", "rule")
+_CHOICES = ("sampler", "attempts", "filter", "rule", "size", "short_side")
 DISTRIBUTION = np.dtype(
     [(f"{name}_{end}", "<f8") for name in _RANGES for end in ("min", "max")]
     + [(name, "<f8") for name in _CHANCES]
@@ -51,8 +57,8 @@ _FILTERS = {
     ("bilinear", True): BILINEAR_ANTIALIAS,
     ("bicubic", True): BICUBIC_ANTIALIAS,
 }
-_RULES = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "centre": CENTRE}
-_ATTEMPTS = {TORCHVISION: 10, TENSORFLOW: 100, CENTRE: 0}
+_RULES = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "centre": CENTRE, "scaled": SCALED, "mmseg": MMSEG}
+_ATTEMPTS = {TORCHVISION: 10, TENSORFLOW: 100, CENTRE: 0, SCALED: 0}
 _COLOUR_BLOCK = 1 << 15  # crops count blocks from 0, colours from here
 
 
@@ -66,24 +72,32 @@ def distributions(recipe: "Recipe") -> NDArray[np.void]:
             def factor(strength: float) -> tuple[float, float]:
                 return max(0.0, 1 - strength), 1 + strength
 
-            shifts = a.rule == "tensorflow"
+            shifts = a.rule != "torchvision"
             brightness = (-a.brightness, a.brightness) if shifts else factor(a.brightness)
             jitter = (brightness, factor(a.contrast), factor(a.saturation), (-a.hue, a.hue))
             ranges = (cut.scale, cut.ratio, *jitter, a.sigma)
             chances = (cut.flip, a.jitter, a.gray, a.blur, a.solarize)
             sampler = _RULES[cut.sampler]
-            choices = (sampler, _ATTEMPTS[sampler], _FILTERS[cut.interpolation, cut.antialias], _RULES[a.rule])
+            filtering = _FILTERS[cut.interpolation, cut.antialias]
+            choices = (sampler, _ATTEMPTS[sampler], filtering, _RULES[a.rule], cut.size, cut.short_side)
             rows.append((*(number for pair in ranges for number in pair), *chances, *choices))
     return np.array(rows, dtype=DISTRIBUTION)
 
 
 def draw(
-    distributions: NDArray[np.void], seed: int, epoch: int, index: NDArray[np.int64], sizes: NDArray[np.int32]
+    distributions: NDArray[np.void],
+    seed: int,
+    epoch: int,
+    index: NDArray[np.int64],
+    sizes: NDArray[np.int32],
+    attempt: int = 0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Windows f32 (B, T, 4) and parameters f32 (B, T, PARAMS) of all views of the samples `index` i64 (B,).
 
-    `sizes` i32 (B, 2) holds the height and width of each stored image. Windows have whole numbers and are never empty.
-    Raises ValueError when a size is not positive or the shapes disagree.
+    `sizes` i32 (B, 2) holds the height and width of each stored image. Windows have whole numbers and are never empty;
+    only those of a "scaled" cut may reach beyond the image: below it, and behind its last column as the view shows it.
+    Another `attempt` moves these windows and changes nothing else. Raises ValueError when a size is not positive or the
+    shapes disagree.
     """
     index = np.ascontiguousarray(index, dtype=np.int64)
     sizes = np.ascontiguousarray(sizes, dtype=np.int32)
@@ -91,7 +105,7 @@ def draw(
         raise ValueError(f"sizes {sizes.shape} must be (B, 2) for index (B,), which is {index.shape}")
     if sizes.size and sizes.min() < 1:
         raise ValueError(f"sizes holds {sizes.min()}: every image needs a positive height and width")
-    return _draw(distributions, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes)
+    return _draw(distributions, np.uint64(seed & (2**64 - 1)), np.uint64(epoch), index, sizes, attempt)
 
 
 @kernel
@@ -218,7 +232,23 @@ def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, rat
 
 
 @kernel
-def _draw(distributions, seed, epoch, index, sizes):
+def _scaled_box(seed, epoch, sample, view, height, width, d, attempt):
+    """The box (y, x, h, w) of a square of the image whose short side is resized to a drawn share of `short_side`."""
+    factor = _between(_words(seed, epoch, sample, view, 1)[0], d["scale_min"], d["scale_max"])
+    side = max(1, _round(d["size"] * min(height, width) / (factor * d["short_side"])))
+    words = _words(seed, epoch, sample, view, 2 + attempt)
+    y, x = _below(words[0], max(height - side, 0) + 1), _below(words[1], max(width - side, 0) + 1)
+    return y, x, side, side
+
+
+@kernel
+def _outside(start, length, limit, size):
+    """How many of the last of `size` pixels lie beyond `limit`, of `length` pixels from `start` on; never all."""
+    return size - max(1, _round(size * min(limit - start, length) / length))
+
+
+@kernel
+def _draw(distributions, seed, epoch, index, sizes, attempt):
     samples, views = len(index), len(distributions)
     windows = np.empty((samples, views, 4), dtype=np.float32)
     params = np.zeros((samples, views, PARAMS), dtype=np.float32)
@@ -227,8 +257,14 @@ def _draw(distributions, seed, epoch, index, sizes):
         for v in range(views):
             d = distributions[v]
             scale, ratio = (d["scale_min"], d["scale_max"]), (d["ratio_min"], d["ratio_max"])
-            y, x, h, w = _box(d["sampler"], d["attempts"], seed, epoch, index[b], v, height, width, scale, ratio)
             flipped = _unit(_words(seed, epoch, index[b], v, 0)[0]) < d["flip"]
+            if d["sampler"] == SCALED:
+                y, x, h, w = _scaled_box(seed, epoch, index[b], v, height, width, d, attempt)
+                params[b, v, PAD_ROWS] = _outside(y, h, height, d["size"])
+                params[b, v, PAD_COLUMNS] = _outside(x, w, width, d["size"])
+                x = min(x, width - w) if flipped else x  # what lies outside stays at the right
+            else:
+                y, x, h, w = _box(d["sampler"], d["attempts"], seed, epoch, index[b], v, height, width, scale, ratio)
             windows[b, v, 0] = y
             windows[b, v, 1] = x + w if flipped else x
             windows[b, v, 2] = y + h
@@ -248,4 +284,10 @@ def _draw(distributions, seed, epoch, index, sizes):
             p[SOLARIZE] = _unit(third[1]) < d["solarize"]
             p[FILTER] = d["filter"]
             p[RULE] = d["rule"]
+            if d["rule"] == MMSEG and d["jitter"] > 0:  # each operation by itself
+                chances = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 3)
+                p[ORDER] = CONTRAST_FIRST if _unit(third[2]) < 0.5 else CONTRAST_LAST
+                for k in range(4):
+                    if _unit(chances[k]) >= d["jitter"]:
+                        p[BRIGHTNESS + k] = 1.0 if k in (1, 2) else 0.0
     return windows, params

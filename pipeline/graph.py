@@ -32,6 +32,7 @@ from nvidia.dali import backend, fn, types
 
 from .cutting import cut_image
 from .kernel import kept
+from .parameters import PAD_COLUMNS, PAD_ROWS, PADDING
 from .recipes import Cut, Recipe
 
 Form = Literal["fused", "operators", "triton"]
@@ -95,21 +96,29 @@ def _operators(image: Any, cuts: Sequence[Cut], device: str, batch_size: int) ->
         for _ in range(cut.count):
             # A source of its own for each: a subscript is an operator, and DALI runs those of the CPU one at a time.
             at = {name: _source(f"{name}{view}", dtype, 1) for name, dtype in _WINDOWS.items()}
-            window = _call("Slice", device, fn.slice, image, start=at["start"], shape=at["shape"], axes=(0, 1))
-            views.append(
-                _call(
-                    "Resize",
-                    device,
-                    fn.resize,
-                    window,
-                    size=(cut.size, cut.size),
-                    roi_start=at["roi_start"],
-                    roi_end=at["roi_end"],
-                    interp_type=_FILTERS[cut.interpolation],
-                    antialias=cut.antialias,
-                    minibatch_size=batch_size,  # one launch for all images; by default for 32
-                )
+            size = _source(f"size{view}", types.DALIDataType.FLOAT, 1) if cut.padded else (cut.size, cut.size)
+            beyond = {"out_of_bounds_policy": "trim_to_shape"} if cut.padded else {}
+            window = _call(
+                "Slice", device, fn.slice, image, start=at["start"], shape=at["shape"], axes=(0, 1), **beyond
             )
+            resized = _call(
+                "Resize",
+                device,
+                fn.resize,
+                window,
+                size=size,
+                roi_start=at["roi_start"],
+                roi_end=at["roi_end"],
+                roi_relative=cut.padded,
+                interp_type=_FILTERS[cut.interpolation],
+                antialias=cut.antialias,
+                minibatch_size=batch_size,  # one launch for all images; by default for 32
+            )
+            if cut.padded:
+                whole = {"start": (0, 0), "shape": (cut.size, cut.size), "axes": (0, 1)}
+                fill = {"out_of_bounds_policy": "pad", "fill_values": PADDING}
+                resized = _call("Slice", device, fn.slice, resized, **whole, **fill)
+            views.append(resized)
             view += 1
         kinds.append(_call("Stack", device, fn.stack, *views, axis=0))
     return kinds
@@ -227,6 +236,8 @@ class Graph:
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
         self._decoding = (gpu and self.form != "fused", hw_decoder_load)
+        sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
+        self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
         self._single: dali.Pipeline | None = None
         self._pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
@@ -256,9 +267,12 @@ class Graph:
             y0, x0, y1, x1 = np.moveaxis(windows, -1, 0)
             height, width = y1 - y0, np.abs(x1 - x0)
             zero, flipped = np.zeros_like(height), x1 < x0
+            for view, side in self._padded.items():  # the part inside the image, whatever that is: relative to it
+                height[:, view] = width[:, view] = 1
+                feed(f"size{view}", np.ascontiguousarray(side - params[:, view, PAD_ROWS : PAD_COLUMNS + 1]))
             pairs = {
                 "start": (y0, np.minimum(x0, x1)),
-                "shape": (height, width),
+                "shape": (y1 - y0, np.abs(x1 - x0)),
                 "roi_start": (zero, np.where(flipped, width, zero)),
                 "roi_end": (height, np.where(flipped, zero, width)),
             }

@@ -113,6 +113,8 @@ class Loader:
             raise ValueError(f"form must be 'auto' or one of {get_args(Form)}, not {form!r}")
         if form == "triton" and self.device.type == "cpu" and torch.cuda.is_available():
             raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
+        if form == "triton" and any(cut.padded for cut in recipe.cuts):
+            raise ValueError("form 'triton' cuts no views that reach beyond their image: use 'operators' or 'fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
         if drop_last and isinstance(self.shards, ShardSet) and len(self.shards) < self._global:
@@ -340,7 +342,8 @@ class Loader:
             else:
                 pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
             if self._graph.form == "operators":
-                pixels = colour.apply(pixels, self._on_device(params[cut.kind]), cut.augmentations)
+                drawn = self._on_device(params[cut.kind])
+                pixels = colour.apply(pixels, drawn, cut.augmentations, padded=cut.padded)
             mask = self._on_device(prepared.masks[cut.kind]) if self.recipe.masks else None
             views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]), mask)
         return Batch(

@@ -5,14 +5,17 @@ into colours, and a mask of a view's size is small to copy. The nearest pixel is
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from .cutting import cut_mask
+from .parameters import VOID
 from .recipes import Cut
+
+ATTEMPTS = 10  # windows that are tried for a view of several classes; the last one is kept
 
 
 def decode_mask(data: bytes) -> NDArray[np.uint8]:
@@ -34,15 +37,39 @@ def decode_mask(data: bytes) -> NDArray[np.uint8]:
 
 
 def cut_masks(
-    cuts: Sequence[Cut], masks: Sequence[NDArray[np.uint8]], windows: NDArray[np.float32]
+    cuts: Sequence[Cut],
+    masks: Sequence[NDArray[np.uint8]],
+    windows: NDArray[np.float32],
+    params: NDArray[np.float32],
+    redraw: Callable[[int], NDArray[np.float32]],
 ) -> dict[str, NDArray[np.uint8]]:
-    """The views' masks by kind, u8 (B, V, S, S), of B masks u8 (H, W) and the windows f32 (B, T, 4) of all views."""
+    """The views' masks by kind, u8 (B, V, S, S), of B masks u8 (H, W).
+
+    `windows` f32 (B, T, 4) and `params` f32 (B, T, PARAMS) are those of all views. A window in which one class has more
+    than the cut's `most` of the labelled pixels gives way to that of the next attempt, in place: `redraw` gives all
+    windows of an attempt.
+    """
+    others: dict[int, NDArray[np.float32]] = {}
     by_kind, done = {}, 0
     for cut in cuts:
         views = np.empty((len(masks), cut.count, cut.size, cut.size), np.uint8)
         for b, mask in enumerate(masks):
             for v in range(cut.count):
-                cut_mask(views[b, v], mask, windows[b, done + v])
+                at = b, done + v
+                for attempt in range(ATTEMPTS):
+                    if attempt:
+                        if attempt not in others:
+                            others[attempt] = redraw(attempt)
+                        windows[at] = others[attempt][at]
+                    cut_mask(views[b, v], mask, windows[at], params[at])
+                    if cut.most >= 1 or largest_share(views[b, v]) < cut.most:
+                        break
         by_kind[cut.kind] = views
         done += cut.count
     return by_kind
+
+
+def largest_share(mask: NDArray[np.uint8]) -> float:
+    """The share of the labelled pixels that the most frequent class has; 1 where none is labelled."""
+    counts = np.bincount(mask.ravel(), minlength=VOID + 1)[:VOID]
+    return counts.max() / max(counts.sum(), 1) if counts.any() else 1.0

@@ -5,6 +5,7 @@ Nothing here knows the loader, so that none of its threads keeps one alive.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, cycle, islice
 from typing import Any, Literal
 
@@ -155,10 +156,16 @@ class Preparation:
     ) -> Prepared:
         recipe = self._task.recipe
         windows, params = draws.draw(self._distributions, self._task.seed, span.epoch, index, sizes)
+        cut = {}
+        if recipe.masks:  # before the targets: windows may move
+            redraw = partial(self._redraw, span.epoch, index, sizes)
+            cut = cut_masks(recipe.cuts, masks, windows, params, redraw)
         targets = _targets(recipe, windows) if recipe.targets else {}
         planned = plan(recipe.cuts, windows, params, sizes) if self._task.plans else None
-        cut = cut_masks(recipe.cuts, masks, windows) if recipe.masks else {}
         return Prepared(span, index, images, sizes, windows, params, planned, targets, label.astype(np.int64), cut)
+
+    def _redraw(self, epoch: int, index: NDArray[Any], sizes: NDArray[Any], attempt: int) -> NDArray[np.float32]:
+        return draws.draw(self._distributions, self._task.seed, epoch, index, sizes, attempt)[0]
 
 
 class StreamPreparation(Preparation):

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from .windows import unflipped
 
 Fidelity = Literal["paper", "released"]
-ColourRule = Literal["torchvision", "tensorflow"]
+ColourRule = Literal["torchvision", "tensorflow", "mmseg"]
 TargetRule = Literal["released", "overlap"]
 Interpolation = Literal["bilinear", "bicubic"]
-Sampler = Literal["torchvision", "tensorflow", "centre"]
+Sampler = Literal["torchvision", "tensorflow", "centre", "scaled"]
 Windows = Mapping[str, NDArray[np.float32]]  # by kind: f32 (B, V, 4)
 Targets = Callable[[Windows], dict[str, NDArray[Any]]]
 
@@ -36,8 +36,8 @@ class Augmentation:
     one off. What is drawn within a range is uniform.
     """
 
-    jitter: float = 0.0  # probability of the four jitter operations, applied in a drawn order
-    brightness: float = 0.4  # factor in [1-b, 1+b] ("torchvision"), shift in [-b, b] of the unit range ("tensorflow")
+    jitter: float = 0.0  # probability of the four jitter operations, applied in a drawn order; of each ("mmseg")
+    brightness: float = 0.4  # factor in [1-b, 1+b] ("torchvision"), shift in [-b, b] of the unit range (the others)
     contrast: float = 0.4  # factor in [1-c, 1+c]
     saturation: float = 0.2  # factor
     hue: float = 0.1  # shift in [-h, h] of the hue circle = 1
@@ -50,7 +50,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Cut:
-    """All views of one kind, each a RandomResizedCrop with a flip: how many, how large, from which windows."""
+    """All views of one kind, each a RandomResizedCrop with a flip: how many, how large, from which windows.
+
+    A "scaled" cut resizes the image, so that its short side is `short_side` times a uniform draw from `scale`, and
+    takes a square of it; where the image is smaller, the view shows PADDING below it and at its right, its mask 255.
+    """
 
     kind: str
     count: int  # V
@@ -59,10 +63,17 @@ class Cut:
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     sampler: Sampler = "torchvision"  # "centre", for evaluation: the central square of the short side times scale[1]
+    short_side: int = 0  # of a "scaled" cut, in pixels
+    most: float = 1.0  # of a "scaled" cut: a window with more of one class in its mask gives way, ten times at most
     flip: float = 0.5  # probability of the horizontal flip
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # view v takes number v % len(augmentations)
+
+    @property
+    def padded(self) -> bool:
+        """Whether its views may show what lies outside the image."""
+        return self.sampler == "scaled"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a cut that cannot be made; the message names it and the value."""
@@ -79,7 +90,13 @@ class Cut:
         for name, pair in (("scale", self.scale), ("ratio", self.ratio), *(("sigma", a.sigma) for a in given)):
             demand(isinstance(pair, Sequence) and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
         demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
-        demand(0 < self.scale[0] <= self.scale[1] <= 1, f"scale {self.scale} must be ordered within (0, 1]")
+        scaled = self.padded
+        bounds = "and positive" if scaled else "within (0, 1]"
+        low, high = self.scale
+        ordered = 0 < low <= high <= 1 or (scaled and 0 < low <= high < inf)
+        demand(ordered, f"scale {self.scale} must be ordered {bounds}")
+        demand(self.short_side > 0 or not scaled, f"short_side {self.short_side} must be positive")
+        demand(0 < self.most <= 1 and (scaled or self.most == 1), f"most {self.most} is no share of a scaled cut")
         demand(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio {self.ratio} must be ordered and positive")
         demand(0 <= self.flip <= 1, f"flip {self.flip} is no probability")
         demand(self.interpolation in known, f"interpolation {self.interpolation!r} is none of {known}")
@@ -359,6 +376,58 @@ class Evaluation:
         return Recipe("evaluation", "paper", (Cut("image", 1, self.size, grid, (share, share), **look),))
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """One crop of a resized image with its label map, to train a segmentation on: kind ``image`` (1 view).
+
+    mmsegmentation's training pipeline, as Segmenter and VICRegL use it: the image is resized so that its short side is
+    `short_side` times a draw from `scale`, cropped where no class has more than `most` of the labelled pixels (the last
+    of ten tries is kept), flipped, its colours changed, and padded where it is smaller than the crop. Differs: the
+    window is cut first and resized once, and its edges are whole pixels of the stored image, so that a drawn scale is
+    met within half a stored pixel of the window's side; very long images (over 4:1) are not shrunk further; colours are
+    not rounded between operations; the padding is ImageNet's mean as whole levels, in place of an exact 0 after
+    normalising.
+    """
+
+    size: int = 512
+    """side of the crop, in pixels"""
+    short_side: int = 512
+    """short side of the image at scale 1, in pixels; Cityscapes: 1024"""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """range of the scale"""
+    most: float = 0.75
+    """largest share of one class in a crop; 1: any"""
+    flip: float = 0.5
+    """probability of the horizontal flip"""
+    jitter: float = 0.5
+    """probability of each of the four changes of colour"""
+    strength: tuple[float, float, float, float] = (32 / 255, 0.5, 0.5, 0.1)
+    """ranges of brightness (a shift of the unit range), contrast, saturation (factors) and hue (of the circle)"""
+    antialias: bool = False
+    """whether shrinking averages; OpenCV's bilinear resize, which mmsegmentation uses, does not"""
+    patch: int = 16
+    """pixels per side of a patch"""
+
+    def recipe(self) -> Recipe:
+        """What to cut. Raises ValueError where the size is no multiple of the patch, and for what no `Cut` can be."""
+        cut = Cut(
+            kind="image",
+            count=1,
+            size=self.size,
+            grid=_grid(self.size, self.patch),
+            scale=self.scale,
+            sampler="scaled",
+            short_side=self.short_side,
+            most=self.most,
+            flip=self.flip,
+            antialias=self.antialias,
+            augmentations=(
+                Augmentation(jitter=self.jitter, **_named("strength", self.strength, STRENGTHS), rule="mmseg"),
+            ),
+        )
+        return Recipe("segmentation", "released", (cut,), masks=True)
+
+
 def loca(fidelity: Fidelity = Loca.fidelity, **fields: Any) -> Recipe:
     """Short for ``Loca(fidelity, **fields).recipe()``; likewise the functions below."""
     return Loca(fidelity, **fields).recipe()
@@ -378,6 +447,10 @@ def plain(fidelity: Fidelity = Plain.fidelity, **fields: Any) -> Recipe:
 
 def evaluation(**fields: Any) -> Recipe:
     return Evaluation(**fields).recipe()
+
+
+def segmentation(**fields: Any) -> Recipe:
+    return Segmentation(**fields).recipe()
 
 
 def _is_paper(fidelity: str) -> bool:

@@ -94,8 +94,12 @@ def tensorflow_step(view, operation, factor):
     return turn_hue(view, factor)
 
 
+def mmseg_step(view, operation, factor):
+    return np.clip(view * factor, 0, 255) if operation == "contrast" else tensorflow_step(view, operation, factor)
+
+
 def jitter(view, order, factors, rule="torchvision"):
-    step = torchvision_step if rule == "torchvision" else tensorflow_step
+    step = {"torchvision": torchvision_step, "tensorflow": tensorflow_step, "mmseg": mmseg_step}[rule]
     for operation in OPERATIONS[order]:
         view = step(view, operation, factors[operation])
     return view

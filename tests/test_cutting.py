@@ -16,7 +16,7 @@ from pipeline import cutting, draws, parameters, recipes, simd
 from pipeline.recipes import Recipe
 
 FILTERS = {("bilinear", False): 0, ("bilinear", True): 1, ("bicubic", True): 2}
-RULES = {"torchvision": parameters.TORCHVISION, "tensorflow": parameters.TENSORFLOW}
+RULES = {"torchvision": parameters.TORCHVISION, "tensorflow": parameters.TENSORFLOW, "mmseg": parameters.MMSEG}
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:

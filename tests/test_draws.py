@@ -70,7 +70,7 @@ def test_the_python_text_of_the_kernel_draws_the_same() -> None:
     rec = recipes.loca("released", focal_views=2)
     table = draws.distributions(rec)
     index, sizes = np.arange(3), np.array([[37, 50], [4, 200], [1, 1]], np.int32)
-    windows, params = draws._draw.py_func(table, np.uint64(9), np.uint64(1), index, sizes)
+    windows, params = draws._draw.py_func(table, np.uint64(9), np.uint64(1), index, sizes, 0)
     again = draws.draw(table, 9, 1, index, sizes)
     assert np.array_equal(windows, again[0])
     assert np.allclose(params, again[1], atol=1e-6)
@@ -202,6 +202,62 @@ def test_the_centre_is_the_same_square_for_all() -> None:
     assert (params[..., parameters.ORDER] == -1).all()
 
 
+CROP = recipes.segmentation(size=64, short_side=100)
+
+
+@pytest.mark.parametrize("size", [(200, 300), (300, 200), (50, 400), (1, 1), (1, 9), (37, 41)])
+def test_a_scaled_window_is_the_square_that_the_resized_image_would_be_cropped_to(size: tuple[int, int]) -> None:
+    windows, params = draw(CROP, size, 2000)
+    (y, x, h, w), flipped = to_boxes(windows[:, 0])[0].T, to_boxes(windows[:, 0])[1]
+    assert np.array_equal(h, w) and np.array_equal(np.rint(windows), windows)
+    scale = 64 / h * min(size) / 100
+    if min(size) > 30:  # else whole pixels are too coarse
+        assert 0.48 < scale.min() < 0.53 and 1.9 < scale.max() < 2.1
+        assert scale.mean() == pytest.approx(1.25, abs=0.03)
+    rows, columns = 64 - params[:, 0, parameters.PAD_ROWS], 64 - params[:, 0, parameters.PAD_COLUMNS]
+    inside = np.minimum(y + h, size[0]) - y
+    assert (y >= 0).all() and (inside > 0).all()
+    assert np.array_equal(rows, np.maximum(1, np.rint(64 * inside / h)))
+    inside = np.minimum(x + w, size[1]) - np.maximum(x, 0)
+    assert np.where(flipped, x + w <= size[1], x >= 0).all()  # what lies outside is at the right of the view
+    assert np.array_equal(columns, np.maximum(1, np.rint(64 * inside / w)))
+    assert 800 < flipped.sum() < 1200
+
+
+def test_another_attempt_moves_a_scaled_window_and_nothing_else() -> None:
+    index, sizes = np.arange(300), np.full((300, 2), (300, 400), np.int32)
+    table = draws.distributions(CROP)
+    (windows, params), (others, same) = (draws.draw(table, 3, 1, index, sizes, k) for k in (0, 4))
+    assert np.array_equal(params, same)
+    (boxes, flips), (moved, unchanged) = to_boxes(windows[:, 0]), to_boxes(others[:, 0])
+    assert np.array_equal(flips, unchanged) and np.array_equal(boxes[:, 2:], moved[:, 2:])
+    assert (boxes[:, :2] != moved[:, :2]).any(axis=1).mean() > 0.95
+    small = boxes[:, 2] < 200
+    places = [found[small, 0] / (301 - found[small, 2]) for found in (boxes, moved)]
+    assert small.sum() > 100 and np.abs(np.corrcoef(*places)[0, 1]) < 0.25
+
+
+def test_mmsegs_operations_come_one_by_one() -> None:
+    _, params = draw(CROP, (300, 400), 4000)
+    p = params[:, 0].T
+    for name, neutral, low, high in (
+        (parameters.BRIGHTNESS, 0, -32 / 255, 32 / 255),
+        (parameters.CONTRAST, 1, 0.5, 1.5),
+        (parameters.SATURATION, 1, 0.5, 1.5),
+        (parameters.HUE, 0, -0.1, 0.1),
+    ):
+        drawn = p[name][p[name] != neutral]
+        assert len(drawn) / 4000 == pytest.approx(0.5, abs=0.03)
+        assert low <= drawn.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < drawn.max() <= high
+    together = (p[parameters.HUE] != 0) & (p[parameters.CONTRAST] != 1)
+    assert together.mean() == pytest.approx(0.25, abs=0.03)  # each by a coin of its own
+    orders, counts = np.unique(p[parameters.ORDER].astype(int), return_counts=True)
+    found = [parameters.PERMUTATIONS[order].tolist() for order in orders]
+    brightness, contrast, saturation, hue = 1, 2, 3, 4
+    assert found == [[brightness, contrast, saturation, hue], [brightness, saturation, hue, contrast]]
+    assert counts[0] / 4000 == pytest.approx(0.5, abs=0.03)
+
+
 def test_colours_come_at_their_rates_and_within_their_ranges() -> None:
     augmentation = Augmentation(jitter=0.8, gray=0.2, blur=0.5, solarize=0.1, sigma=(0.1, 2.0))
     count = 20000
@@ -282,6 +338,10 @@ def test_released_loca_sees_the_statistics_of_its_own_code() -> None:
         ({"augmentations": (Augmentation(jitter=2.0),)}, "jitter"),
         ({"augmentations": (Augmentation(sigma=(0.0, 1.0)),)}, "sigma"),
         ({"augmentations": (Augmentation(hue=0.6),)}, "hue"),
+        ({"sampler": "scaled"}, "short_side"),
+        ({"sampler": "scaled", "short_side": 9, "scale": (0.0, 2.0)}, "scale .* positive"),
+        ({"scale": (0.5, 2.0)}, "scale .* within"),
+        ({"most": 0.5}, "most"),
         ({"augmentations": (Augmentation(contrast=-0.1),)}, "contrast"),
         ({"augmentations": (Augmentation(), Augmentation(rule="tensorflow"))}, "rule"),
     ],

@@ -58,7 +58,7 @@ def test_each_pixel_shows_the_place_that_the_window_says(form: str, antialias: b
     assert 5 < flips < 35
 
 
-@pytest.mark.parametrize("name", ["bilinear", "antialiased", "bicubic", "loca", "vicregl"])
+@pytest.mark.parametrize("name", ["bilinear", "antialiased", "bicubic", "loca", "vicregl", "segmentation"])
 def test_both_forms_agree(name: str) -> None:
     """Geometry within 3 levels, 1 for 99 % of the bytes; with colours, which amplify it, within 4 for 99.9 %."""
     still = {"bilinear": (False, "bilinear"), "antialiased": (True, "bilinear"), "bicubic": (True, "bicubic")}
@@ -69,9 +69,8 @@ def test_both_forms_agree(name: str) -> None:
     fused, operators = (views(form, recipe, images, windows, params) for form in FORMS)
     done = 0
     for cut, one, other in zip(recipe.cuts, fused, operators, strict=True):
-        painted = colour.apply(
-            torch.from_numpy(other), torch.from_numpy(params[:, done : done + cut.count]), cut.augmentations
-        )
+        drawn_here = torch.from_numpy(params[:, done : done + cut.count])
+        painted = colour.apply(torch.from_numpy(other), drawn_here, cut.augmentations, padded=cut.padded)
         done += cut.count
         difference = np.abs(one.astype(int) - painted.numpy().astype(int))
         if name in still:
@@ -160,7 +159,7 @@ def test_an_image_is_tried_alone() -> None:
     assert g.decode_one(np.frombuffer(data, np.uint8)) == (60, 80)
 
 
-@pytest.mark.parametrize("name", ["loca", "vicregl", "vicregl_resnet50", "plain"])
+@pytest.mark.parametrize("name", ["loca", "vicregl", "vicregl_resnet50", "plain", "segmentation"])
 def test_the_gpu_has_every_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's graph can be written down without a GPU; each operator is looked up for the device it is asked on."""
     asked = set()

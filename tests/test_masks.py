@@ -63,6 +63,81 @@ def test_an_edge_of_the_mask_is_where_the_images_is(tmp_path: Path, form: str) -
     assert flipped > 10
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("form", ["fused", "operators"])
+def test_image_and_mask_of_a_scaled_crop_show_one_place_and_end_together(
+    tmp_path: Path, form: str, antialias: bool
+) -> None:
+    """Also where the crop is larger than the image, and of flipped ones: padding at the bottom and at the right."""
+    shards = masked(tmp_path)
+    crop = recipes.segmentation(size=64, short_side=48, scale=(0.5, 4), most=1, jitter=0, antialias=antialias)
+    kinds = set()
+    for batch in loader(shards, crop, form=form):
+        view = batch.views["image"]
+        assert view.mask is not None
+        for b, i in enumerate(batch.index.tolist()):
+            height, width = SIZES[i % len(SIZES)]
+            pixels, mask, window = view.pixels[b, 0].numpy(), view.mask[b, 0].numpy(), view.window[b, 0].numpy()
+            y0, x0, y1, x1 = window.tolist()
+            steps = (np.arange(64) + 0.5) / 64
+            y, x = y0 + steps * (y1 - y0), x0 + steps * (x1 - x0)
+            shown = (y[:, None] < height) & (x < width) & (x > 0)
+            step = (y1 - y0) / 64
+            padding = (pixels == [124, 116, 104]).all(-1)
+            beside = np.minimum(abs(x - width), abs(x)) <= step / 2  # pixels of the border may fall on either side
+            sure = ~((abs(y - height) <= step / 2)[:, None] | beside)
+            assert np.array_equal(padding[sure], ~shown[sure]) and (mask[padding] == 255).all()
+            assert not padding[0, 0]
+            seen = coordinates(pixels)
+            inner = sure & shown
+            inner[[0, -1]] = inner[:, [0, -1]] = False  # where a filter sees one side only
+            reach = 1.01 + step / 2
+            assert np.abs(seen[..., 0] - y[:, None])[inner].max() <= reach
+            assert np.abs(seen[..., 1] - x)[inner].max() <= reach
+            truth = stripes(height, width)
+            inside = inner & (np.abs((seen + 16) % 32 - 16) > 1.5 + step / 2).all(-1)
+            at = np.floor(seen).astype(int)
+            assert np.array_equal(mask[inside], truth[at[..., 0][inside], at[..., 1][inside]])
+            kinds.add((bool(x1 < x0), bool(padding.any())))
+    assert len(kinds) == 4
+
+
+def test_the_triton_form_refuses_what_it_cannot_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="triton.*use 'operators' or 'fused'"):
+        loader(masked(tmp_path), recipes.segmentation(), form="triton")
+
+
+def test_a_crop_of_one_class_gives_way(tmp_path: Path) -> None:
+    """A corner of another class: crops of one class alone are rare where ten windows are tried, and usual else."""
+    mask = np.zeros((160, 240), np.uint8)
+    mask[:100, :150], mask[:8] = 1, 255
+    contents = {"png": encode(map_image(1, 160, 240)), "seg.png": encode(mask)}
+    pairs = [(f"k{k}.{name}", content) for k in range(40) for name, content in contents.items()]
+    shards = ShardSet(write_tar(tmp_path / "x.tar", pairs))
+
+    def shares(most: float, **options: object) -> list[float]:
+        crop = recipes.segmentation(size=64, short_side=160, scale=(1, 1), most=most)
+        found = {}
+        for batch in loader(shards, crop, **options):
+            for i, view, window in zip(
+                batch.index.tolist(), batch.views["image"].mask, batch.views["image"].window, strict=True
+            ):
+                labelled = view[view != 255]
+                found[i] = labelled.bincount().max().item() / len(labelled)
+                y0, x0, y1, x1 = window[0].int().tolist()
+                stored = np.sort(mask[y0:y1, min(x0, x1) : max(x0, x1)].ravel())
+                assert np.array_equal(np.sort(view.numpy().ravel()), stored)  # the window handed out is the mask's
+        return [found[i] for i in sorted(found)]
+
+    any_, balanced = shares(1), shares(0.75)
+    assert np.mean([share < 0.75 for share in any_]) < 0.6
+    assert np.mean([share < 0.75 for share in balanced]) > 0.95
+    assert balanced == shares(0.75, num_threads=2, prefetch=1)
+    kept = [a == b for a, b in zip(any_, balanced, strict=True) if a < 0.75]
+    assert all(kept)  # the first window that does is taken
+
+
 def test_a_loader_without_masks_hands_out_none_and_the_same_views(tmp_path: Path) -> None:
     shards = masked(tmp_path)
     plain = replace(RECIPE, masks=False)
