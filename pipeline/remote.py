@@ -55,7 +55,7 @@ class Object:
     name: str
     size: int
     version: str | None
-    """The server's ETag, or else the time of the last change; None where it says neither."""
+    """The server's ETag, or else the time of the last change; None where it says neither, or was not asked."""
 
     def __str__(self) -> str:
         return f"{self.folder.url}/{self.name}"
@@ -149,15 +149,30 @@ class Folder:
                 f"{self.url}: the profile {os.environ['AWS_PROFILE']!r} gives no credentials: {error}"
             ) from None
 
-    async def list(self) -> dict[str, Object]:
-        """Its objects by name."""
+    async def entries(self) -> tuple[list[str], dict[str, Object]]:
+        """The names of the folders in it, and its objects by name."""
         import obstore
 
         try:
             found = await obstore.list_with_delimiter_async(self._starting)
         except Exception as error:
             raise self._explained(error, self.url) from None
-        return {meta["path"]: self._object(meta["path"], meta) for meta in found["objects"]}
+        objects = {meta["path"]: self._object(meta["path"], meta) for meta in found["objects"]}
+        return [*found["common_prefixes"]], objects
+
+    async def list(self) -> dict[str, Object]:
+        """Its objects by name."""
+        return (await self.entries())[1]
+
+    async def below(self, folder: str) -> dict[str, Object]:
+        """All objects of a folder in it and of the folders in that one, by their names from here."""
+        import obstore
+
+        try:
+            found = [meta async for chunk in obstore.list(self._starting, folder, chunk_size=1000) for meta in chunk]
+        except Exception as error:
+            raise self._explained(error, f"{self.url}/{folder}") from None
+        return {meta["path"]: self._object(meta["path"], meta) for meta in found}
 
     async def head(self, name: str) -> Object | None:
         """The object of that name; None where there is none."""
@@ -194,7 +209,7 @@ class Folder:
                 body = bytes(await result.bytes_async())
         except Exception as error:
             raise ReadError(str(self._explained(error, str(wanted)))) from None
-        if result.meta["size"] != wanted.size or _version(result.meta) != wanted.version:
+        if result.meta["size"] != wanted.size or wanted.version not in (None, _version(result.meta)):
             raise ReadError(str(_changed(str(wanted))))
         if len(body) != stop - start:
             raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
@@ -73,9 +74,9 @@ class GzipFile:
 
     size: int | None = None  # known only at the end
 
-    def __init__(self, path: Path):
+    def __init__(self, path: object, file: BinaryIO | None = None):
         self.path = path
-        self._file = gzip.open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._file = gzip.open(file or str(path), "rb")  # noqa: SIM115 - closed by close()
         self._at = 0
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -104,12 +105,13 @@ class GzipFile:
 
 
 @dataclass(frozen=True)
-class _Bytes:
-    """Bytes by offset of something of unknown length."""
+class Bytes:
+    """Bytes by offset of something else. `path` is what it is called."""
 
     read_at: Callable[[int, int], bytes]
-    path: Path = Path()
+    path: object = ""
     size: int | None = None
+    close: Callable[[], object] = lambda: None
 
 
 def open_bytes(path: Path) -> PlainFile | GzipFile:
@@ -129,7 +131,7 @@ class Walk:
 
     def __init__(
         self,
-        source: PlainFile | GzipFile | _Bytes,
+        source: PlainFile | GzipFile | Bytes,
         start: int = 0,
         end: int | None = None,
         *,
@@ -229,7 +231,7 @@ def padded(size: int) -> int:
 def member_at(read: Callable[[int, int], bytes], start: int) -> Member | None:
     """The member whose headers begin at `start`; None where none do. `read` gives bytes by offset and length."""
     with suppress(TarError):
-        return next(iter(Walk(_Bytes(read), start, strict=True)), None)
+        return next(iter(Walk(Bytes(read), start, strict=True)), None)
     return None
 
 

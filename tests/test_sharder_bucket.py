@@ -97,14 +97,16 @@ def test_what_an_address_lacks_is_one_sentence(source: Path, out: str, says: str
 def test_a_part_that_is_done_helps_a_part_that_died(
     bucket: Bucket, source: Path, wanted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Two machines: one is killed in the middle of a shard, the other completes the set, equal to the byte."""
+    """Two machines, from bucket to bucket: one is killed in the middle of a shard, the other completes the set."""
     address = "s3://bucket/parts"
+    for name, content in make.contents(source).items():
+        bucket.client.put_object(Bucket=bucket.name, Key=f"source/tiny/{name}", Body=content)
     killer = tmp_path / "killer"
     killer.mkdir()
     counter = str(killer / "counter")
     (killer / "sitecustomize.py").write_text(KILLER.format(counter=counter, place=9, end="os.killpg"))
     path = f"{killer}:{os.environ.get('PYTHONPATH', '')}"
-    words = (source, address, "--shards", 6, "--workers", 2)
+    words = ("s3://bucket/source/tiny", address, "--shards", 6, "--workers", 2)
     first = make.command(*words, env={"PYTHONPATH": path, "RANK": "0", "WORLD_SIZE": "2"})
     said = first.communicate()
     assert first.returncode == -signal.SIGKILL, said
@@ -115,6 +117,8 @@ def test_a_part_that_is_done_helps_a_part_that_died(
     assert second.returncode == 0, said
     assert contents(bucket, "parts") == wanted
     assert "helping with" in said[0]
+    check = make.command("--check", address, "--workers", 2)
+    assert f"{address}: no difference" in check.communicate()[0]
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@
     python tools/shard_imagenet.py --check OUT                       # verify every byte of a finished folder
 
 SOURCE: a folder of class folders, Kaggle's layout, ILSVRC2012_img_train.tar or _val.tar or the folder they lie in,
-ImageNet-21k as a (gzipped) tar of class tars, a folder of class tars or of class folders, or unlabelled images.
+ImageNet-21k as a (gzipped) tar of class tars, a folder of class tars or of class folders, or unlabelled images; or
+the address of any of these in a bucket (s3://, gs://, az://), or of a tar on a web server (http(s)://).
 OUT gets <name>-<split>-0000.tar ..., a DALI index (.idx) and a sample table (.samples.npy) beside each, timm's
 _info.json, manifest.json (sha256 of each shard), synsets.txt and quarantine.jsonl (what was left out, and why).
 
@@ -35,7 +36,7 @@ def shard(args: argparse.Namespace) -> int:
     fields = ("source", "split", "name", "labels", "label_offset", "unlabelled", "subset", "key", "seed", "shards")
     rules = Rules(short_side=args.short_side, quality=args.quality, max_pixels=args.max_pixels)
     request = sources.Request(**{name: getattr(args, name) for name in fields}, class_list=args.classes, rules=rules)
-    if isinstance(args.out, Path) and args.source.is_dir() and args.out.resolve().is_relative_to(args.source.resolve()):
+    if command.inside(args.out, args.source):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
     planned = list_and_plan(request)
     describe(planned, args.part)

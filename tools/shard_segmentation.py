@@ -51,15 +51,15 @@ def shard(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    differences = check.run(args.check, args.workers, MEMBERS, look, partial(compare, args.check))
+    differences = check.run(args.check, args.workers, MEMBERS, look, compare)
     return command.report(args.check, differences)
 
 
 def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     """Which pair goes into which shard: everything that is decided before the first image is read."""
-    if not args.source.is_dir():
+    if not isinstance(args.source, Path) or not args.source.is_dir():
         raise SourceError(f"{args.source} is no folder: SOURCE is where the data set's archives are unpacked")
-    if isinstance(args.out, Path) and args.out.resolve().is_relative_to(args.source.resolve()):
+    if command.inside(args.out, args.source):
         raise SourceError(f"{args.out} lies inside {args.source}: choose an OUT beside it")
     layout = layouts.folders(args.source) if args.layout == "folders" else layouts.LAYOUTS[args.layout]
     print(f"listing {args.source}", flush=True)

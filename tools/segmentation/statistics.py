@@ -57,9 +57,9 @@ def look(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
     return Found(height, width, -1, tuple(differences), added)
 
 
-def compare(out: Path, manifest: dict[str, Any], added: Mapping[str, int]) -> list[str]:
+def compare(folder: Path, manifest: dict[str, Any], added: Mapping[str, int]) -> list[str]:
     """How the manifest's statistics differ from those of a split's masks."""
-    file = out / manifest.get("class_file", "classes.txt")
+    file = folder / manifest.get("class_file", "classes.txt")
     names = file.read_text("utf-8").splitlines() if file.is_file() else []
     counted, rows = statistics(names, added), manifest.get("classes")
     if not isinstance(rows, dict) or list(rows) != names:

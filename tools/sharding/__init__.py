@@ -2,6 +2,7 @@
 
 labels   class lists, the devkit's ground truth, Kaggle's csv files
 sources  what lies in a folder or tar: one row per image, no content read
+places   a source's folders and files, on this machine or at an address
 plan     keys, order, subset, shards: everything that is decided before the first image
 images   prove that an image decodes; repair or refuse it
 samples  one shard of a plan as samples: read, examined, described

@@ -20,6 +20,7 @@ from pipeline.remote import Folder
 from pipeline.specs import ShardError
 
 from . import SourceError
+from .places import Place
 from .target import Spec, Target
 from .writer import Quarantined, Sample
 
@@ -173,10 +174,10 @@ def _run(task: Coroutine[Any, Any, T]) -> T:
         raise SourceError(str(error)) from None
 
 
-def at(out: str | Path, spec: Spec) -> Target:
+def at(out: Place, spec: Spec) -> Target:
     """The target at a folder or an address. Raises SourceError for an address that cannot be written."""
     if isinstance(out, Path):
         return Target(out, spec)
-    if out.lower().startswith("http"):
+    if out.url.lower().startswith("http"):
         raise SourceError(f"{out}: a web server takes no shards: name a bucket or a folder")
-    return BucketTarget(out, spec)
+    return BucketTarget(out.url, spec)

@@ -1,11 +1,14 @@
-"""Is a finished folder what its manifests say? Reads every byte."""
+"""Is a finished folder what its manifests say? Reads every byte. Of a folder at an address each worker fetches a shard
+at a time, and reads that.
+"""
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,10 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import host, tar
+from pipeline import host, remote, tar
+from pipeline.remote import Folder
+from pipeline.shard_cache import Job, fetch
 from pipeline.shards import SAMPLE
+from pipeline.specs import ShardError
 
-from . import SourceError, pool, writer
+from . import SourceError, places, pool, writer
+from .places import Place
 from .target import fault, named, timm_splits
 
 _LARGEST = 1 << 28  # bytes of a member that is read
@@ -34,7 +41,8 @@ class Found(NamedTuple):
 
 # Looks into one sample: (key, extension -> content, class names). Must be picklable.
 Look = Callable[[str, Callable[[str], bytes], list[str]], Found]
-Compare = Callable[[dict, Counter], list[str]]  # (manifest, sums) -> differences of the whole split
+# (folder with the class list, manifest, sums) -> differences of the whole split
+Compare = Callable[[Path, dict, Counter], list[str]]
 
 
 def labelled_image(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
@@ -57,39 +65,106 @@ def labelled_image(key: str, read: Callable[[str], bytes], classes: list[str]) -
 
 
 def run(
-    out: Path,
+    out: Place,
     workers: int,
     members: tuple[str, ...] = ("jpg", "cls", "json"),
     look: Look = labelled_image,
-    compare: Compare = lambda manifest, sums: [],
+    compare: Compare = lambda folder, manifest, sums: [],
 ) -> list[str]:
     """Every difference found, a sentence each; none: the folder is what it was.
 
-    Raises SourceError without a manifest, or where samples of other `members` are expected than it lists.
+    Raises SourceError without a manifest, or where samples of other `members` are expected than it lists; ReadError
+    where a server does not answer.
     """
-    manifests = sorted(out.glob("manifest.json")) + sorted(out.glob("*.manifest.json"))
-    if not manifests:
-        unfinished = ": the run that writes it is unfinished" if any(out.glob(".*.work")) else ""
+    try:
+        return _run(_Folder(out) if isinstance(out, Path) else _AtAddress(out), workers, members, look, compare)
+    except ShardError as error:  # an address that cannot be read
+        raise SourceError(str(error)) from None
+
+
+def _run(out: "_Folder", workers: int, members: tuple[str, ...], look: Look, compare: Compare) -> list[str]:
+    folders, files = out.names()
+    found = [name for name in files if name == "manifest.json"] + [n for n in files if n.endswith(".manifest.json")]
+    if not found:
+        unfinished = ": the run that writes it is unfinished" if any(f.endswith(".work") for f in folders) else ""
         raise SourceError(f"{out} holds no manifest.json{unfinished or ': it is no folder that this tool finished'}")
-    differences: list[str] = []
-    listed: set[str] = set()
-    for path in manifests:
-        manifest = host.read_json(path) or {}
-        if wrong := fault(manifest):
-            differences.append(f"{path.name}: {wrong}")
-        else:
+    differences, manifests = list[str](), dict[str, dict]()
+    with out.fetched(found) as here:
+        for name in found:
+            manifest = host.read_json(here / name) or {}
+            if wrong := fault(manifest):
+                differences.append(f"{name}: {wrong}")
+                continue
             if (theirs := manifest.get("members", ["jpg", "cls", "json"])) != list(members):
                 made = "tools/shard_segmentation.py" if "seg.png" in str(theirs) else "tools/shard_imagenet.py"
-                raise SourceError(f"{path} lists samples of {theirs}: check them with {made}")
-            listed |= {entry["file"] for entry in manifest["shards"]}
-            differences += _split(path, manifest, workers, look, compare)
-    return differences + [f"{tar.name}: in no manifest" for tar in sorted(out.glob("*.tar")) if tar.name not in listed]
+                raise SourceError(f"{out}/{name} lists samples of {theirs}: check them with {made}")
+            manifests[name] = manifest
+    beside = {*found, "_info.json", "quarantine.jsonl"}
+    for manifest in manifests.values():
+        beside |= {_class_file(manifest), _table_file(manifest), f"{manifest['split']}.quarantine.jsonl"}
+    with out.fetched(beside) as here:
+        for name, manifest in manifests.items():
+            differences += _split(out, here / name, manifest, workers, look, compare)
+    listed = {entry["file"] for manifest in manifests.values() for entry in manifest["shards"]}
+    return differences + [f"{name}: in no manifest" for name in files if name.endswith(".tar") and name not in listed]
 
 
-def _split(path: Path, manifest: dict, workers: int, look: Look, compare: Compare) -> list[str]:
-    out, shards = path.parent, manifest["shards"]
-    class_file = out / manifest.get("class_file", "synsets.txt")
-    job = _Shard(out, class_file, manifest.get("members", ["jpg", "cls", "json"]), look)
+class _Folder:
+    """A finished folder on this machine. Workers get a copy."""
+
+    def __init__(self, out: Place):
+        self.out = out
+
+    def __str__(self) -> str:
+        return str(self.out)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """What is known to lie in it: folders, and files."""
+        return places.entries(self.out) if self.out.is_dir() else ([], [])
+
+    @contextmanager
+    def fetched(self, names: Iterable[str]) -> Iterator[Path]:
+        """A folder of this machine in which those of the named files lie that there are."""
+        assert isinstance(self.out, Path)
+        yield self.out
+
+
+class _AtAddress(_Folder):
+    """One in a bucket or on a web server, which names no files by itself."""
+
+    def names(self) -> tuple[list[str], list[str]]:
+        folder = Folder(str(self.out))
+        if folder.lists:
+            return super().names()
+        with self.fetched(["_info.json"]) as here:
+            splits = timm_splits(here)
+        names = ["manifest.json", *(f"{split}.manifest.json" for split in splits)]
+        return [], [*remote.run(folder.heads(names))]
+
+    @contextmanager
+    def fetched(self, names: Iterable[str]) -> Iterator[Path]:
+        found = remote.run(Folder(str(self.out)).heads(sorted({*names})))
+        with tempfile.TemporaryDirectory() as scratch:
+            here = Path(scratch)
+            for one in found.values():
+                (here / one.name).touch()  # one without content has no part to fetch
+            for _ in fetch(Job(0, one, here / one.name) for one in found.values() if one.size):
+                pass
+            yield here
+
+
+def _class_file(manifest: dict) -> str:
+    return manifest.get("class_file", "synsets.txt")
+
+
+def _table_file(manifest: dict) -> str:
+    return f"{manifest['name']}-{manifest['split']}.samples.npy"
+
+
+def _split(out: _Folder, path: Path, manifest: dict, workers: int, look: Look, compare: Compare) -> list[str]:
+    here, shards = path.parent, manifest["shards"]
+    class_file = here / _class_file(manifest)
+    job = _Shard(out, _classes(class_file), manifest.get("members", ["jpg", "cls", "json"]), look)
     differences, tables, sums = list[str](), list[np.ndarray](), Counter[str]()
     with (
         pool.Progress(manifest["num_samples"], f"checking {manifest['split']}") as progress,
@@ -105,14 +180,14 @@ def _split(path: Path, manifest: dict, workers: int, look: Look, compare: Compar
     if total != manifest["num_samples"]:
         differences.append(f"{path.name}: says {manifest['num_samples']} samples, the tars hold {total}")
     if tables:
-        differences += _table(out / f"{manifest['name']}-{manifest['split']}.samples.npy", np.concatenate(tables))
-    info = timm_splits(out).get(manifest["split"], {})
+        differences += _table(here / _table_file(manifest), np.concatenate(tables))
+    info = timm_splits(here).get(manifest["split"], {})
     wanted = [[one["file"] for one in shards], [one["samples"] for one in shards], manifest["num_samples"]]
     if [info.get(field) for field in ("filenames", "shard_lengths", "num_samples")] != wanted:
         differences.append(f"_info.json: says something else about split {manifest['split']!r}")
     if manifest["num_classes"] and (count := len(_classes(class_file))) != manifest["num_classes"]:
         differences.append(f"{class_file.name}: {count} classes, the manifest says {manifest['num_classes']}")
-    return differences + _quarantine(out, manifest) + compare(manifest, sums)
+    return differences + _quarantine(here, manifest) + compare(here, manifest, sums)
 
 
 def _classes(file: Path) -> list[str]:
@@ -133,14 +208,20 @@ def _quarantine(out: Path, manifest: dict) -> list[str]:
 class _Shard:
     """Checks one shard. Workers get a copy."""
 
-    out: Path
-    class_file: Path
+    out: _Folder
+    classes: list[str]
     members: list[str]
     look: Look
 
     def __call__(self, entry: dict) -> tuple[list[str], np.ndarray, Counter]:
         """Differences, the table that the tar itself gives, and the samples' sums."""
-        path, classes, sums = self.out / entry["file"], _classes(self.class_file), Counter[str]()
+        file = Path(entry["file"])
+        beside = [file.with_suffix(suffix).name for suffix in (".idx", ".samples.npy")]
+        with self.out.fetched([file.name, *beside]) as here:
+            return self._checked(here / file, entry)
+
+    def _checked(self, path: Path, entry: dict) -> tuple[list[str], np.ndarray, Counter]:
+        sums = Counter[str]()
         if not path.is_file():
             return [f"{path.name}: missing"], np.empty(0, SAMPLE), sums
         differences = []
@@ -168,7 +249,7 @@ class _Shard:
                 def read(extension: str, parts: dict[str, tar.Member] = parts) -> bytes:
                     return source.read_at(parts[extension].offset, min(parts[extension].size, _LARGEST))
 
-                found = self.look(key, read, classes)
+                found = self.look(key, read, self.classes)
                 differences += [f"{path.name}: {difference}" for difference in found.differences]
                 sums.update(found.sums or {})
                 image = parts[self.members[0]]

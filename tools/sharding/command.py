@@ -12,6 +12,7 @@ from pipeline.specs import is_address
 from pipeline.tar import TarError
 
 from . import SourceError, pool, printable
+from .places import Address, Place
 from .target import Target
 
 
@@ -77,7 +78,7 @@ def carry_out(
     return 0
 
 
-def report(out: Path, differences: list[str]) -> int:
+def report(out: Path | Address, differences: list[str]) -> int:
     """Prints what `--check` found; its exit code."""
     for difference in differences:
         print(printable(difference))
@@ -92,12 +93,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, nargs="?", metavar="SOURCE")
+    add("source", type=place, nargs="?", metavar="SOURCE")
     add("out", type=place, nargs="?", metavar="OUT", help="a folder, or an address in a bucket (s3://, gs://, az://)")
     add("--split", default="train", help="names the shards; val finds a val folder, too (default: train)")
     add("--name", help="of the set (default: by what it is, else the source's own name)")
     add("--workers", type=integer(1), default=host.cores(), metavar="N", help="processes (default: cores)")
-    add("--check", type=Path, metavar="OUT", help="verify a finished folder instead")
+    add("--check", type=place, metavar="OUT", help="verify a finished folder instead")
     add("--dry-run", action="store_true", help="say what would be done, write nothing")
     add("--strict", action="store_true", help="a quarantined image is an error: no manifest is written")
     add("--seed", type=integer(-(2**63), 2**63 - 1), default=0, help="of the shuffle (default: 0)")
@@ -121,9 +122,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def place(text: str) -> str | Path:
-    """A folder, or the address of one."""
-    return text if is_address(text) else Path(text)
+def place(text: str) -> Place:
+    """A folder or file, or the address of one."""
+    return Address(text.rstrip("/")) if is_address(text) else Path(text)
+
+
+def inside(out: Place, source: Place) -> bool:
+    """Whether OUT lies in the folder SOURCE, or is that folder."""
+    if isinstance(out, Path) and isinstance(source, Path):
+        return source.is_dir() and out.resolve().is_relative_to(source.resolve())
+    return f"{out}/".startswith(f"{source}/")
 
 
 def part_of_environment(found: os._Environ[str]) -> str:

@@ -20,11 +20,12 @@ RELEASES = {
     19167: ("ImageNet-21k, winter21 release", "imagenet_w21"),
     21841: ("ImageNet-21k, fall11 release", "imagenet22k"),
 }
-_BESIDE = (
+BESIDE = (
     "LOC_val_solution.csv",
     "ILSVRC2012_devkit_t12",
     "ILSVRC2012_devkit_t12.tar.gz",
-    "ILSVRC2012_validation_ground_truth.txt",
+    "ILSVRC2012_validation_ground_truth.txt",  # with the devkit's meta.mat
+    "meta.mat",
 )
 
 
@@ -62,7 +63,7 @@ def missing_from_1k(classes: list[str]) -> list[str]:
 
 def beside(folder: Path) -> Path | None:
     """A file of validation labels lying in `folder` under its published name."""
-    return next((folder / name for name in _BESIDE if (folder / name).exists()), None)
+    return next((folder / name for name in BESIDE[:-1] if (folder / name).exists()), None)
 
 
 def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:

@@ -16,8 +16,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pipeline import host
+from pipeline.remote import Object
 
 from . import SourceError, labels
+from .places import Place
 from .sources import Listing, Request
 from .target import Spec
 
@@ -43,8 +45,8 @@ class Plan:
     """What goes where. `rows` is in the order of the output."""
 
     spec: Spec
-    root: str
-    tars: list[str]
+    root: Place
+    tars: list[Path | Object]
     gzipped: bool
     bounds: list[int]  # shard s holds rows[bounds[s]:bounds[s + 1]]
     refused: list[tuple[str, str]]  # (name, reason)
@@ -165,8 +167,8 @@ def build(listing: Listing, request: Request) -> Plan:
     )
     return Plan(
         spec,
-        root=str(listing.root.resolve()),
-        tars=[str(Path(tar).resolve()) for tar in listing.tars],
+        root=listing.root.resolve(),
+        tars=[tar.resolve() if isinstance(tar, Path) else tar for tar in listing.tars],
         gzipped=listing.gzipped,
         bounds=starts,
         refused=listing.refused,
@@ -232,7 +234,7 @@ def _labels_by_file(
     return class_list or [str(number) for number in range(count)], np.array([labelled[stem] for stem in stems])
 
 
-def folder_name(root: Path, split: str) -> str:
+def folder_name(root: Place, split: str) -> str:
     """The source's own name; where that only says the split, its parent's."""
     for part in (root.name.partition(".")[0], root.resolve().parent.name):
         if part and part not in (split, "train", "val", "validation", "test"):

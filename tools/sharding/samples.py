@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 
 from pipeline import tar
+from pipeline.remote import Folder, Object
+from pipeline.shards import ReadError
 
-from . import images, printable
+from . import images, places, printable
+from .places import Address
 from .plan import Item, Plan, items, load
 from .target import Target
 from .writer import Quarantined, Sample
 
+_AHEAD = 32  # images that are asked of a network ahead of need
 _RETRIES = (0.2, 1.0)  # seconds; a network disk that hiccups gets three tries
 
 
-def persistent(read: Callable[..., bytes], path: Path, *where: int) -> bytes:
+def persistent(read: Callable[..., bytes], path: object, *where: int) -> bytes:
     """`read(path, *where)`, tried again where it fails. Raises RuntimeError: that says nothing about the image."""
     for pause in (*_RETRIES, None):
         try:
@@ -50,16 +54,14 @@ class ShardMaker:
 
     def _samples(self, shard: int, reader: "Reader") -> Iterator[Sample | Quarantined]:
         rows, names = load(self._target.work)
-        at = 0
-        for item in items(rows[self._bounds[shard] : self._bounds[shard + 1]], names, self._target.spec.options["key"]):
+        rows = rows[self._bounds[shard] : self._bounds[shard + 1]]
+        key_style = self._target.spec.options["key"]
+        if isinstance(self._root, Address) and not self._gzipped:
+            contents = self._over_network(items(rows, names, key_style))
+        else:
+            contents = self._from_disk(items(rows, names, key_style), unpacked_path(self._target, shard), reader)
+        for item, data in zip(items(rows, names, key_style), contents, strict=True):
             source = f"{self._tars[item.tar]}:{item.name}" if item.tar >= 0 else item.name
-            if self._gzipped:
-                data = persistent(reader.read, unpacked_path(self._target, shard), at, item.size)
-                at += item.size
-            elif item.tar >= 0:
-                data = persistent(reader.read, Path(self._tars[item.tar]), item.offset, item.size)
-            else:
-                data = persistent(Path.read_bytes, Path(self._root, item.name))
             try:
                 jpeg = images.examine(data, self._rules)
             except images.Refused as refusal:
@@ -67,6 +69,30 @@ class ShardMaker:
                 continue
             members = (("jpg", jpeg.content), ("cls", str(item.label).encode()), ("json", self._json(item, jpeg)))
             yield Sample(item.key, members, jpeg.height, jpeg.width, item.label, jpeg.repairs, jpeg.notes)
+
+    def _from_disk(self, wanted: Iterator[Item], unpacked: Path, reader: "Reader") -> Iterator[bytes]:
+        at = 0
+        for item in wanted:
+            if self._gzipped:
+                yield persistent(reader.read, unpacked, at, item.size)
+                at += item.size
+            elif item.tar >= 0:
+                yield persistent(reader.read, self._tars[item.tar], item.offset, item.size)
+            else:
+                yield persistent(Path.read_bytes, Path(str(self._root), item.name))
+
+    def _over_network(self, wanted: Iterator[Item]) -> Iterator[bytes]:
+        folder = Folder(str(self._root))
+
+        def stretch(item: Item) -> tuple[Object, int, int]:
+            found = self._tars[item.tar] if item.tar >= 0 else Object(folder, item.name, item.size, None)
+            assert isinstance(found, Object)
+            return found, item.offset, item.offset + item.size  # an offset of 0, where there is no tar
+
+        try:
+            yield from places.read_all(map(stretch, wanted), _AHEAD)
+        except ReadError as error:
+            raise RuntimeError(f"{error}; run the same command again to resume") from None
 
     def _json(self, item: Item, jpeg: images.Jpeg) -> bytes:
         metadata = {
@@ -123,7 +149,7 @@ def unpack(target: Target, plan: Plan, shards: list[int], on_progress: Callable[
     row = np.concatenate(list(rows.values()))
     start = np.concatenate([np.cumsum(size) - size for size in sizes])
     owner = np.repeat(list(rows), [len(part) for part in rows.values()])
-    with closing(tar.GzipFile(Path(plan.tars[0]))) as source:
+    with closing(places.open_bytes(plan.tars[0])) as source:
         for position in np.argsort(plan.rows["offset"][row]):
             at, size = int(plan.rows["offset"][row[position]]), int(plan.rows["size"][row[position]])
             file = os.open(target.work / f"part.unpacked.{owner[position]}", os.O_WRONLY | os.O_CREAT, 0o644)

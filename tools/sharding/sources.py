@@ -4,9 +4,7 @@ A folder of class folders, a flat folder, Kaggle's layout, a folder of class tar
 all become the same columns, so that what follows does not know where an image came from.
 """
 
-import errno
 import os
-import stat
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +15,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pipeline import tar
+from pipeline.remote import Object
+from pipeline.shards import ReadError
+from pipeline.specs import ShardError
 from pipeline.tar import TarError
 
-from . import SourceError
+from . import SourceError, places
 from .images import Rules
-from .labels import beside, read_labels
+from .labels import BESIDE, beside, read_labels
+from .places import Address, Place
 
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
@@ -40,7 +42,7 @@ OnProgress = Callable[[int, int], object]  # gets the number of more images, and
 class Request:
     """What the command line asks for; with the same source, what the bytes depend on."""
 
-    source: Path
+    source: Place
     split: str = "train"
     name: str | None = None
     labels: Path | None = None
@@ -58,10 +60,10 @@ class Request:
 class Listing:
     """All images, in the order found. 36 bytes and a name each: 14 million of them are 0.9 GB."""
 
-    root: Path
+    root: Place
     kind: str  # for people
     on_progress: OnProgress  # a listing may take hours
-    tars: list[str] = field(default_factory=list)  # paths; empty where images are files below root
+    tars: list[Path | Object] = field(default_factory=list)  # empty where images are files below root
     classes: dict[str, int] = field(default_factory=dict)  # name -> number, in the order found
     notes: list[str] = field(default_factory=list)
     rows: bytearray = field(default_factory=bytearray)  # of ROW, end to end; its label is an index into classes
@@ -107,18 +109,23 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
     source = request.source
     try:
         if not source.exists():
-            raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images")
+            listed = not str(source).startswith("http")
+            remedy = "" if listed else "; a web server does not say what a folder holds: copy it to a disk or a bucket"
+            raise SourceError(f"{source} does not exist: SOURCE is a folder or a tar of images{remedy}")
         source, label_file = _descend(request)
         if source.is_file():
             listing = _tar_file(source, on_progress)
         else:
             listing = _folder(source, request.unlabelled or label_file is not None, on_progress)
-        mapping = request.source / "LOC_synset_mapping.txt"
-        listing.class_file = mapping if mapping.is_file() and not request.unlabelled else None
-    except TarError as error:
+        name = "LOC_synset_mapping.txt"
+        has_mapping = not request.unlabelled and (request.source / name).is_file()
+        listing.class_file = places.nearby(request.source, [name]) / name if has_mapping else None
+    except (TarError, ShardError) as error:
         raise SourceError(str(error)) from None
+    except ReadError:  # an outage
+        raise
     except OSError as error:
-        at = Path(error.filename or source)
+        at = Path(error.filename or str(source))
         while at != source and not os.path.lexists(at):  # what was merely looked for, in a folder that cannot be read
             at = at.parent
         raise SourceError(f"cannot read {at}: {error.strerror}") from None
@@ -138,7 +145,7 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
     return listing
 
 
-def _descend(request: Request) -> tuple[Path, Path | None]:
+def _descend(request: Request) -> tuple[Place, Path | None]:
     """From a download to the part of it that the split means, and to the labels that lie beside it."""
     top = source = request.source
     aliases = _SAME_SPLIT.get(request.split, (request.split,))
@@ -147,15 +154,19 @@ def _descend(request: Request) -> tuple[Path, Path | None]:
         kaggle = top / "ILSVRC" / "Data" / "CLS-LOC"
         inner = [kaggle / name for name in aliases] + [top / name for name in aliases]
         source = official if official.is_file() else next((folder for folder in inner if folder.is_dir()), top)
-        folders = set(_entries(top)[0])
+        folders = set(places.entries(top)[0])
         if source == top and folders and folders <= set(_SPLITS) and not request.unlabelled:
             raise SourceError(
                 f"{top} holds {', '.join(sorted(folders))}, but no {request.split}: name the folder, or its --split"
             )
     if request.labels or request.unlabelled or aliases[0] != "val":
         return source, None if request.unlabelled else request.labels
-    in_folders = source.is_dir() and _entries(source)[0]
-    return source, None if in_folders else beside(top if top.is_dir() else top.parent)
+    if source.is_dir() and places.entries(source)[0]:
+        return source, None
+    around = top if top.is_dir() else top.parent
+    if isinstance(around, Address) and not around.is_dir():  # of a web server
+        return source, None
+    return source, beside(places.nearby(around, BESIDE))
 
 
 def _ignored(listing: Listing) -> str:
@@ -178,19 +189,9 @@ def _wanted(listing: Listing, name: str) -> bool:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the folders in a folder, links to some included, and of all else; by their bytes."""
-    folders, files = next(os.walk(folder, onerror=_raise))[1:]
-    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
+def _folder(root: Place, any_depth: bool, on_progress: OnProgress) -> Listing:
     listing = Listing(root, "", on_progress)
-    folders, files = _entries(root)
+    folders, files = places.entries(root)
     folders = [name for name in folders if not name.startswith(".")]
     class_tars = [name for name in files if name.endswith(".tar")]
     if class_tars and (root / "manifest.json").exists():
@@ -198,17 +199,18 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
     if class_tars and not folders:
         listing.kind = "folder of class tars"
         for name in class_tars:
-            listing.tars.append(str(root / name))
-            with closing(tar.PlainFile(root / name)) as class_tar:
+            listing.tars.append(places.file(root / name))
+            with closing(places.plain(listing.tars[-1])) as class_tar:
                 _tar_members(listing, class_tar, tar.Walk(class_tar, strict=True), name.removesuffix(".tar"))
         return listing
-    _add_files(listing, root, files, -1)
+
+    def wanted(name: str) -> bool:
+        return _wanted(listing, name)
+
+    _add_files(listing, places.directly(root, files, wanted), -1)
     flat = len(listing)
-    for name in folders:
-        label = -1 if any_depth or flat else listing.class_number(name)
-        for folder, below, inner in os.walk(root / name, onerror=_raise):  # into no link to a folder
-            below.sort(key=os.fsencode)
-            _add_files(listing, Path(folder), sorted(inner, key=os.fsencode), label)
+    for name, found in places.below(root, folders, wanted):
+        _add_files(listing, found, -1 if any_depth or flat else listing.class_number(name))
     if flat and len(listing) > flat and not any_depth:
         raise SourceError(
             f"{root} holds images both directly and in folders: say --unlabelled to take them all without labels, "
@@ -218,29 +220,20 @@ def _folder(root: Path, any_depth: bool, on_progress: OnProgress) -> Listing:
     return listing
 
 
-def _add_files(listing: Listing, folder: Path, names: list[str], label: int) -> None:
-    """Images among the entries of a folder; links to files are followed, as every reader does."""
-    below = "" if folder == listing.root else f"{folder.relative_to(listing.root)}/"
-    for name in names:
-        if _wanted(listing, name):
-            try:
-                found = os.stat(f"{folder}/{name}")  # noqa: PTH116 - called once per image, pathlib is slow
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
-                    raise
-                found = None
-            if found and stat.S_ISREG(found.st_mode):
-                listing.add(below + name, found.st_size, label)
-            else:
-                listing.refused.append((below + name, "not a regular file"))
+def _add_files(listing: Listing, found: places.Sizes, label: int) -> None:
+    for name, size in found:
+        if size is None:
+            listing.refused.append((name, "not a regular file"))
+        else:
+            listing.add(name, size, label)
 
 
 # --- tars ------------------------------------------------------------------------------------------------------------
 
 
-def _tar_file(path: Path, on_progress: OnProgress) -> Listing:
-    listing = Listing(path, "tar of images", on_progress, tars=[str(path)])
-    with closing(tar.open_bytes(path)) as source:
+def _tar_file(path: Place, on_progress: OnProgress) -> Listing:
+    listing = Listing(path, "tar of images", on_progress, tars=[places.file(path)])
+    with closing(places.open_bytes(listing.tars[0])) as source:
         listing.gzipped = isinstance(source, tar.GzipFile)
         _tar_members(listing, source, tar.Walk(source, strict=True), None)
         if isinstance(source, tar.GzipFile):
@@ -252,7 +245,7 @@ def _tar_file(path: Path, on_progress: OnProgress) -> Listing:
 
 
 def _tar_members(
-    listing: Listing, source: tar.PlainFile | tar.GzipFile, walk: tar.Walk, class_name: str | None
+    listing: Listing, source: tar.PlainFile | tar.GzipFile | tar.Bytes, walk: tar.Walk, class_name: str | None
 ) -> None:
     """Images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
     if class_name is not None:

@@ -1,0 +1,216 @@
+"""Where a source lies, on this machine or at an address, and what both can be asked."""
+
+import errno
+import io
+import os
+import stat
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline import remote, tar
+from pipeline.remote import Folder, Object
+
+_AHEAD = 4  # parts of a tar that is walked from its start to its end
+_LISTINGS = 16  # under way at a time
+A = TypeVar("A")
+B = TypeVar("B")
+Wanted = Callable[[str], bool]
+Sizes = Iterator[tuple[str, int | None]]
+"""Names, and their bytes; None for what is no regular file."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A file or a folder in a bucket, or a file of a web server, with the names that Path gives such questions."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __reduce__(self) -> "tuple[type[Address], tuple[str]]":  # not with what it was told
+        return Address, (self.url,)
+
+    def __truediv__(self, name: str) -> "Address":
+        return Address(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Address":
+        return Address(self.url.rpartition("/")[0])
+
+    def resolve(self) -> "Address":
+        return self
+
+    @cached_property
+    def object(self) -> Object | None:
+        Folder(self.url)  # raises for what is no address
+        folder, _, name = self.url.rpartition("/")
+        return None if folder.endswith("/") else remote.run(Folder(folder).head(name))  # s3://bucket is none
+
+    @cached_property
+    def entries(self) -> tuple[list[str], dict[str, Object]]:
+        return remote.run(Folder(self.url).entries())
+
+    def is_file(self) -> bool:
+        return self.object is not None
+
+    def is_dir(self) -> bool:
+        return Folder(self.url).lists and any(self.entries)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+
+Place = Path | Address
+
+
+def entries(folder: Place) -> tuple[list[str], list[str]]:
+    """The names of the folders in a folder, links to some included, and of all else; by their bytes."""
+    if isinstance(folder, Address):
+        folders, files = folder.entries[0], [*folder.entries[1]]
+    else:
+        folders, files = next(os.walk(folder, onerror=_raise))[1:]
+    return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+
+
+def directly(root: Place, names: Iterable[str], wanted: Wanted) -> Sizes:
+    """Of the files directly in a folder those that are wanted."""
+    if isinstance(root, Address):
+        sizes = root.entries[1]
+        return ((name, sizes[name].size) for name in names if wanted(name))
+    return ((name, _size(root / name)) for name in names if wanted(name))
+
+
+def below(root: Place, folders: Iterable[str], wanted: Wanted) -> Iterator[tuple[str, Sizes]]:
+    """Each of the folders in a folder, and the files in it and in the folders below, named from `root`."""
+    if isinstance(root, Address):
+        for name, found in _ahead(folders, lambda name: remote.submit(Folder(root.url).below(name)), _LISTINGS):
+            yield name, ((name, one.size) for name, one in sorted(found.items()) if wanted(name))
+        return
+    for name in folders:
+        yield name, _walk(root, name, wanted)
+
+
+def _walk(root: Path, name: str, wanted: Wanted) -> Sizes:
+    for folder, inner, files in os.walk(root / name, onerror=_raise):  # into no link to a folder
+        inner.sort(key=os.fsencode)
+        relative = Path(folder).relative_to(root)
+        for file in sorted(files, key=os.fsencode):
+            if wanted(file):
+                yield f"{relative}/{file}", _size(f"{folder}/{file}")
+
+
+def _size(path: str | Path) -> int | None:
+    """Links to files are followed, as every reader does."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - called once per image, pathlib is slow
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+            raise
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def file(place: Place) -> Path | Object:
+    """A file that is there, in the form in which plans keep it."""
+    if isinstance(place, Path):
+        return place
+    assert place.object
+    return place.object
+
+
+def open_bytes(found: Path | Object) -> tar.PlainFile | tar.GzipFile | tar.Bytes:
+    """Compressed or not, by its first bytes. Raises OSError."""
+    if isinstance(found, Path):
+        return tar.open_bytes(found)
+    if remote.run(found.read(0, 2)) == b"\x1f\x8b":
+        return tar.GzipFile(found, io.BufferedReader(remote.Reader(found)))
+    return _parts(found)
+
+
+def plain(found: Path | Object) -> tar.PlainFile | tar.Bytes:
+    """Of a file that is not compressed."""
+    return tar.PlainFile(found) if isinstance(found, Path) else _parts(found)
+
+
+def _parts(wanted: Object) -> tar.Bytes:
+    """An object that is read mostly forwards, in parts that are asked for ahead of need.
+
+    One small request for each header of a tar would wait for an answer each time; parts arrive many times as fast.
+    """
+    coming: dict[int, Future[bytes]] = {}
+
+    def part(number: int) -> bytes:
+        for ahead in range(number, number + _AHEAD):
+            start = ahead * remote.PART
+            if start < wanted.size and ahead not in coming:
+                coming[ahead] = remote.submit(wanted.read(start, start + remote.PART))
+        for passed in [other for other in coming if not number - 1 <= other < number + _AHEAD]:
+            coming.pop(passed).cancel()
+        return remote.wait(coming[number])
+
+    def read_at(offset: int, size: int) -> bytes:
+        stop = min(offset + size, wanted.size)
+        found = b""
+        while offset < stop:
+            number, within = divmod(offset, remote.PART)
+            found += part(number)[within : within + stop - offset]
+            offset = min(stop, (number + 1) * remote.PART)
+        return found
+
+    return tar.Bytes(read_at, wanted, wanted.size, lambda: [future.cancel() for future in coming.values()])
+
+
+def read_all(wanted: Iterable[tuple[Object, int, int]], ahead: int) -> Iterator[bytes]:
+    """Stretches (object, first byte, end) in their order, so many of them under way. Raises ReadError."""
+    for _, data in _ahead(wanted, lambda each: remote.submit(each[0].read(*each[1:])), ahead):
+        yield data
+
+
+def _ahead(wanted: Iterable[A], start: Callable[[A], "Future[B]"], most: int) -> Iterator[tuple[A, B]]:
+    """Each of the wanted and what it brings, `most` of them started before they are asked for."""
+    rest = iter(wanted)
+    coming = deque((each, start(each)) for each in islice(rest, most))
+    try:
+        while coming:
+            each, future = coming.popleft()
+            yield each, remote.wait(future)
+            coming.extend((more, start(more)) for more in islice(rest, 1))
+    finally:
+        for _, future in coming:
+            future.cancel()
+
+
+_scratch: list[tempfile.TemporaryDirectory] = []  # until this process ends
+
+
+def nearby(folder: Place, names: Iterable[str]) -> Path:
+    """A folder of this machine with those of the named files and folders that lie in `folder`."""
+    if isinstance(folder, Path):
+        return folder
+    _scratch.append(tempfile.TemporaryDirectory())
+    here = Path(_scratch[-1].name)
+    folders, files = folder.entries
+    found = {name: files[name] for name in names if name in files}
+    for name in names:
+        if name in folders:
+            found |= remote.run(Folder(folder.url).below(name))
+    for name, data in zip(found, read_all(((one, 0, one.size) for one in found.values()), _AHEAD), strict=True):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(data)
+    return here
