@@ -172,6 +172,15 @@ class Loader:
         """The bad samples that this process met so far: place in the set -> reason."""
         return self._prepare.bad
 
+    def add_bad(self, bad: dict[int, str]) -> None:
+        """Takes samples for bad that another process found to be, so that `max_bad` holds for all together.
+
+        Raises ShardError where they are too many, ValueError for a stream, whose samples no two processes share.
+        """
+        if not isinstance(self._prepare, Preparation):
+            raise ValueError("the samples of a stream are not those of another process")
+        self._prepare.samples.add_bad(bad)
+
     def shuffle_quality(self) -> dict[str, float]:
         """`order.shuffle_quality` of the first quarter million samples of the current epoch."""
         return self._prepare.shuffle_quality(self._epoch)

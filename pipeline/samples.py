@@ -145,6 +145,12 @@ class Samples:
             _log.warning("bad sample replaced: %s", self._named(i))
         self._stop_if_too_many()
 
+    def add_bad(self, bad: dict[int, str]) -> None:
+        """Marks samples as bad that another process has named. Raises ShardError when there are too many."""
+        with self._lock:
+            self.bad.update({i: reason for i, reason in bad.items() if i not in self.bad})
+        self._stop_if_too_many()
+
     def _stop_if_too_many(self) -> None:
         if len(self.bad) <= self._allowed:
             return

@@ -168,6 +168,15 @@ def test_too_many_bad_samples_stop_the_run(faulty: ShardSet) -> None:
         list(loader(faulty, max_bad=0.0))
 
 
+def test_what_other_processes_found_counts_too(faulty: ShardSet) -> None:
+    source = loader(faulty, max_bad=0.1)
+    source.add_bad({4: "no bytes", 6: "text", 9: "torn"})
+    source.add_bad({4: "said again", 30: "a GIF"})
+    assert source.bad == {4: "no bytes", 6: "text", 9: "torn", 30: "a GIF"}
+    with pytest.raises(ShardError, match="5 of 40 samples are bad, but max_bad allows 4"):
+        source.add_bad({39: "torn"})
+
+
 def test_a_set_of_nothing_but_bad_samples_stops(tmp_path: Path) -> None:
     members = [m for k in range(12) for m in sample(f"k{k}", b"<html>no</html>", k)]
     with pytest.raises(ShardError, match="12 of 12 samples are bad"):

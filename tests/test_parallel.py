@@ -1,27 +1,13 @@
 """Collectives over two gloo ranks: values and gradients are those of one process, eager and compiled."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import free_port, start
 
 from trainer import parallel
 from trainer.segmentation.metric import Confusion
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def start(rank: int, world: int, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
 
 
 def loss(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """Several ranks: a run on them is the run of one, whoever dies and however many go on."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
-from mapimages import write_set
+from mapimages import sample, write_set, write_tar
+from PIL import Image
 from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_two_ranks, start_two_ranks
 from scenes import pair, write_pairs
 
@@ -25,6 +28,25 @@ def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards:
     alone, changed = ([line["loss"] for line in lines(tmp_path / out)] for out in ("one", "two"))
     assert len(changed) == 6
     assert changed == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bad_samples_are_those_of_all_ranks(tmp_path: Path) -> None:
+    """Each rank meets some; the log counts, and `max_bad` bounds, what they met together."""
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png")
+    members = []
+    for i in range(16):
+        photograph.crop((10 * i, 0, 10 * i + 200, 150)).save(data := io.BytesIO(), "JPEG")
+        members += sample(f"k{i:02d}", data.getvalue() if i % 4 else b"<html>", i)
+    shards = str(write_tar(tmp_path / "x.tar", members))
+    (config := tmp_path / "tiny.yaml").write_text(TINY)
+    argv = ["--config", str(config), "--shards", shards, "--out"]
+    on_two_ranks(*argv, str(tmp_path / "two"))
+    assert [line["bad_samples"] for line in lines(tmp_path / "two")][-1] == 4
+    process = start_two_ranks(*argv, str(tmp_path / "few"), "--data.max_bad", "0.2")  # three of 16; each rank met two
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1 and "run.py: 4 of 16 samples are bad, but max_bad allows 3" in errors
+    assert final(tmp_path / "few")["step"] >= 1
 
 
 @pytest.mark.slow

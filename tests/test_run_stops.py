@@ -15,7 +15,7 @@ from mapimages import write_set
 from runs import TINY, VICREGL, assert_same_run, command, final, lines
 
 from pipeline import Batch, Loader, ShardError, ShardSet, host, samples
-from trainer import checkpoint, interrupt
+from trainer import checkpoint, evaluate, interrupt
 from trainer.config import RunError, UsageError
 
 
@@ -40,13 +40,18 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 @pytest.mark.filterwarnings("ignore:no checkpoint at step")
 def test_time_limit_and_full_disk(
-    run: Callable[..., int], tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Out of time after a step: 75 and a checkpoint. Without room for another: warnings, the run goes on, and fails."""
     assert run("--out", str(tmp_path / "out"), "--stop-after", "0") == 75
     assert [line["step"] for line in lines(tmp_path / "out")] == [final(tmp_path / "out")["step"]] == [1]
     assert status(tmp_path / "out") == {"state": "stopped", "step": 1, "of": 6}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0,))
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # a file of a megabyte is too large for this disk
     try:
         with (
@@ -143,6 +148,51 @@ def test_an_outage_of_the_storage_stops_a_run_with_a_checkpoint(
     assert 1 <= final(out)["step"] == status(out)["step"] <= 3 and status(out)["state"] == "stopped"
     assert run("--out", str(out)) == 0
     assert_same_run(out, whole)
+
+
+def test_a_probe_whose_shards_cannot_be_read_stops_a_run_with_a_checkpoint(
+    run: Callable[..., int],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labelled, read = str(write_set(tmp_path / "labelled", 12, 1)), ShardSet.read
+
+    def failing(shards: ShardSet, i: int) -> bytes:
+        if "labelled" in str(shards.shard_of(i)):
+            raise OSError(116, "Stale file handle")
+        return read(shards, i)
+
+    argv = ["--out", str(tmp_path / "out"), "--probe.train", labelled, "--probe.val", labelled, "--probe.every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "_PAUSES", ())
+        patch.setattr(ShardSet, "read", failing)
+        assert run(*argv) == 75
+    assert "cannot be read (Stale file handle" in capsys.readouterr().err
+    assert status(tmp_path / "out") == {"state": "stopped", "step": 3, "of": 6} and final(tmp_path / "out")["step"] == 3
+    assert run(*argv) == 0
+    assert [line["step"] for line in lines(tmp_path / "out") if "knn" in line] == [4, 6]
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_a_probe_that_fails_costs_a_score(
+    run: Callable[..., int],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not the run, nor its weights: the backbone goes back to training, whatever happens."""
+    labelled = str(write_set(tmp_path / "labelled", 12, 1))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("out of memory\nwhile trying")
+
+    monkeypatch.setattr(evaluate, "normalise", full)
+    assert run("--out", str(tmp_path / "out"), "--probe.train", labelled, "--probe.val", labelled) == 0
+    assert "run.py: no score at step 6: out of memory while trying\n" in capsys.readouterr().err
+    assert_same_run(tmp_path / "out", whole)
 
 
 def test_too_many_bad_samples_fail_a_run_with_a_checkpoint(

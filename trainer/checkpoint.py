@@ -1,9 +1,11 @@
-"""Checkpoints: one file a step, whole or absent.
+"""Checkpoints: one file a step, whole or absent, written while the run goes on.
 
 `last` links to the newest. A file that cannot be read is passed over, with a warning, for the one before it. Nothing is
 unpickled: tensors and plain values only (`weights_only=True`).
 """
 
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_map_only
 
 from pipeline import host
 from trainer import config, methods, parallel
@@ -28,6 +30,40 @@ FORMAT = 1
 Payload = dict[str, Any]
 NEEDED = {"step": int, "method": str, "config": str, "model": dict}  # the config is YAML
 OPTIONAL = {"optimizer": dict, "loader": dict, "scaler": dict}  # what a run needs to go on
+_PAUSES = (5.0, 30.0)  # seconds between attempts to write: others free a full disk, or a server comes back
+
+
+class Writer:
+    """Writes the checkpoints of one folder in a thread of its own, one at a time: the run goes on meanwhile.
+
+    A write that the disk refuses is tried again, then given up with a warning.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
+        self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._kept = True
+
+    def save(self, payload: Payload) -> None:
+        """Begins to write `payload`, which nobody may change from now on, when the one before it is done."""
+        self.wait()
+        self._thread = threading.Thread(target=self._save, args=(payload,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Waits for the last one. Whether it is on the disk; True if there was none."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        return self._kept
+
+    def _save(self, payload: Payload) -> None:
+        self._kept = False
+        for pause in (*_PAUSES, 0.0):
+            self._kept = save(self._folder, payload, self._keep_last, self._keep_every)
+            if self._kept:
+                break
+            time.sleep(pause)
 
 
 def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None) -> bool:
@@ -70,7 +106,7 @@ def load(path: Path) -> Payload:
             raise ValueError(f"{path}: holds no readable checkpoint")
         return payload
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
     except Exception as error:  # a torn file fails in a dozen ways
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -90,24 +126,44 @@ def latest(folder: Path) -> Payload | None:
 
     Raises ValueError where there are some and none can be read: whoever goes on without would overwrite them.
     """
+    return (_newest(folder) or (None, None))[1]
+
+
+def _newest(folder: Path) -> tuple[Path, Payload] | None:
     for path in _paths(folder):
         try:
-            return load(path)
+            return path, load(path)
         except ValueError as error:
-            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+            warnings.warn(f"{error}; trying the one before it", stacklevel=3)
     if _paths(folder):
         raise ValueError(f"{folder}: holds no readable checkpoint, only damaged ones; move them away to start over")
     return None
 
 
-def resume(folder: Path) -> Payload | None:
-    """`latest`, read by rank 0 alone; the others learn all but the tensors, which `set_state` hands to them."""
-    payload = latest(folder) if parallel.rank() == 0 else None
-    if parallel.world_size() > 1:
-        shared = [payload and {**payload, "model": {}, "optimizer": {}}]
-        dist.broadcast_object_list(shared)
-        payload = payload or shared[0]
-    return payload
+def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload | None:
+    """Sets the method called `name` and its optimizer to the newest readable checkpoint, and returns the rest of it.
+
+    None where there is none. Rank 0 alone reads. Raises ValueError, on every rank, naming the file that does not fit.
+    """
+    found = None
+    with parallel.agreed():
+        if parallel.rank() == 0 and (found := _newest(folder)):
+            path, payload = found
+            try:
+                if payload["method"] != name:
+                    raise ValueError(f"it is of method {payload['method']!r}")
+                if lacking := [key for key in OPTIONAL if key not in payload]:
+                    raise ValueError(f"it holds weights to begin with (--init), but no {lacking[0]!r} to go on with")
+                _check_fit(method, optimizer, payload)
+            except ValueError as error:
+                before = [other.name for other in _paths(folder) if other < path]
+                remedy = f"; if it is damaged, remove it to go on from {before[0]}" if before else ""
+                raise ValueError(f"{path}: {error}{remedy}") from None
+    payload = found[1] if found else {}
+    rest = parallel.from_rank_0({key: value for key, value in payload.items() if key not in ("model", "optimizer")})
+    if rest:
+        _set_state(method, optimizer, payload)
+    return rest or None
 
 
 def restore(payload: Payload) -> Method:
@@ -136,30 +192,59 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 
 def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
-    """Weights and optimizer state, by name and whole, on the host; every rank must ask, rank 0 is answered.
+    """Copies of weights and optimizer state, by name and whole, on the host; all ranks must ask, rank 0 is answered.
 
     By name, so that a run can go on with another number of ranks, sharded or not.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optim = get_state_dict(method, optimizer, options=options)
+    if next(method.parameters()).device.type == "cpu":  # there torch's "offload" hands out what the next step changes
+        model, optim = tree_map_only(torch.Tensor, torch.clone, (model, optim))
     return {"model": model, "optimizer": optim}
 
 
 def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
     """The way back, from rank 0's payload on every rank. Raises ValueError where names or shapes do not fit."""
-    trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    with parallel.agreed():
+        if parallel.rank() == 0:
+            _check_fit(method, optimizer, payload)
+    _set_state(method, optimizer, payload)
+
+
+def _set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
+    set_model_state_dict(method, payload.get("model", {}), options=_from_rank_0())
+    set_optimizer_state_dict(method, optimizer, payload.get("optimizer", {}), options=_from_rank_0())
+
+
+def _check_fit(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
+    """Raises ValueError where names or shapes differ: in the midst of a broadcast it would be too late to say so."""
     with _one_sentence("the checkpoint was made with other settings of the method or the optimizer"):
-        # torch would take an absent state for a fresh start
-        if parallel.rank() == 0 and (lacking := trainable - set(payload["optimizer"]["state"])):
-            raise KeyError(min(lacking))
-        set_model_state_dict(method, payload["model"], options=_from_rank_0())
-        set_optimizer_state_dict(method, optimizer, payload["optimizer"], options=_from_rank_0())
+        _check_weights(method, payload)
+        shapes = {name: p.shape for name, p in method.named_parameters() if p.requires_grad}
+        saved = payload["optimizer"]
+        for name, shape in shapes.items():
+            for key, value in saved["state"][name].items():  # torch would take an absent state for a fresh start
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != shape:
+                    raise ValueError(f"{key} of {name} has the shape {[*value.shape]} instead of {[*shape]}")
+        grouped = [name for group in saved["param_groups"] for name in group["params"]]
+        if len(saved["param_groups"]) != len(optimizer.param_groups) or {*grouped} != {*shapes}:
+            raise ValueError("its groups of parameters are others")
+
+
+def _check_weights(method: nn.Module, payload: Payload) -> None:
+    mine, theirs = ({k: [*v.shape] for k, v in weights.items()} for weights in (method.state_dict(), payload["model"]))
+    for name in sorted(mine.keys() ^ theirs.keys()):
+        raise ValueError(f"it {'lacks' if name in mine else 'has an unknown'} {name}")
+    for name, shape in mine.items():
+        if theirs[name] != shape:
+            raise ValueError(f"{name} has the shape {theirs[name]} instead of {shape}")
 
 
 def set_weights(method: nn.Module, payload: Payload) -> None:
-    """The weights alone, to begin with. Raises ValueError where names or shapes do not fit."""
-    with _one_sentence("the checkpoint's weights do not fit the method's settings"):
-        set_model_state_dict(method, payload["model"], options=_from_rank_0())
+    """The weights alone, to begin with, read by each rank. Raises ValueError where names or shapes do not fit."""
+    with parallel.agreed(), _one_sentence("the checkpoint's weights do not fit the method's settings"):
+        _check_weights(method, payload)
+    set_model_state_dict(method, payload["model"], options=_from_rank_0())
 
 
 def _from_rank_0() -> StateDictOptions:

@@ -51,11 +51,13 @@ def features(
     device = next(backbone.parameters()).device
     prefix = getattr(backbone, "num_prefix_tokens", 0)
     x, y = [], []
-    for batch in batches:
-        tokens = backbone(normalise(batch.views["image"].pixels.to(device), mean, std))
-        x.append(tokens[:, prefix:].float().mean(1).cpu())
-        y.append(batch.label.cpu())
-    backbone.train(training)
+    try:
+        for batch in batches:
+            tokens = backbone(normalise(batch.views["image"].pixels.to(device), mean, std))
+            x.append(tokens[:, prefix:].float().mean(1).cpu())
+            y.append(batch.label.cpu())
+    finally:
+        backbone.train(training)
     return torch.cat(x), torch.cat(y)
 
 

@@ -35,10 +35,14 @@ class Result:
 
 
 class RunFolder:
-    """The folder `path`, which this process holds while the context lasts."""
+    """The folder `path`, which this process holds while the context lasts.
 
-    def __init__(self, path: Path) -> None:
+    What `at_exit` is given is called before that ends, however it ends.
+    """
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         self.path, self.step, self.total = path, 0, 0
+        self.at_exit = stack.callback
 
     def status(self, state: State, step: int) -> None:
         """Writes status.json: {"state", "step", "of": `total`}. A full disk costs the status, not the run."""
@@ -79,8 +83,8 @@ def held(path: Path) -> Iterator[RunFolder]:
 
     Raises UsageError where another run holds it, or it cannot be written to.
     """
-    folder = RunFolder(path)
     with ExitStack() as stack:
+        folder = RunFolder(path, stack)
         try:
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(host.lock(path / "lock"))

@@ -6,8 +6,12 @@ gradients is the gradient of the one-process loss. With one process both are the
 
 import inspect
 import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,12 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
-# Newer torch renamed both and warns of the old names.
+# Newer torch renamed these and warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _BUFFERS_STAY: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
 }
+_PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: the first one probes, and opens remote sets
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def connect() -> torch.device:
@@ -32,14 +40,42 @@ def connect() -> torch.device:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = True  # shapes never change
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Ranks that torchrun restarts meet in the store of those before them: without a prefix of their own they would
-        # find, and call, addresses of dead processes (torch 2.14).
-        store, rank_here, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        an_hour = timedelta(hours=1)  # ranks wait while the first one probes
-        dist.init_process_group(backend, store=store, rank=rank_here, world_size=world, timeout=an_hour)
+        store, rank_here, world = next(rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(_meet(store, rank_here, world), store),
+            rank=rank_here,
+            world_size=world,
+            timeout=_PATIENCE,
+            device_id=device if device.type == "cuda" else None,
+        )
     return device
+
+
+def _meet(store: dist.Store, rank_here: int, world: int) -> str:
+    """A name that these ranks alone know, for what they keep in `store`.
+
+    Ranks that torchrun starts anew get the store of those before them, and torch takes addresses of dead processes from
+    it. No variable tells the starts apart: a node that joins counts restarts from 0, and a change of the number of
+    nodes is not counted. So each rank asks under a name of its own until rank 0, which may read a dead rank's question
+    first, has answered it.
+    """
+    mine = secrets.token_hex(8)
+    if rank_here > 0:
+        store.set(f"question of {rank_here}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{name}: {rank_here} is here", "")
+        return name
+    for other in range(1, world):
+        deadline = time.monotonic() + _PATIENCE.total_seconds()
+        while not store.check([f"{mine}: {other} is here"]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {other} of {world} has not come within {_PATIENCE}")
+            if store.check([f"question of {other}"]):
+                store.set(f"answer to {store.get(f'question of {other}').decode()}", mine)
+            time.sleep(0.01)
+    return mine
 
 
 def disconnect() -> None:
@@ -82,9 +118,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        g = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(g)
-        return g.chunk(dist.get_world_size())[dist.get_rank()]
+        g = grads[0].contiguous()
+        mine = g.new_empty((g.shape[0] // dist.get_world_size(), *g.shape[1:]))
+        _reduce_scatter(mine, g)
+        return mine
 
 
 def shard_(module: nn.Module, units: list[nn.Module]) -> None:
@@ -111,6 +148,43 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor(float(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What the block raises on one rank, it raises on all of them: nobody waits for a rank that has ended.
+
+    There must be no collective inside.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    errors: list[Exception | None] = [mine]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, mine)
+    for raised in (mine, *errors):
+        if raised:
+            raise raised from None
+
+
+def from_rank_0(value: T) -> T:
+    """What `value` is on rank 0; it must be picklable."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def merged(mapping: dict[K, T]) -> dict[K, T]:
+    """The mappings of all ranks in one; they must be picklable."""
+    parts = [mapping]
+    if world_size() > 1:
+        parts = [mapping] * world_size()
+        dist.all_gather_object(parts, mapping)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def sum_over_ranks_(x: Tensor) -> Tensor:

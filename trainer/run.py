@@ -126,9 +126,10 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             raise ValueError(f"{few}: lower it, or raise speed.accumulate")
         settings_of_rank: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size, **vars(cfg.data)}
         loader = Loader(shards, recipe, micro_batch, seed=cfg.seed, **settings_of_rank)
-        probe = Probe(cfg.probe, method.mean, method.std, str(device)) if is_main and cfg.probe.train else None
-        segments = is_main and cfg.probe.segment_train is not None
-        monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
+        with parallel.agreed():
+            probe = Probe(cfg.probe, method.mean, method.std, str(device)) if is_main and cfg.probe.train else None
+            segments = is_main and cfg.probe.segment_train is not None
+            monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
     except (ValueError, ReadError) as error:  # ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
@@ -137,13 +138,11 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
 
     # ---------------------------------------------------------------- resume
     start = 0
-    log = None
+    log = writer = None
     try:
-        if saved := checkpoint.resume(settings.out / "checkpoints"):
-            if saved["method"] != cfg.method:
-                raise ValueError(f"its checkpoint is of method {saved['method']!r}")
-            checkpoint.set_state(method, optimizer, saved)
-            training_step.scaler.load_state_dict(saved["scaler"])
+        if saved := checkpoint.resume(settings.out / "checkpoints", cfg.method, method, optimizer):
+            if saved["scaler"]:  # empty where the run was not in fp16
+                training_step.scaler.load_state_dict(saved["scaler"])
             loader.load_state_dict(saved["loader"])
             start = saved["step"]
     except ValueError as error:
@@ -157,6 +156,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if out:
         log = metrics.Log(out.path, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
         out.write_config(settings.text)
+        writer = checkpoint.Writer(out.path / "checkpoints", cfg.log.keep_last, cfg.log.keep_every)
+        out.at_exit(writer.wait)
         out.total = total
         out.status("running", start)
         summary = [
@@ -180,7 +181,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     meter, clock, network = metrics.Meter(), metrics.Clock(cfg.batch_size, world_size), metrics.Network(shards)
     progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
     batches = loader.forever()
-    epoch, lr, stopped, kept, outage = 0, 0.0, False, True, None
+    epoch, lr, stopped, outage = 0, 0.0, False, None
+    bad: dict[int, str] = {}  # samples, as of the last line, on any rank
     record: dict[str, Any] = {}
     for done in itertools.count(start):  # steps so far
         position = loader.state_dict()
@@ -197,18 +199,28 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             guard.check(done, shards.key)
             record = {"step": done, "epoch": epoch, **means, "lr": lr, "weight_decay": cfg.optim.weight_decay}
             record |= clock.rates() | {"memory_gb": metrics.memory_gb(device)}
-            record |= {"skipped": guard.skipped, "bad_samples": len(loader.bad)}
+            try:
+                if parallel.any_rank(len(loader.bad) > len(bad)):
+                    loader.add_bad(bad := parallel.merged(loader.bad))
+            except ShardError as error:
+                outage = error
+            record |= {"skipped": guard.skipped, "bad_samples": len(bad)}
             record |= network.since_last_line(clock.elapsed())
             if peak_flops and estimate.flops_per_image:
                 record["mfu"] = record["images_per_s_rank"] * estimate.flops_per_image / peak_flops
             record |= {name: value.item() for name, value in method.scheduled(progress).items()}
             period, last_line = cfg.probe.every * steps_per_epoch, (done - 1) // cfg.log.every * cfg.log.every
             due = not stopped and (done == total or done // period > last_line // period)
-            if probe and due:
-                record["knn"] = probe(method.backbone())
-            if monitor and log and due:
-                record["segment_miou"], panels = monitor(method.backbone())
-                log.picture("segmentation", panels, done)
+            try:
+                if probe and due:
+                    record["knn"] = probe(method.backbone())
+                if monitor and log and due:
+                    record["segment_miou"], panels = monitor(method.backbone())
+                    log.picture("segmentation", panels, done)
+            except ReadError as error:  # the run stops after the next step, when the other ranks hear of it
+                outage = error
+            except Exception as error:  # out of memory, for example
+                print(f"run.py: no score at step {done}: {' '.join(str(error).split())}", file=sys.stderr)
             if log and out:
                 log.line(record)
                 out.status("running", done)
@@ -218,8 +230,9 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
                 payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
                 payload |= {"step": done, "method": cfg.method, "config": settings.text, "loader": position}
                 payload["scaler"] = training_step.scaler.state_dict()
-                if out:
-                    kept = checkpoint.save(out.path / "checkpoints", payload, cfg.log.keep_last, cfg.log.keep_every)
+                if writer:
+                    writer.save(payload)
+                del payload  # as large as the state: the writer lets go of it as soon as it is written
         if ends:
             break
         lr = schedule(done)
@@ -237,6 +250,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             profile.step()
 
     # ---------------------------------------------------------------- teardown
+    kept = writer.wait() if writer else True
+    stopped = stopped or outage is not None
     failure = str(outage) if isinstance(outage, ShardError) else None
     if not kept:
         failure = f"the last steps are not kept: make room for {settings.out}, and run it again"

@@ -39,11 +39,13 @@ class Monitor:
         network = backbone.dilated() if isinstance(backbone, ResNet) else backbone.eval()
         frozen = Frozen(network, self._mean, self._std)
         count = len(self._names)
-        train, val = (
-            extract(frozen, data, count, short_side=side, images=images)
-            for data, images in zip(self._sets, self._images, strict=True)
-        )
-        backbone.train(training)
+        try:
+            train, val = (
+                extract(frozen, data, count, short_side=side, images=images)
+                for data, images in zip(self._sets, self._images, strict=True)
+            )
+        finally:
+            backbone.train(training)
         predict = scores(Neighbours(train, MEMORY, device=self._device), val, val.x)
         data, images = self._sets[1], self._images[1]
         miou = 100 * evaluate(data, images, {"knn": predict}, count, device=self._device)["knn"].miou
