@@ -104,7 +104,7 @@ def test_image_and_mask_of_a_scaled_crop_show_one_place_and_end_together(
 
 def test_the_triton_form_refuses_what_it_cannot_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="triton.*use 'operators' or 'fused'"):
+    with pytest.raises(ValueError, match=r"triton.*use 'operators' or 'fused'"):
         loader(masked(tmp_path), recipes.segmentation(), form="triton")
 
 
