@@ -405,16 +405,14 @@ class Segmentation:
     """ranges of brightness (a shift of the unit range), contrast, saturation (factors) and hue (of the circle)"""
     antialias: bool = False
     """whether shrinking averages; OpenCV's bilinear resize, which mmsegmentation uses, does not"""
-    patch: int = 16
-    """pixels per side of a patch"""
 
     def recipe(self) -> Recipe:
-        """What to cut. Raises ValueError where the size is no multiple of the patch, and for what no `Cut` can be."""
+        """What to cut. Raises ValueError for what no `Cut` can be."""
         cut = Cut(
             kind="image",
             count=1,
             size=self.size,
-            grid=_grid(self.size, self.patch),
+            grid=1,  # nothing corresponds
             scale=self.scale,
             sampler="scaled",
             short_side=self.short_side,

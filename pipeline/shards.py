@@ -10,8 +10,9 @@ import resource
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -137,6 +138,34 @@ class ShardSet:
             member = None if at is None else tar.member_at(read, at - tar.BLOCK)
         return None if member is None else read(member.offset, member.size)
 
+    def only(self, names: Iterable[str]) -> "ShardSet":
+        """The set of the images that are named, as keys or as files, with or without folders and ending.
+
+        In the order in which they are stored, numbered anew. Raises ValueError for a name of no image, or of two.
+        """
+        wanted = {split_name(name)[0] for name in names}
+        places: dict[str, int] = {}
+        for i in range(len(self)):
+            key = self.key(i)
+            name = key if key in wanted else key.rpartition("/")[2]
+            if name in wanted and places.setdefault(name, i) != i:
+                raise ValueError(f"{_name(self.paths)} has two images {name!r}: a list of names cannot tell them apart")
+        if lacking := wanted - places.keys():
+            listed = f"{len(lacking):,} of the {len(wanted):,} names listed are absent"
+            raise ValueError(f"{_name(self.paths)} has no image {min(lacking)!r}; {listed}")
+        if not places:
+            raise ValueError(f"no image of {_name(self.paths)} is listed")
+        return self._at(np.array(sorted(places.values()), dtype=np.int64))
+
+    def _at(self, index: NDArray[np.int64]) -> "ShardSet":
+        chosen = copy(self)
+        chosen.table = self.table[index]
+        chosen.first = np.searchsorted(index, self.first)
+        content = self.fingerprint.encode() + index.tobytes()
+        chosen.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
+        chosen._made_by = partial(_chosen, self._made_by, index)
+        return chosen
+
     def open(self, shard: int) -> BinaryIO:
         """A shard, to be read from its start. Raises OSError."""
         return self._files.open(shard)
@@ -240,6 +269,10 @@ class _Files:
 
 def _name(paths: Sequence[object]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _chosen(made_by: "Callable[[list[str]], ShardSet]", index: NDArray[np.int64], paths: list[str]) -> ShardSet:
+    return made_by(paths)._at(index)
 
 
 def _printable(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.schedules import warmup_cosine
+from trainer.schedules import warmup_cosine, warmup_poly
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,16 @@ def test_it_stays_at_the_end() -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert warmup_cosine(0, total=10, warmup=0, peak=2.0, final=0.0) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 1e-3), (1000, 9.888555e-4), (40_000, 5.405279e-4), (79_999, 1.003833e-5), (90_000, 1e-5)]
+)
+def test_poly_of_power_0_9_with_a_floor(step: int, expected: float) -> None:
+    found = warmup_poly(step, total=80_000, warmup=0, peak=1e-3, final=1e-5, power=0.9)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_poly_warms_up_and_falls_in_a_line() -> None:
+    found = [warmup_poly(t, total=11, warmup=1, peak=1.0, final=0.0, power=1.0) for t in range(12)]
+    assert found == pytest.approx([0, *(1 - t / 10 for t in range(11))])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mapimages import image, sample, write_set, write_tar
 
+from pipeline import Loader, recipes
 from pipeline.shards import ShardError, ShardSet
 
 
@@ -339,6 +340,35 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "pread", refuse)
     with pytest.raises(ShardError, match=rf"map-0001\.tar cannot be read \({os.strerror(number)}\)"):
         ShardSet(folder)
+
+
+def test_a_listed_part_of_a_set_is_a_set(tmp_path: Path) -> None:
+    whole = ShardSet(write_set(tmp_path / "set", 24, 3))
+    chosen = ShardSet(tmp_path / "set").only(["image-00017.JPEG", "image-00003", "image-00004.jpg", "image-00003"])
+    assert [chosen.key(i) for i in range(len(chosen))] == ["image-00003", "image-00004", "image-00017"]
+    assert chosen.first.tolist() == [0, 2, 2, 3]  # the second shard is empty
+    assert [chosen.read(i) for i in range(3)] == [whole.read(i) for i in (3, 4, 17)]
+    assert chosen.table["label"].tolist() == [3, 4, 3]
+    assert len({whole.fingerprint, chosen.fingerprint, whole.only(["image-00003"]).fingerprint}) == 3
+    assert chosen.fingerprint == whole.only(["image-00004", "image-00017", "image-00003"]).fingerprint
+    again = pickle.loads(pickle.dumps(chosen))
+    assert [again.key(i) for i in range(3)] == [chosen.key(i) for i in range(3)]
+    assert again.fingerprint == chosen.fingerprint
+    for order in ("global", "block"):
+        loader = Loader(chosen, recipes.plain(size=16), 3, order=order, num_threads=1)  # type: ignore[arg-type]
+        assert sorted(next(iter(loader)).index.tolist()) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"no image 'image-00099'; 1 of the 2 names listed are absent"):
+        whole.only(["image-00099", "image-00001"])
+    with pytest.raises(ValueError, match=r"no image of .* is listed"):
+        whole.only([])
+
+
+def test_a_list_of_names_tells_folders_apart_where_it_must(tmp_path: Path) -> None:
+    members = [m for k, folder in enumerate("ab") for m in sample(f"{folder}/001", image(k), k)]
+    whole = ShardSet(write_tar(tmp_path / "x.tar", members))
+    assert whole.only(["b/001"]).table["label"].tolist() == [1]
+    with pytest.raises(ValueError, match="two images '001'"):
+        whole.only(["001"])
 
 
 def test_a_set_travels_to_other_processes(tmp_path: Path) -> None:

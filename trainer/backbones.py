@@ -83,18 +83,40 @@ def feature_map(backbone: Any, pixels: Tensor, layers: Sequence[int] = (-1,), *,
     return torch.cat([maps[0], *(F.interpolate(m, grid, mode="bilinear") for m in maps[1:])], dim=1)
 
 
-def timm_backbone(name: str, *, pretrained: bool) -> nn.Module:
+def named(name: str, *, size: int, drop_path: float = 0.0, cls_token: bool = False) -> nn.Module:
+    """The backbone called `name` for dense training at side `size`: a `vit`, a `convnet`, or timm's ``timm:NAME``.
+
+    Random weights; a ResNet gets output stride 8. Raises ValueError.
+    """
+    if name.startswith("timm:"):
+        return timm_backbone(name.removeprefix("timm:"), pretrained=False, size=size, drop_path=drop_path)
+    if name.startswith("vit"):
+        return vit(name, size=size, drop_path=drop_path, cls_token=cls_token)
+    if cls_token:
+        raise ValueError(f"{name} has no CLS token")
+    return (
+        ResNet(RESNET50, drop_path=drop_path, output_stride=8)
+        if name == "resnet50"
+        else convnet(name, drop_path=drop_path)
+    )
+
+
+def timm_backbone(name: str, *, pretrained: bool, size: int | None = None, drop_path: float = 0.0) -> nn.Module:
     """timm's model `name` without its classifier, in evaluation mode, for images of any rectangle.
 
-    A ResNet gets output stride 8, as frozen segmentation uses it. Raises ValueError for a name that timm does not know
+    A ViT's position grid is resized once to images of side `size`, where that is given. A ResNet gets output stride 8,
+    as segmentation uses it. Raises ValueError for a name that timm does not know
     and for a network that takes images of one size only; whatever the hub raises where weights cannot be fetched.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: timm.list_models() names all")
     dilated = name.partition(".")[0] in timm.list_models(module="resnet")
-    for options in ({"output_stride": 8} if dilated else {"dynamic_img_size": True}, {}):
+    own: dict[str, Any] = {"output_stride": 8} if dilated else {"dynamic_img_size": True, "img_size": size}
+    for options in (own, {}):
         try:
-            network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options).eval()
+            network = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options
+            ).eval()
             break
         except TypeError:  # an argument that this family lacks
             continue
@@ -184,6 +206,7 @@ class VisionTransformer(nn.Module):
                 f"images of side {size} do not divide into patches of {patch}: choose a multiple of {patch}"
             )
         self.width, self.heads, self.patch, self.grid = width, heads, patch, size // patch
+        self.num_features = width  # timm's name of it
         self.num_prefix_tokens = int(cls_token)
         self.patch_embed = PatchEmbed(None, patch, 3, width)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, width))
@@ -322,11 +345,13 @@ CONVNEXT_SIZES = {
     "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
 
+RESNET50 = (3, 4, 6, 3)
+
 
 def convnet(name: str, *, drop_path: float = 0.0) -> "ConvNeXt | ResNet":
     """The network called `name`: ``resnet50`` or ``convnext_{tiny,small,base,large,xlarge}``. Raises ValueError."""
     if name == "resnet50":
-        return ResNet((3, 4, 6, 3), drop_path=drop_path)
+        return ResNet(RESNET50, drop_path=drop_path)
     if (size := name.removeprefix("convnext_")) in CONVNEXT_SIZES and name != size:
         return ConvNeXt(*CONVNEXT_SIZES[size], drop_path=drop_path)
     sizes = ", ".join(CONVNEXT_SIZES)

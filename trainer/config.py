@@ -64,16 +64,19 @@ class Cache:
 class Optim:
     """optimizer and schedule"""
 
-    name: Literal["adamw", "lars"] = "adamw"
+    name: Literal["adamw", "lars", "sgd"] = "adamw"
     lr: float = 1e-3
     """base learning rate: the peak is lr * batch_size / lr_batch"""
     lr_batch: int = 1024
     final_lr: float = 0.01
     """learning rate at the end, as a share of the peak"""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    power: float = 0.9
+    """of the schedule "poly": (1 - t)**power"""
     warmup_epochs: float = 15.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's; the first is LARS's momentum"""
+    """AdamW's; the first is the momentum of LARS and SGD"""
     clip: float | None = 1.0
     """largest global norm of the gradient"""
     max_skipped: int = 10
@@ -146,6 +149,8 @@ class Run:
     out: str | None = None
     """folder of this run, runs/METHOD by default. The same command again resumes from its last checkpoint, and so does
     --out alone, with the settings of its config.yaml"""
+    only: str | None = None
+    """file that names the images to train on, one a line, by their keys or as files; by default all are"""
     init: str | None = None
     """checkpoint, or a run's folder, whose weights to start with, until the run has a checkpoint of its own"""
     seed: int = 0
@@ -173,7 +178,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: x > 0,
         "epochs steps batch_size data.num_threads data.prefetch optim.lr_batch optim.clip optim.max_skipped "
         "speed.accumulate probe.every probe.images probe.segment_images log.every log.checkpoint_every log.keep_last "
-        "log.keep_every",
+        "log.keep_every optim.power",
     ),
     (
         "must not be negative",
@@ -291,7 +296,7 @@ def check_paths(given: Mapping[str, Any]) -> None:
     What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
     """
     values = {**_file(given), **given}
-    for key in ("shards", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val"):
+    for key in ("shards", "only", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val"):
         path = values.get(key)
         if isinstance(path, str) and not set(path) & set("{,:") and not Path(path).exists():
             raise UsageError(f"--{key} {path}: there is no such file or folder")

@@ -37,6 +37,9 @@ def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
         cut.kind: View(
             torch.randint(256, (count, cut.count, cut.size, cut.size, 3), dtype=torch.uint8, device=device),
             torch.from_numpy(windows[cut.kind]),
+            torch.zeros(count, cut.count, cut.size, cut.size, dtype=torch.uint8, device=device)
+            if recipe.masks
+            else None,
         )
         for cut in recipe.cuts
     }

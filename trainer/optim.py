@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer.config import Optim, RunError
 from trainer.method import Method
 
-STATES = {"adamw": 2, "lars": 1}  # numbers that an optimizer keeps for each trainable one
+STATES = {"adamw": 2, "lars": 1, "sgd": 1}  # numbers that an optimizer keeps for each trainable one
 
 
 def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
@@ -21,6 +21,8 @@ def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
         from trainer.lars import LARS
 
         return LARS(groups, lr=0.0, momentum=cfg.betas[0])
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=cfg.betas[0], fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=1e-8, fused=True)
 
 

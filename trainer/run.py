@@ -121,6 +121,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     # ---------------------------------------------------------------- data
     try:
         shards = ShardSet(cfg.shards or demo.shards(), cache=cfg.cache.folder, cache_size=cfg.cache.size)
+        if cfg.only:
+            shards = shards.only(Path(cfg.only).read_text(encoding="utf-8").splitlines())
         if len(shards) < world_size * micro_batch:
             few = f"batch_size {cfg.batch_size} is more than the {len(shards):,} images there are"
             raise ValueError(f"{few}: lower it, or raise speed.accumulate")
@@ -130,7 +132,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             probe = Probe(cfg.probe, method.mean, method.std, str(device)) if is_main and cfg.probe.train else None
             segments = is_main and cfg.probe.segment_train is not None
             monitor = Monitor(cfg.probe, method.mean, method.std, str(device)) if segments else None
-    except (ValueError, ReadError) as error:  # ShardError among them
+    except (OSError, ValueError) as error:  # ReadError and ShardError among them
         raise config.UsageError(str(error)) from None
     steps_per_epoch = len(loader) / cfg.speed.accumulate
     total = cfg.steps or max(1, round(cfg.epochs * steps_per_epoch))
@@ -237,7 +239,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             break
         lr = schedule(done)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         progress.fill_(done / total)
         # Drop-path and masks are a function of the step.
         torch.manual_seed(((cfg.seed * 1_000_003 + done) * 65_537 + rank) % 2**63)

@@ -10,6 +10,8 @@ from trainer.config import Optim
 def of(cfg: Optim, batch_size: int, steps_per_epoch: float, total: int) -> Callable[[int], float]:
     """The learning rate of each step of a run of `total` steps."""
     peak, warmup = cfg.lr * batch_size / cfg.lr_batch, round(cfg.warmup_epochs * steps_per_epoch)
+    if cfg.schedule == "poly":
+        return partial(warmup_poly, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak, power=cfg.power)
     return partial(warmup_cosine, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak)
 
 
@@ -20,3 +22,12 @@ def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: flo
     """
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, total - warmup))))
     return (final + (peak - final) * cosine) * (min(1.0, step / warmup) if warmup else 1.0)
+
+
+def warmup_poly(step: int, *, total: int, warmup: int, peak: float, final: float, power: float) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then ``final + (peak - final) * (1 - t)**power`` to `final`.
+
+    Segmentation's schedule: power 0.9 and no warm-up in Segmenter, power 1 and 1,500 steps of it in VICRegL's heads.
+    """
+    left = 1 - min(1.0, max(0, step - warmup) / max(1, total - warmup))
+    return (final + (peak - final) * left**power) * (min(1.0, step / warmup) if warmup else 1.0)

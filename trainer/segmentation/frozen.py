@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint, released
 from trainer.backbones import ResNet, feature_map, timm_backbone
+from trainer.method import Method
 
 
 class Frozen(NamedTuple):
@@ -39,10 +40,9 @@ def load(what: str, *, untrained: int | None = None) -> Frozen:
     """
     kind, _, rest = what.partition(":")
     if kind == "timm":
-        backbone: Any = _from_timm(rest, untrained)
+        backbone: Any = from_timm(rest, untrained)
         return Frozen(backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
-    payload = _released(Path(rest)) if kind == "released" else checkpoint.load(Path(what))
-    method: Any = checkpoint.restore(payload)
+    method: Any = trained(what)
     if untrained is not None:
         torch.manual_seed(untrained)
         method = type(method)(method.cfg)
@@ -50,12 +50,19 @@ def load(what: str, *, untrained: int | None = None) -> Frozen:
     return Frozen(backbone.dilated() if isinstance(backbone, ResNet) else backbone, method.mean, method.std)
 
 
-def _from_timm(name: str, untrained: int | None) -> nn.Module:
+def trained(what: str) -> Method:
+    """The method of a run's folder, of a checkpoint or of ``released:FILE``. Raises ValueError."""
+    kind, _, rest = what.partition(":")
+    return checkpoint.restore(_released(Path(rest)) if kind == "released" else checkpoint.load(Path(what)))
+
+
+def from_timm(name: str, untrained: int | None = None, **options: Any) -> nn.Module:
+    """`backbones.timm_backbone` with pretrained weights, or random ones of a seed. Raises ValueError."""
     if untrained is not None:
         torch.manual_seed(untrained)
-        return timm_backbone(name, pretrained=False)
+        return timm_backbone(name, pretrained=False, **options)
     try:
-        return timm_backbone(name, pretrained=True)
+        return timm_backbone(name, pretrained=True, **options)
     except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors; what it lacks, timm calls RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -1,5 +1,6 @@
 """Intersection over union at the labels' own resolution, from one confusion matrix over all images."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -45,6 +46,35 @@ class Confusion:
     def pixel_accuracy(self) -> float:
         """The share of labelled pixels that are right."""
         return (self.matrix.diagonal().sum() / self.matrix.sum()).item()
+
+
+def localised(matrix: Tensor) -> Tensor:
+    """One image's confusion matrix (C, C) as if a class oracle had named its masks; figures of a set are sums of these.
+
+    Each predicted mask, all pixels of a class, takes the class of the true mask with which it has the best IoU, the
+    lowest of equals: only where things are counts (LOCA, section 4.2). Right shapes of permuted classes are all right.
+    """
+    union = matrix.sum(1)[:, None] + matrix.sum(0) - matrix
+    best = (matrix / union.clamp(min=1)).argmax(0)  # the true class of each predicted one
+    return torch.zeros_like(matrix).index_add_(1, best, matrix)
+
+
+def mean_average_precision(scores: Tensor, present: Tensor) -> float:
+    """The mean over classes of the average precision of images (n, C) by scores; `present` bool (n, C) is the truth.
+
+    Average precision is the sum over thresholds of precision times the gain in recall, equal scores together. Classes
+    that no image has are left out; NaN where that is all of them.
+    """
+    found = []
+    for score, truth in zip(scores.double().T, present.T, strict=True):
+        if not truth.any():
+            continue
+        order = score.argsort(descending=True)
+        last = torch.cat([score[order].diff() != 0, truth.new_ones(1)])  # of its score
+        hits = truth[order].double().cumsum(0)[last]
+        precision = hits / (last.nonzero()[:, 0] + 1)
+        found.append((precision * torch.cat([hits[:1], hits.diff()])).sum() / hits[-1])
+    return torch.stack(found).mean().item() if found else math.nan
 
 
 def label_map(scores: Tensor, height: int, width: int, strip: int = 1 << 24) -> Tensor:

@@ -1,0 +1,454 @@
+"""Fine-tuning: the program, whole; what it starts from; windows, oracles and subsets against plain text of them."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from fractions import Fraction
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from runs import ROOT, assert_same, assert_same_run, final, lines
+from scenes import NAMES, pair, write_pairs
+from torch import Tensor
+
+from pipeline import ShardSet, recipes
+from trainer import checkpoint, config, finetune, methods
+from trainer.cost import synthetic
+from trainer.methods import finetune as room
+from trainer.methods import loca
+from trainer.segmentation import sliding
+from trainer.segmentation.labelled import VOID, Labelled
+from trainer.segmentation.metric import Confusion, localised, mean_average_precision
+
+SMALL = """--steps 7 --batch_size 8 --log.every 1 --log.tensorboard false --log.keep_last 9 --data.num_threads 1
+    --finetune.views.size 32 --finetune.views.short_side 40 --finetune.stride 16 --optim.lr 1e-3""".split()
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """20 and 5 pairs, half of them upright: two steps and a half of 8 make an epoch."""
+    folder = tmp_path_factory.mktemp("pairs")
+    sizes = [(48, 64), (64, 48)]
+    train, val = ([pair(seed, *sizes[seed % 2]) for seed in range(*part)] for part in ((0, 20), (50, 55)))
+    return write_pairs(folder / "train", train), write_pairs(folder / "val", val)
+
+
+@pytest.fixture
+def run(sets: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def program(out: Path, *more: str, what: str = "random:vit_pico_patch8", code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        argv = [what, "--train", sets[0], "--val", sets[1], "--out", str(out), *SMALL, *more]
+        assert finetune.main(argv) == code
+        printed = capsys.readouterr()
+        return json.loads(printed.out.splitlines()[-1]) if code == 0 else {"error": printed.err}
+
+    return program
+
+
+def small(**views: object) -> room.Config:
+    crop = recipes.Segmentation(**{"size": 32, "short_side": 32, **views})  # type: ignore[arg-type]
+    return room.Config("vit_pico_patch8", classes=3, views=crop, stride=16)
+
+
+def test_a_training_is_a_run_and_ends_with_the_figures(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run(out)
+    log = lines(out)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6, 7]
+    assert {"loss", "pixel_accuracy", "images_per_s", "data_wait_ms", "grad_norm"} <= log[0].keys()
+    assert log[-1]["loss"] < log[0]["loss"]
+    for t, line in enumerate(log):  # poly, from the learning rate itself to 1e-5
+        assert line["lr"] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - t / 7) ** 0.9)
+    assert json.loads((out / "status.json").read_text()) == {"state": "done", "step": 7, "of": 7}
+    assert list(found["per_class"]) == NAMES
+    assert found["miou"] == pytest.approx(np.mean(list(found["per_class"].values())))
+    assert 0 < found["miou"] <= found["localisation_miou"] <= 100
+    assert 0 < found["multilabel_map"] <= 100
+    assert found["images"] == 5 and found["lr"] == 1e-3 and found["chosen_on"] is None
+    before = (out / "log.jsonl").read_bytes()
+    assert run(out) == found and (out / "log.jsonl").read_bytes() == before  # there was nothing left to do
+
+
+def test_it_goes_on_in_mid_epoch_as_if_nothing_had_happened(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    found = run(whole, "--log.checkpoint_every", "3")
+    shutil.copytree(whole, stopped)
+    (stopped / "result.json").unlink()
+    for step in (6, 7):
+        (stopped / "checkpoints" / f"step_{step:09d}.pt").unlink()
+    assert final(stopped)["step"] == 3 and final(stopped)["loader"]["position"] == 8
+    assert run(stopped, "--log.checkpoint_every", "3") == found
+    assert_same_run(whole, stopped)
+
+
+def test_stopped_it_says_so_and_scores_nothing(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run(tmp_path / "out", "--stop_after", "0", code=finetune.STOPPED)
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert "miou" in run(tmp_path / "out")
+
+
+def loca_run(folder: Path, **fields: Any) -> loca.Method:
+    """A LOCA run's folder with one checkpoint."""
+    views_ = recipes.Loca(size=32, focal_views=0)
+    cfg = loca.Config("vit_pico_patch8", hidden=8, prototypes=4, views=views_, **fields)
+    torch.manual_seed(5)
+    method = loca.Method(cfg)
+    with torch.no_grad():
+        method.teacher.backbone.pos_embed.add_(1)  # the teacher is what counts
+    saved = {"step": 1, "method": "loca", "config": f"loca: {json.dumps(asdict(cfg))}", "model": method.state_dict()}
+    checkpoint.save(folder / "checkpoints", saved, keep_last=1, keep_every=None)
+    return method
+
+
+@pytest.mark.parametrize("clusters", ["patch", "cls"])
+def test_it_starts_from_the_teacher_with_its_positions_resized_once(tmp_path: Path, clusters: str) -> None:
+    teacher = loca_run(tmp_path / "run", clusters=clusters).teacher.backbone
+    what = str(tmp_path / "run")
+    given = finetune.backbone(what) | {"method": "finetune", "shards": "x", "finetune.views.size": 64}
+    finetune.write_start(tmp_path / "start.pt", what, config.resolve(given))
+    start: Any = checkpoint.restore(checkpoint.load(tmp_path / "start.pt"))
+    assert start.encoder.num_prefix_tokens == (clusters == "cls") and start.encoder.grid == 8
+    grid = teacher.pos_embed.detach().unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    wanted = F.interpolate(grid, (8, 8), mode="bilinear").flatten(2).mT
+    torch.testing.assert_close(start.encoder.pos_embed.detach(), wanted)
+    assert start.encoder.pos_embed.requires_grad
+    theirs = teacher.state_dict()
+    assert_same(
+        {k: v for k, v in start.encoder.state_dict().items() if k != "pos_embed"},
+        {k: v for k, v in theirs.items() if k != "pos_embed"},
+    )
+    assert start.head.bias.abs().max() == 0 and start.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.slow
+def test_from_a_run_on_the_first_step_is_that_backbones(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    loca_run(tmp_path / "run")
+    found = run(tmp_path / "out", "--optim.lr", "0", what=str(tmp_path / "run"))  # weights that never move
+    assert found["miou"] > 0 and not list((tmp_path / "out").glob("start_*"))
+    model = final(tmp_path / "out")["model"]
+    teacher = loca_run(tmp_path / "again").teacher.backbone.state_dict()
+    assert_same({k: model[f"encoder.{k}"] for k in teacher}, teacher)
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_resnet", "convnext_tiny", "resnet50", "vit_pico_patch16"])
+def test_every_kind_of_backbone_learns_from_the_same_loss(name: str) -> None:
+    crop = recipes.Segmentation(size=64, short_side=64)
+    method = room.Method(room.Config(name, classes=4, views=crop, stride=64, drop_path=0.0))
+    batch = synthetic(room.views(method.cfg), 2, "cpu")
+    loss, metrics = method(batch, torch.zeros(()))
+    assert loss.item() == pytest.approx(math.log(4), rel=0.6) and 0 <= metrics["pixel_accuracy"] <= 1
+    loss.backward()
+    lacking = [n for n, p in method.named_parameters() if p.grad is None]
+    assert lacking == []  # DDP would wait for them
+
+
+def test_the_loss_is_the_cross_entropy_of_labelled_pixels() -> None:
+    torch.manual_seed(0)
+    method = room.Method(small())
+    batch = synthetic(room.views(method.cfg), 2, "cpu")
+    mask = torch.randint(3, (2, 1, 32, 32), dtype=torch.uint8)
+    mask[:, :, :10] = VOID
+    view = batch.views["image"]
+    object.__setattr__(view, "mask", mask)
+    method.eval()
+    loss, metrics = method(batch, torch.zeros(()))
+    with torch.no_grad():
+        logits = method.logits(view.tensor()[:, 0])
+    up = np.stack([[np.array(Image.fromarray(c).resize((32, 32), Image.Resampling.BILINEAR)) for c in image]
+                   for image in logits.numpy()])  # fmt: skip
+    p = torch.from_numpy(up).log_softmax(1)
+    truth = mask[:, 0].int()
+    terms = [-p[b, truth[b, y, x], y, x] for b in range(2) for y in range(10, 32) for x in range(32)]
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    right = [p[b, :, y, x].argmax() == truth[b, y, x] for b in range(2) for y in range(10, 32) for x in range(32)]
+    assert metrics["pixel_accuracy"].item() == pytest.approx(np.mean(right), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_the_step_is_one_graph(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_, backend="eager"))
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(tmp_path / "out", "--speed.compile", "on")
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "wanted"),
+    [
+        (512, 512, 512, [0]),
+        (683, 512, 512, [0, 171]),
+        (2048, 768, 512, [0, 512, 1024, 1280]),
+        (1024, 512, 512, [0, 512]),
+    ],
+)
+def test_the_last_window_is_flush(length: int, size: int, stride: int, wanted: list[int]) -> None:
+    assert sliding.starts(length, size, stride) == wanted
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(pair(7, height, width)[0])
+
+
+def test_one_window_is_the_network_itself() -> None:
+    torch.manual_seed(0)
+    method = room.Method(small()).eval()
+    image = picture(32, 32)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    x = (x - torch.tensor(method.mean)[:, None, None]) / torch.tensor(method.std)[:, None, None]
+    with torch.no_grad():
+        wanted = F.interpolate(method.logits(x), (32, 32), mode="bilinear")[0]
+    torch.testing.assert_close(sliding.logits(method, image), wanted)
+
+
+@pytest.mark.parametrize("size", [(32, 77), (100, 64), (20, 24)])
+def test_windows_are_averaged_where_they_overlap(size: tuple[int, int]) -> None:
+    """Each pixel: the mean over all windows that hold it, written without slices. Small images are enlarged first."""
+    torch.manual_seed(0)
+    method = room.Method(small(antialias=True)).eval()
+    image = picture(*size)
+    found = sliding.logits(method, image)
+    scale = 32 / min(size)
+    height, width = (round(side * scale) for side in size)
+    assert found.shape == (3, height, width) and min(height, width) == 32
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    x = (x - torch.tensor(method.mean)[:, None, None]) / torch.tensor(method.std)[:, None, None]
+    x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+    windows: dict[tuple[int, int], Tensor] = {}
+    tops, lefts = ({min(k * 16, length - 32) for k in range(length)} for length in (height, width))
+    with torch.no_grad():
+        for top in tops:
+            for left in lefts:
+                crop = x[:, :, top : top + 32, left : left + 32]
+                windows[top, left] = F.interpolate(method.logits(crop), (32, 32), mode="bilinear")[0]
+    for y in range(0, height, 5):
+        for c in range(0, width, 3):
+            seen = [w[:, y - t, c - l] for (t, l), w in windows.items() if 0 <= y - t < 32 and 0 <= c - l < 32]
+            torch.testing.assert_close(found[:, y, c], torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def oracle_names(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Each predicted mask named after the true one with which its IoU is the best, mask by mask."""
+    labelled, named = truth != VOID, predicted.copy()
+    for p in range(classes):
+        mine = (predicted == p) & labelled
+        if mine.any():
+            ious = [
+                (mine & (truth == t)).sum() / max((mine | ((truth == t) & labelled)).sum(), 1) for t in range(classes)
+            ]
+            named[predicted == p] = int(np.argmax(ious))
+    return named
+
+
+def test_localisation_is_what_an_oracle_of_names_leaves() -> None:
+    rng = np.random.default_rng(0)
+    mine, wanted = Confusion(5), Confusion(5)
+    for _ in range(20):
+        truth = rng.integers(0, 5, (4, 5)).repeat(5, 0).repeat(4, 1)
+        predicted = np.where(rng.random(truth.shape) < 0.4, rng.integers(0, 5, truth.shape), (truth + 2) % 5)
+        truth[rng.random(truth.shape) < 0.1] = VOID
+        one = Confusion(5)
+        one.add(torch.from_numpy(predicted), torch.from_numpy(truth))
+        mine.matrix += localised(one.matrix)
+        wanted.add(torch.from_numpy(oracle_names(predicted, truth, 5)), torch.from_numpy(truth))
+    assert torch.equal(mine.matrix, wanted.matrix)
+    assert 0.2 < mine.miou < 0.9
+
+
+def test_right_shapes_of_permuted_classes_are_all_right() -> None:
+    rng = np.random.default_rng(1)
+    total, plain = Confusion(6), Confusion(6)
+    for _ in range(8):
+        truth = torch.from_numpy(rng.integers(0, 6, (9, 9)))
+        one = Confusion(6)
+        one.add(torch.from_numpy(rng.permutation(6))[truth], truth)
+        total.matrix += localised(one.matrix)
+        plain.matrix += one.matrix
+    assert total.miou == 1.0 and plain.miou < 0.5
+
+
+def average_precision(score: list[float], truth: list[bool]) -> float:
+    """For each threshold, from all images above it."""
+    total, before = 0.0, 0.0
+    for threshold in sorted(set(score), reverse=True):
+        above = [t for s, t in zip(score, truth, strict=True) if s >= threshold]
+        recall = sum(above) / sum(truth)
+        total += (recall - before) * sum(above) / len(above)
+        before = recall
+    return total
+
+
+def test_mean_average_precision() -> None:
+    rng = np.random.default_rng(2)
+    scores = rng.integers(0, 12, (40, 6)) / 12  # with ties
+    present = rng.random((40, 6)) < [0.5, 0.2, 0.9, 0.05, 0.0, 1.0]
+    each = [average_precision(scores[:, c].tolist(), present[:, c].tolist()) for c in range(6) if present[:, c].any()]
+    assert len(each) == 5  # a class without an image is left out
+    found = mean_average_precision(torch.from_numpy(scores), torch.from_numpy(present))
+    assert found == pytest.approx(np.mean(each))
+    perfect = torch.from_numpy(present)
+    assert mean_average_precision(perfect.float(), perfect) == 1.0
+    assert math.isnan(mean_average_precision(torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.bool)))
+
+
+def test_a_class_is_present_as_surely_as_in_its_surest_pixel() -> None:
+    figures = sliding.Figures(2, 3, torch.device("cpu"))
+    scores = torch.zeros(3, 4, 4)
+    scores[1, 2, 3], scores[2] = 9.0, -9.0
+    truth = torch.full((8, 8), VOID, dtype=torch.uint8)
+    truth[0, 0], truth[7, 7] = 0, 2
+    figures.add(1, scores, truth)
+    assert figures.present.tolist() == [[0, 0, 0], [1, 0, 1]]
+    assert figures.scores[1].tolist() == pytest.approx([0.5, 0.99988, 0.00006], abs=1e-4)
+    assert figures.segmentation.matrix.sum() == 2
+
+
+# ---- subsets, sweeps, presets ----------------------------------------------------------------------------------------
+
+
+class Numbered(Labelled):
+    """Names without images."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.shards: Any = type("Keys", (), {"key": staticmethod(lambda i: f"ADE_train_{i:08d}")})
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_subsets_are_nested_seeded_and_of_the_published_sizes(tmp_path: Path) -> None:
+    data = Numbered(20_210)
+    found = {}
+    for seed in (0, 1):
+        for parts, count in ((32, 631), (16, 1263), (8, 2526), (4, 5052), (2, 10_105)):
+            names = finetune.few(data, Fraction(1, parts), seed, tmp_path).read_text().split()
+            assert len(names) == len(set(names)) == count
+            found[seed, parts] = set(names)
+        assert found[seed, 32] < found[seed, 16] < found[seed, 8] < found[seed, 4] < found[seed, 2]
+    assert 5 < len(found[0, 32] & found[1, 32]) < 60  # by chance, 20
+    with pytest.raises(ValueError, match="less than one"):
+        finetune.few(Numbered(20), Fraction(1, 32), 0, tmp_path)
+
+
+def test_a_sweep_over_subsets(run: Callable[..., dict[str, Any]], sets: tuple[str, str], tmp_path: Path) -> None:
+    more = ["--lr", "1e-3", "3e-3", "--fraction", "1/2", "--subset", "0", "1", "--steps", "3"]
+    found = run(tmp_path, *more)
+    names = {f"lr_{lr}_seed_0_subset_0" for lr in ("0.001", "0.003")} | {f"lr_{found['lr']:g}_seed_0_subset_1"}
+    assert found["all"].keys() == names and found["runs"] == 2 and found["chosen_on"] == "val"
+    best = max((f"lr_{lr}_seed_0_subset_0" for lr in ("0.001", "0.003")), key=found["all"].__getitem__)
+    assert best == f"lr_{found['lr']:g}_seed_0_subset_0"
+    pair_ = [found["all"][f"lr_{found['lr']:g}_seed_0_subset_{k}"] for k in (0, 1)]
+    assert found["miou"] == pytest.approx(np.mean(pair_)) and found["miou_std"] == pytest.approx(np.std(pair_, ddof=1))
+    assert found["fraction"] == "1/2"
+    listed = (tmp_path / "subset_1_1_of_2.txt").read_text().split()
+    chosen = ShardSet(sets[0]).only(listed)
+    assert len(listed) == len(chosen) == 10 and {chosen.key(i) for i in range(10)} == set(listed)
+    text = (tmp_path / f"lr_{found['lr']:g}_seed_0_subset_1" / "config.yaml").read_text()
+    assert "only: " in text and "subset_1_1_of_2.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "what", "reason"),
+    [
+        (["--fraction", "1/99"], "random:vit_pico_patch8", "less than one"),
+        (["--fraction", "2"], "random:vit_pico_patch8", r"lie in \(0, 1\]"),
+        (["--seeds", "0"], "random:vit_pico_patch8", "--seeds"),
+        (["--finetune.stride", "64"], "random:vit_pico_patch8", "stride is 64.*gaps"),
+        ([], "random:vit_pica_patch8", "unknown backbone 'vit_pica_patch8'"),
+        ([], "/nowhere", "/nowhere"),
+        (["--finetune.vews.size", "64"], "random:vit_pico_patch8", r"did you mean 'finetune\.views\.size'"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, more: list[str], what: str, reason: str
+) -> None:
+    import re
+
+    error = run(tmp_path / "out", *more, what=what, code=2)["error"]
+    assert re.search(reason, error) and error.count("\n") == 1
+
+
+PRESET_CLASSES = {
+    "finetune": ("ade20k", 150),
+    "finetune_bdd10k": ("bdd10k", 19),
+    "finetune_camvid": ("camvid32", 32),
+    "finetune_cityscapes": ("cityscapes", 19),
+    "finetune_idd": ("idd", 26),
+    "finetune_isprs": ("isprs", 6),
+    "finetune_kitti": ("kitti", 19),
+    "finetune_pascal_context": ("pascal_context60", 60),
+    "finetune_suim": ("suim", 8),
+    "finetune_sunrgbd": ("sunrgbd", 37),
+    "finetune_voc": ("voc", 21),
+}
+
+
+def test_every_data_set_has_a_preset() -> None:
+    assert {p.stem for p in config.PRESETS.glob("finetune*.yaml")} == PRESET_CLASSES.keys()
+
+
+@pytest.mark.parametrize(
+    "preset", [p if p == "finetune_cityscapes" else pytest.param(p, marks=pytest.mark.slow) for p in PRESET_CLASSES]
+)
+def test_a_presets_model_is_built_with_the_classes_of_its_layout(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from segmentation.layouts import LAYOUTS
+
+    layout, classes = PRESET_CLASSES[preset]
+    settings = config.resolve({"config": preset, "shards": "x"})
+    assert settings.method.classes == classes == len(LAYOUTS[layout].classes)
+    assert f"layout {layout}" in (config.PRESETS / f"{preset}.yaml").read_text()
+    assert settings.run.optim.lr_batch == settings.run.batch_size  # the rate is what it says
+    assert settings.run.optim.schedule == "poly" and settings.run.optim.clip is None
+    with torch.device("meta"):
+        method = methods.load("finetune").Method(settings.method)
+    assert method.head.weight.shape == (classes, 768)
+    assert method.encoder.pos_embed.shape[1] == (settings.method.views.size // 16) ** 2
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work(sets: tuple[str, str], run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The same figures as one process, but for rounding; through two trainings, each with a connection of its own."""
+    more = ["--lr", "1e-3", "2e-3", "--steps", "3", "--finetune.drop_path", "0"]
+    alone = run(tmp_path / "one", *more)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", "-m", "trainer.finetune", "random:vit_pico_patch8"]
+    launch += ["--train", sets[0], "--val", sets[1], "--out", str(tmp_path / "two"), *SMALL, *more]
+    done = subprocess.run(
+        launch,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["all"].keys() == alone["all"].keys()
+    for name, miou in alone["all"].items():
+        assert found["all"][name] == pytest.approx(miou, abs=0.3)

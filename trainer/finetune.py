@@ -1,0 +1,237 @@
+"""Fine-tunes a backbone for semantic segmentation, end to end with one linear layer, and scores it: LOCA's tables.
+
+    python -m trainer.finetune runs/loca --train SPEC --val SPEC --out DIR             a run's folder, or a checkpoint
+    python -m trainer.finetune released:FILE --train SPEC --val SPEC --out DIR --config finetune_cityscapes
+    python -m trainer.finetune timm:NAME ... --lr 8e-5 1e-4 3e-4 8e-4 --seeds 5        a sweep, then the best five times
+    python -m trainer.finetune random:vit_small_patch16 ...                            from random weights
+    python -m trainer.finetune runs/loca ... --fraction 1/32 --subset 0 1 2 3 4        few-shot, five subsets
+    torchrun --nproc_per_node=8 -m trainer.finetune ...                                on eight GPUs
+
+SPEC names shards of images with label maps (tools/shard_segmentation.py makes them). Each training is a run of the
+method "finetune" in run.py's own loop, with its folder, log, checkpoints and exit codes: the same command goes on where
+it was stopped. All settings of run.py can follow, as --steps 1000 or --finetune.views.size 768. One training writes to
+DIR, several to folders in it. The last line is a JSON object. docs/evaluation.md says what the protocol leaves open.
+
+Of several learning rates, the best on the images that are reported is taken, as in the papers: the last line says so.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import trainer
+from pipeline import host
+from trainer import checkpoint, config, parallel
+from trainer.methods import finetune
+from trainer.segmentation import frozen, sliding
+from trainer.segmentation.labelled import Labelled, class_names
+
+FLOOR = 1e-5  # of the learning rate
+STOPPED = 75  # as run.py: run it again to go on
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    lr: float
+    seed: int
+    subset: int | None
+
+    @property
+    def name(self) -> str:
+        subset = f"_subset_{self.subset}" if self.subset is not None else ""
+        return f"lr_{self.lr:g}_seed_{self.seed}{subset}"
+
+
+class Stopped(Exception):
+    """A signal or a time limit ended a training, after a checkpoint."""
+
+
+def main(argv: list[str]) -> int:
+    try:
+        run(argv)
+    except Stopped:
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    except (OSError, ValueError, config.UsageError, config.RunError) as error:
+        print(f"trainer.finetune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, config.RunError) else 2
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Trains and scores. Raises ValueError and UsageError for what cannot be meant, RunError, Stopped."""
+    options, rest = arguments(argv)
+    more = config.options(rest)
+    train, val = Labelled(options.train), Labelled(options.val)
+    names = class_names(train, val)
+    settings = more | {"finetune.classes": len(names), "shards": options.train, "method": "finetune"}
+    if options.config:
+        settings["config"] = options.config
+    settings |= backbone(options.what)
+    first = config.resolve(settings)
+    lrs = options.lr or [first.run.optim.lr]
+    subsets = options.subset if options.fraction else [None]
+    every = list(product(subsets, range(first.run.seed, first.run.seed + options.seeds)))
+    together = len(lrs) * len(every) > 1
+    results: dict[str, dict[str, Any]] = {}
+
+    def done(lr: float, subset: int | None, seed: int) -> dict[str, Any]:
+        job = Job(lr, seed, subset)
+        if job.name in results:
+            return results[job.name]
+        out = options.out / job.name if together else options.out
+        own = settings | {"out": str(out), "seed": seed, "optim.lr": lr, "optim.final_lr": FLOOR / max(lr, FLOOR)}
+        own["optim.lr_batch"] = first.run.batch_size
+        if subset is not None:
+            own["only"] = str(few(train, options.fraction, subset, options.out))
+        results[job.name] = one(options.what, own, val, names, options.out / f"start_{seed}.pt")
+        return results[job.name]
+
+    sweep = [done(lr, *every[0])["miou"] for lr in lrs]
+    best = lrs[int(np.argmax(sweep))]
+    repeated = [done(best, *some) for some in every]
+    if parallel_rank() > 0:
+        return
+    for start in options.out.glob("start_*.pt"):
+        start.unlink()
+    figures = ("miou", "localisation_miou", "multilabel_map")
+    if together:
+        print(table(results, figures))
+    spread = {f"{name}_std": float(np.std([r[name] for r in repeated], ddof=1)) for name in figures if len(every) > 1}
+    summary: dict[str, Any] = {name: float(np.mean([r[name] for r in repeated])) for name in figures} | spread
+    summary |= {"lr": best, "chosen_on": "val" if len(lrs) > 1 else None, "runs": len(every)}
+    summary |= {"fraction": str(options.fraction) if options.fraction else None, "images": len(val)}
+    summary |= {"per_class": repeated[0]["per_class"], "all": {name: r["miou"] for name, r in results.items()}}
+    print(json.dumps(summary))
+
+
+def one(what: str, settings: dict[str, Any], val: Labelled, names: list[str], start: Path) -> dict[str, Any]:
+    """Trains one job, where that has not been done, and returns its figures, which result.json in its folder keeps."""
+    text, out = config.resolve(settings).text, Path(settings["out"])
+    key = {"settings": text, "val": val.shards.fingerprint}
+    result = out / "result.json"
+    if result.is_file() and (kept := json.loads(result.read_text(encoding="utf-8"))).items() >= key.items():
+        return kept["figures"]
+    with ranks():
+        if not what.startswith("random:"):
+            if parallel.rank() == 0 and not start.exists():
+                write_start(start, what, config.resolve(settings))
+            parallel.any_rank(False)  # the others wait for the file
+            settings = settings | {"init": str(start)}
+    if trainer.train(**settings).state == "stopped":
+        raise Stopped
+    with ranks() as device:
+        method: Any = checkpoint.restore(checkpoint.load(out))
+        show = f"scoring {out.name}" if parallel.rank() == 0 else None
+        figures = sliding.score(method, val, device, show=show).result(names)
+        if parallel.rank() == 0:
+            content = json.dumps({**key, "figures": figures}, indent=2).encode() + b"\n"
+            host.write_atomic(result, lambda file: file.write(content))
+    return figures
+
+
+def backbone(what: str) -> dict[str, Any]:
+    """The settings that `what` decides: the backbone's name, how its images are prepared. Raises ValueError."""
+    kind, _, rest = what.partition(":")
+    if kind == "random":
+        return {"finetune.backbone": rest}
+    if kind == "timm":
+        pretrained: Any = frozen.from_timm(rest, untrained=0).pretrained_cfg
+        return {"finetune.backbone": what, "finetune.mean": pretrained["mean"], "finetune.std": pretrained["std"]}
+    method = frozen.trained(what)
+    cls_token = bool(getattr(method.backbone(), "num_prefix_tokens", 0))
+    numbers = {"finetune.mean": list(method.mean), "finetune.std": list(method.std)}
+    return {"finetune.backbone": method.cfg.backbone, "finetune.cls_token": cls_token, **numbers}
+
+
+def write_start(path: Path, what: str, settings: config.Settings) -> None:
+    """A checkpoint before the first step: the backbone's weights, its position grid resized once, and a random head."""
+    torch.manual_seed(settings.run.seed)
+    method = finetune.Method(settings.method)
+    size = settings.method.views.size
+    kind, _, rest = what.partition(":")
+    if kind == "timm":
+        network: Any = frozen.from_timm(rest, size=size)
+    else:
+        network = frozen.trained(what).backbone()
+        if hasattr(network, "set_input_size"):
+            network.set_input_size(size)
+    method.encoder.load_state_dict(network.state_dict())
+    payload = {"step": 0, "method": "finetune", "config": settings.text, "model": method.state_dict()}
+    checkpoint.write(path, payload)
+
+
+def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
+    """A file in `out` that names the images of a subset, one a line: a part of every larger one of this number."""
+    order = np.random.default_rng(subset).permutation(len(data))
+    count = int(len(data) * fraction)
+    if not count:
+        raise ValueError(f"--fraction {fraction}: of {len(data)} images that is less than one")
+    path = out / f"subset_{subset}_{fraction.numerator}_of_{fraction.denominator}.txt"
+    if parallel_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{data.shards.key(i)}\n" for i in order[:count].tolist())
+        host.write_atomic(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def table(results: dict[str, dict[str, Any]], figures: tuple[str, ...]) -> str:
+    """A line for each training."""
+    width = max(map(len, results))
+    lines = [f"{'':{width}}" + "".join(f" {name:>18}" for name in figures)]
+    for name, found in results.items():
+        lines.append(f"{name:{width}}" + "".join(f" {found[figure]:18.2f}" for figure in figures))
+    return "\n".join(lines)
+
+
+@contextmanager
+def ranks() -> Iterator[torch.device]:
+    """The device of this process, connected to the other ranks meanwhile."""
+    device = parallel.connect()
+    try:
+        yield device
+    finally:
+        parallel.disconnect()
+
+
+def parallel_rank() -> int:
+    """This process's rank, connected or not."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.allow_abbrev = False  # --seed is run.py's
+    parser.add_argument("what", help="a run's folder, a checkpoint, timm:NAME, released:FILE or random:NAME")
+    parser.add_argument("--train", required=True, help="shards of images with label maps, to train on")
+    parser.add_argument("--val", required=True, help="shards of images with label maps, to score")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the training, or of the folders of several")
+    parser.add_argument("--config", help="a preset, finetune_NAME for each of LOCA's data sets, or a file")
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates to try (default: the preset's)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of the best one, with seeds one after another")
+    parser.add_argument("--fraction", type=Fraction, help="share of the training images, as 1/32")
+    parser.add_argument("--subset", type=int, nargs="+", default=[0], metavar="SEED", help="which ones (default: 0)")
+    options, rest = parser.parse_known_args(argv)
+    if options.seeds < 1 or any(not 0 < lr < 1 for lr in options.lr or []):
+        raise ValueError("--seeds must be positive, --lr between 0 and 1")
+    if options.fraction is not None and not 0 < options.fraction <= 1:
+        raise ValueError(f"--fraction {options.fraction}: it must lie in (0, 1]")
+    return options, rest
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
