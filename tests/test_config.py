@@ -100,7 +100,7 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--batchsize", "1"], "did you mean 'batch_size'"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--config", "loca_600ep"], "no such preset; presets are loca, loca_b16_1k_600ep, "),
+        (["--config", "loca_600ep"], "no such preset; presets are finetune, .*, loca, loca_b16_1k_600ep, "),
         (["--shards", "a-0.tar", "a-1.tar"], "'a-1.tar' is no option.*a pattern: put it in quotes"),
         (["--batch_size", "0"], "positive"),
         (["--log.keep_last", "0"], r"log\.keep_last"),

@@ -379,6 +379,7 @@ def test_a_sweep_over_subsets(run: Callable[..., dict[str, Any]], sets: tuple[st
         (["--seeds", "0"], "random:vit_pico_patch8", "--seeds"),
         (["--finetune.stride", "64"], "random:vit_pico_patch8", "stride is 64.*gaps"),
         ([], "random:vit_pica_patch8", "unknown backbone 'vit_pica_patch8'"),
+        (["--finetune.views.size", "36"], "random:vit_pico_patch8", "views.size is 36: .* multiple of 8"),
         ([], "/nowhere", "/nowhere"),
         (["--finetune.vews.size", "64"], "random:vit_pico_patch8", r"did you mean 'finetune\.views\.size'"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline import Batch, Recipe, recipes
 from trainer import method
-from trainer.backbones import feature_map, named, normalise
+from trainer.backbones import feature_map, named, normalise, vit_shape
 from trainer.segmentation.labelled import VOID
 
 
@@ -43,6 +43,8 @@ class Config:
             raise ValueError(f"classes is {self.classes}: label maps hold 1 to {VOID}")
         if self.stride is not None and not 1 <= self.stride <= self.views.size:
             raise ValueError(f"stride is {self.stride}: windows of {self.views.size} would leave gaps")
+        if self.backbone.startswith("vit") and self.views.size % (patch := vit_shape(self.backbone).patch):
+            raise ValueError(f"views.size is {self.views.size}: {self.backbone} needs a multiple of {patch}")
         views(self)
 
 
