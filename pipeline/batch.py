@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .normalise import normalise
 from .recipes import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -16,7 +17,7 @@ from .recipes import IMAGENET_MEAN, IMAGENET_STD
 class View:
     """All views of one kind, as they were cut."""
 
-    pixels: Tensor  # u8 (B, V, S, S, 3), RGB
+    pixels: Tensor  # u8 (B, V, S, S, 3), RGB; or (B, V, 3, S, S), normalised, of the type that the Loader was asked for
     window: Tensor  # f32 (B, V, 4): (y0, x0, y1, x1) in pixels of the stored image; flipped where x1 < x0; on the host
     mask: Tensor | None = None  # u8 (B, V, S, S): the class of each pixel, 255 for none; where the recipe has `masks`
 
@@ -28,11 +29,17 @@ class View:
     ) -> Tensor:
         """The pixels as a network takes them: (B, V, 3, S, S) of `dtype`, (pixel / 255 - mean) / std per channel.
 
-        `mean` and `std` are of the unit range. Computed in float32 and rounded once; costs 4 bytes a value meanwhile.
+        `mean` and `std` are of the unit range. Computed in float32 and rounded once. Pixels that the Loader has
+        normalised are handed out as they are, or rounded once more to `dtype`; ValueError for another mean or std.
         """
-        x = self.pixels.movedim(-1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        shift, scale = (x.new_tensor(tuple(numbers)).mul(255)[:, None, None] for numbers in (mean, std))
-        return x.sub_(shift).div_(scale).to(dtype)
+        if self.pixels.dtype == torch.uint8:
+            return normalise(self.pixels, mean, std, dtype)
+        if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(
+                "these pixels are normalised already, with ImageNet's mean and std: for others ask the Loader for "
+                "pixels='uint8'"
+            )
+        return self.pixels.to(dtype)
 
     def __repr__(self) -> str:
         mask = "" if self.mask is None else f", mask {_described(self.mask)}"

@@ -340,6 +340,17 @@ def cut_image(outputs, image, windows, params):
 
 
 @kernel
+def look_up(out, pixels, table):
+    """out[channel, y, x] = table (3, 256)[channel, level] for pixels u8 (H, W, 3); elements are of any type."""
+    for c in range(3):
+        words = table[c]
+        for y in range(len(pixels)):
+            row, target = pixels[y], out[c, y]
+            for x in range(len(row)):
+                target[x] = words[row[x, c]]
+
+
+@kernel
 def cut_mask(out, mask, window, p):
     """One view u8 (S, S) of class indices `mask` u8 (H, W), as window f32 (4,) and parameters f32 (PARAMS,) say.
 

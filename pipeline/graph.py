@@ -5,8 +5,9 @@ Three forms of one graph, the same views from each:
 - ``operators`` decodes, slices each window, resizes it (a window that runs backwards is flipped by the resize itself)
   and leaves the colour augmentation to `colour.apply`. On a GPU all but the decoder's parser runs there.
 - ``fused`` decodes on the CPU, where one numba kernel per image cuts and augments all views: several times faster than
-  operators there. For a GPU the views are then copied: DALI keeps what it copies from in pinned buffers of its own,
-  copies on a stream of its own as soon as a run's views are cut, and hands out what has arrived.
+  operators there. On a CPU it writes them, normalised if asked for, into `buffers` that are used again. For a GPU the
+  views are copied: DALI keeps what it copies from in pinned buffers of its own, copies on a stream of its own as soon
+  as a run's views are cut, and hands out what has arrived.
 - ``triton`` decodes and no more; `triton_views` cuts and augments the decoded images where they lie.
 
 Images are decoded whole: nvImageCodec 0.9 crashes on region decoding on some GPUs, and the views of an image cover most
@@ -18,22 +19,29 @@ thread of DALI's waits for it), and survives an image that it cannot decode: tha
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numba import carray, cfunc
 from numba import types as numba_types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from nvidia import dali
 from nvidia.dali import backend, fn, types
+from torch import Tensor
 
-from .cutting import cut_image
+from .buffers import Buffers
+from .cutting import cut_view, look_up
 from .kernel import kept
+from .normalise import Pixels, table
 from .parameters import PAD_COLUMNS, PAD_ROWS, PADDING
-from .recipes import Cut, Recipe
+from .recipes import IMAGENET_MEAN, IMAGENET_STD, Cut, Recipe
 
 Form = Literal["fused", "operators", "triton"]
 Images = Sequence[NDArray[np.uint8]]
@@ -130,62 +138,92 @@ _RUN = numba_types.void(_ARRAYS, _SHAPES, _NDIMS, _INT, _ARRAYS, _SHAPES, _NDIMS
 _SETUP = numba_types.void(_SHAPES, _NDIMS, _INT, _SHAPES, _NDIMS, _INT, _INT)
 
 
+@intrinsic
+def _pointer(typing_context, address):
+    """The pointer that an integer is."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba_types.voidptr(numba_types.intp), codegen
+
+
 @cache
 def _cut_all() -> Any:
-    """All views of one decoded image, as DALI calls a numba operator: outputs, then inputs, by address and shape."""
+    """All views of one decoded image, as DALI calls a numba operator: outputs, then inputs, by address and shape.
+
+    The views go into DALI's outputs or, where a fourth input names places, there: an i64 row for each kind with its
+    address, views, side, bytes of an element and address of a `normalise.table`. u8 views have none.
+    """
 
     def run(outputs, out_shapes, out_ndims, kinds, inputs, in_shapes, in_ndims, count):
         image = carray(inputs[0], (in_shapes[0][0], in_shapes[0][1], in_shapes[0][2]), np.uint8)
         windows = carray(inputs[1], (in_shapes[1][0], in_shapes[1][1]), np.float32)
         params = carray(inputs[2], (in_shapes[2][0], in_shapes[2][1]), np.float32)
         done = 0
-        for kind in range(kinds):
-            shape = out_shapes[kind]
-            out = carray(outputs[kind], (shape[0], shape[1], shape[2], shape[3]), np.uint8)
-            cut_image((out,), image, windows[done:], params[done:])
-            done += shape[0]
+        for kind in range(kinds if count == 3 else in_shapes[3][0]):
+            if count == 3:
+                to = words = carray(outputs[kind], 1, np.uint8).ctypes.data
+                views, side, size = out_shapes[kind][0], out_shapes[kind][1], 1
+            else:
+                to, views, side, size, words = carray(inputs[3], (in_shapes[3][0], 5), np.int64)[kind]
+            names: Any = _pointer(words)  # type: ignore[call-arg]
+            normalised = np.empty((side, side, 3), dtype=np.uint8)
+            for v in range(views):
+                at: Any = _pointer(to + v * 3 * side * side * size)  # type: ignore[call-arg]
+                view = carray(at, (side, side, 3), np.uint8) if size == 1 else normalised
+                cut_view(view, image, windows[done + v], params[done + v])
+                if size == 2:
+                    look_up(carray(at, (3, side, side), np.uint16), view, carray(names, (3, 256), np.uint16))
+                elif size == 4:
+                    look_up(carray(at, (3, side, side), np.uint32), view, carray(names, (3, 256), np.uint32))
+            done += views
 
     with kept() as possible:
         return cfunc(_RUN, cache=possible)(run)
 
 
 @cache
-def _shapes(counts_and_sizes: tuple[tuple[int, int], ...]) -> Any:
-    sizes = np.array([(count, size, size, 3) for count, size in counts_and_sizes], dtype=np.int64)
+def _shapes(shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """Tells DALI the shapes of the outputs of each sample."""
+    sizes, axes = np.array(shapes, dtype=np.int64), len(shapes[0])
 
     @cfunc(_SETUP)
     def setup(out_shapes, out_ndims, kinds, in_shapes, in_ndims, count, samples):
         for kind in range(kinds):
             for sample in range(samples):
-                for axis in range(4):
+                for axis in range(axes):
                     out_shapes[kind * samples + sample][axis] = sizes[kind, axis]
 
     return setup
 
 
-def _fused(cuts: tuple[Cut, ...]) -> Any:
+def _fused(cuts: tuple[Cut, ...], gpu: bool) -> Any:
     """DALI's numba operator with functions that are compiled already.
 
     DALI wraps the functions it is given and compiles them in each process, which takes 3 to 10 s. What it then calls is
-    this: two C functions, the first of which numba keeps on disk.
+    this: two C functions, the first of which numba keeps on disk. On a CPU it has a fourth input, and nothing to put
+    out; an operator must have an output.
     """
     from nvidia.dali.plugin.numba import NumbaFunction  # it asks numba about CUDA, which may fail where nobody needs it
+
+    shapes = tuple((cut.count, cut.size, cut.size, 3) for cut in cuts) if gpu else ((1,),)
 
     class Fused(NumbaFunction):
         def _get_run_fn_cpu(self, *_: Any) -> int:
             return _cut_all().address
 
         def _get_setup_fn_cpu(self, _: Any) -> int:
-            return _shapes(tuple((cut.count, cut.size) for cut in cuts)).address
+            return _shapes(shapes).address
 
-    byte, real, kinds = types.DALIDataType.UINT8, types.DALIDataType.FLOAT, len(cuts)
+    byte, real, long = types.DALIDataType.UINT8, types.DALIDataType.FLOAT, types.DALIDataType.INT64
     return Fused(
         run_fn=None,
         setup_fn=None,
-        out_types=[byte] * kinds,
-        outs_ndim=[4] * kinds,
-        in_types=[byte, real, real],
-        ins_ndim=[3, 2, 2],
+        out_types=[byte] * len(shapes),
+        outs_ndim=[len(shape) for shape in shapes],
+        in_types=[byte, real, real, *([] if gpu else [long])],
+        ins_ndim=[3, 2, 2, *([] if gpu else [2])],
         device="cpu",
     )
 
@@ -216,7 +254,9 @@ def _fits() -> bool:
 class Graph:
     """A recipe's pixels on one device. ``submit`` a batch, ``take`` its views, in the same order.
 
-    `device_id` is the GPU, or None for the CPU. Raises NotImplementedError where DALI lacks an operator for the device.
+    `device_id` is the GPU, or None for the CPU, where the fused form hands out `pixels` other than u8 normalised, with
+    ImageNet's mean and std; what else comes is u8. Raises NotImplementedError where DALI lacks an operator for
+    the device.
     """
 
     def __init__(
@@ -228,6 +268,7 @@ class Graph:
         num_threads: int = 1,
         form: Form | Literal["auto"] = "auto",
         hw_decoder_load: float | None = None,
+        pixels: Pixels = "uint8",
     ):
         if form == "auto":  # on a GPU until docs/gpu.md holds measured rates of all three
             form = "fused" if device_id is None and _fits() else "operators"
@@ -239,16 +280,21 @@ class Graph:
         sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
         self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
         self._single: dali.Pipeline | None = None
-        self._pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
+        self._buffers: list[Buffers] = []  # of each kind, where the views are not DALI's
+        self._under_way = deque[list[Tensor]]()  # of each run: what DALI's threads may still write into
+        self._words = table(IMAGENET_MEAN, IMAGENET_STD, getattr(torch, pixels)) if pixels != "uint8" else None
+        if self.form == "fused" and not gpu:
+            for cut in recipe.cuts:
+                shape = (cut.size, cut.size, 3) if pixels == "uint8" else (3, cut.size, cut.size)
+                self._buffers.append(Buffers((batch_size, cut.count, *shape), getattr(torch, pixels)))
+        self._pipe: Any = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
             image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding)
             if self.form == "fused":
-                views: Any = _fused(recipe.cuts)(
-                    image,
-                    _source("windows", types.DALIDataType.FLOAT, 2),
-                    _source("params", types.DALIDataType.FLOAT, 2),
-                )
-                outputs = [views] if len(recipe.cuts) == 1 else list(views)
+                sources = [_source(name, types.DALIDataType.FLOAT, 2) for name in ("windows", "params")]
+                sources += [] if gpu else [_source("places", types.DALIDataType.INT64, 2)]
+                views: Any = _fused(recipe.cuts, gpu)(image, *sources)
+                outputs = list(views) if isinstance(views, list | tuple) else [views]
                 outputs = [kind.gpu() for kind in outputs] if gpu else outputs
             elif self.form == "triton":
                 outputs = [image]
@@ -263,6 +309,8 @@ class Graph:
         if self.form == "fused":
             feed("windows", windows)
             feed("params", params)
+            if self._buffers:
+                feed("places", self._places(len(images)))
         elif self.form == "operators":
             y0, x0, y1, x1 = np.moveaxis(windows, -1, 0)
             height, width = y1 - y0, np.abs(x1 - x0)
@@ -282,22 +330,44 @@ class Graph:
                     feed(f"{name}{view}", np.ascontiguousarray(column))
         self._pipe.schedule_run()
 
+    def _places(self, count: int) -> NDArray[np.int64]:
+        """Memory for the views of a run of `count` images, as `_cut_all` reads it: i64 (count, kinds, 5)."""
+        views = [buffers.take()[:count] for buffers in self._buffers]
+        self._under_way.append(views)
+        words = self._words.data_ptr() if self._words is not None else 0
+        places = np.empty((count, len(views), 5), dtype=np.int64)
+        for kind, view in enumerate(views):
+            steps = np.arange(count) * view.stride(0) * view.itemsize
+            places[:, kind, 0] = view.data_ptr() + steps
+            places[:, kind, 1:] = view.shape[1], view.shape[-2], view.itemsize, words
+        return places
+
     def take(self, stream: int | None = None) -> list[Any]:
-        """The views of the oldest run not yet taken: per kind a u8 (B, V, S, S, 3) array for `from_dlpack`; in the
-        triton form one `Decoded`.
+        """The views of the oldest run not yet taken: per kind an array for `from_dlpack`, u8 (B, V, S, S, 3) or what
+        `pixels` asks for; in the triton form one `Decoded`.
 
         On a GPU they are ready on the CUDA `stream` given, without the host waiting for them. Raises DecodeError when
         the run failed; later runs are not affected.
         """
+        views = self._under_way.popleft() if self._buffers else []
         try:
             outputs = self._pipe.outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise DecodeError(_reason(error)) from None
+        if views:
+            return views
         if self.form == "triton":
             (images,) = outputs
             addresses = np.array([images[k].data_ptr() for k in range(len(images))], dtype=np.int64)
             return [Decoded(addresses, np.array(images.shape(), dtype=np.int32)[:, :2], images)]
         return [output.as_tensor() for output in outputs]
+
+    def close(self) -> None:
+        """Ends what is under way and frees the memory; views that were taken stay valid."""
+        self._pipe = self._single = None  # waits for DALI's threads, before the memory goes that they write into
+        self._under_way.clear()
+
+    __del__ = close
 
     def decode_one(self, image: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width of one stored image as this device decodes it. Raises DecodeError when it does not."""

@@ -29,9 +29,10 @@ from . import colour
 from .batch import Batch, View
 from .graph import Decoded, DecodeError, Form, Graph
 from .host import cores
+from .normalise import Pixels, normalise
 from .plan import Plan
 from .preparation import Order, Preparation, Prepared, StreamPreparation, Task, by_kind
-from .recipes import Recipe, describe
+from .recipes import IMAGENET_MEAN, IMAGENET_STD, Recipe, describe
 from .samples import Samples
 from .shards import ReadError, ShardSet, Spec
 from .streams import Stream
@@ -61,11 +62,13 @@ class Loader:
     storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
     that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
     `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` is how views are cut (see `graph`):
-    "auto" is "fused" on a CPU and "operators" on a GPU. `prefetch` is how many batches DALI works on ahead of the one
-    handed out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on the
-    host.
+    "auto" is "fused" on a CPU and "operators" on a GPU. `pixels` other than "uint8" hands out what `View.tensor` makes
+    of the views in that type, with ImageNet's mean and std. `prefetch` is how many batches DALI works on ahead of the
+    one handed out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on
+    the host.
 
-    A batch stays valid for as long as it is held. On a GPU its pixels, targets and labels are ready on the stream that
+    A batch stays valid for as long as it, or a tensor or array that shares its memory, is held; only then is its memory
+    used for another. On a GPU its pixels, targets and labels are ready on the stream that
     is current when it is asked for, without the host waiting for the device.
 
     Raises ValueError for a number out of range or a set smaller than one global batch, ShardError for too many bad
@@ -91,6 +94,7 @@ class Loader:
         hw_decoder_load: float | None = None,
         prefetch: int = 2,
         form: Form | Literal["auto"] = "auto",
+        pixels: Pixels = "uint8",
     ):
         if num_threads is None:
             num_threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -111,6 +115,8 @@ class Loader:
             raise ValueError(f"order must be 'global' or 'block', not {order!r}")
         if form not in ("auto", *get_args(Form)):
             raise ValueError(f"form must be 'auto' or one of {get_args(Form)}, not {form!r}")
+        if pixels not in get_args(Pixels):
+            raise ValueError(f"pixels must be one of {get_args(Pixels)}, not {pixels!r}")
         if form == "triton" and self.device.type == "cpu" and torch.cuda.is_available():
             raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
         if form == "triton" and any(cut.padded for cut in recipe.cuts):
@@ -130,7 +136,9 @@ class Loader:
             num_threads=self.num_threads,
             form=form,
             hw_decoder_load=hw_decoder_load,
+            pixels=pixels,
         )
+        self._dtype: torch.dtype = getattr(torch, pixels)
         self._identity = {
             "version": _VERSION,
             "seed": seed,
@@ -222,6 +230,8 @@ class Loader:
         for event, _ in self._read:
             event.synchronize()
         self._read.clear()
+        if self._built is not None:
+            self._built.close()
         self._pool = self._built = None
         self._ahead.clear()
         self._runs.clear()
@@ -353,6 +363,9 @@ class Loader:
             if self._graph.form == "operators":
                 drawn = self._on_device(params[cut.kind])
                 pixels = colour.apply(pixels, drawn, cut.augmentations, padded=cut.padded)
+            if pixels.dtype != self._dtype:  # the fused form on a CPU has normalised them
+                compiled = self.device.type == "cuda"
+                pixels = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD, self._dtype, compiled=compiled)
             mask = self._on_device(prepared.masks[cut.kind]) if self.recipe.masks else None
             views[cut.kind] = View(pixels, torch.from_numpy(windows[cut.kind]), mask)
         return Batch(

@@ -9,6 +9,8 @@ import torch
 from mapimages import SIZES, coordinates, encode, expected, map_image, smooth_image, still_recipe
 from numba import types as numba_types
 from numpy.typing import NDArray
+from nvidia import dali
+from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from PIL import Image
 
@@ -246,3 +248,22 @@ def test_another_way_of_calling_numba_operators_is_noticed_and_said_once(
         with pytest.warns(UserWarning, match="several times slower on a CPU") as warned:
             assert [Graph(still_recipe(), 4).form for _ in range(2)] == ["operators"] * 2
         assert len(warned) == 1
+
+
+def test_views_for_a_gpu_are_left_in_dalis_memory() -> None:
+    """What a GPU's fused graph copies, put out on the CPU: the same bytes as in memory of our own."""
+    recipe = still_recipe()
+    windows, params = drawn(recipe, [(64, 70)] * 3)
+    images = stored(*(encode(smooth_image(k, 64, 70)) for k in range(3)))
+    pipe = dali.Pipeline(batch_size=3, num_threads=1, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
+    with pipe:
+        image = graph._decode(graph._source("image", types.DALIDataType.UINT8, 1), False, None)
+        drawings = [graph._source(name, types.DALIDataType.FLOAT, 2) for name in ("windows", "params")]
+        pipe.set_outputs(*graph._fused(recipe.cuts, gpu=True)(image, *drawings))
+    for name, content in (("image", images), ("windows", windows), ("params", params)):
+        pipe.feed_input(name, content)
+    pipe.schedule_run()
+    theirs = [torch.from_dlpack(kind.as_tensor()).numpy() for kind in pipe.outputs()]
+    ours = views("fused", recipe, images, windows, params)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(ours) == 3
