@@ -208,9 +208,9 @@ class Folder:
                 result = await obstore.get_async(self._running, wanted.name, options=options)
                 body = bytes(await result.bytes_async())
         except Exception as error:
-            raise ReadError(str(self._explained(error, str(wanted)))) from None
+            raise _unreadable(self._explained(error, str(wanted))) from None
         if result.meta["size"] != wanted.size or wanted.version not in (None, _version(result.meta)):
-            raise ReadError(str(_changed(str(wanted))))
+            raise _unreadable(_changed(str(wanted)))
         if len(body) != stop - start:
             raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")
         return body
@@ -302,6 +302,12 @@ def _version(meta: Any) -> str | None:
 
 def _changed(address: str) -> ShardError:
     return ShardError(f"{address} has changed since this run began: start again, with shards that nobody writes to")
+
+
+def _unreadable(error: Exception) -> ReadError:
+    found = ReadError(str(error))
+    found.passes = isinstance(error, ReadError)
+    return found
 
 
 _loop: asyncio.AbstractEventLoop | None = None

@@ -120,7 +120,10 @@ class BadSum(Exception):
         self.job = job
 
     def explained(self) -> ReadError:
-        return ReadError(f"{self.job.wanted} arrived twice with another sha256 than its manifest says: upload it again")
+        wanted = self.job.wanted
+        found = ReadError(f"{wanted} arrived twice with another sha256 than its manifest says: upload it again")
+        found.passes = False
+        return found
 
 
 def fetch(

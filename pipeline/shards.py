@@ -41,6 +41,9 @@ MASK = "seg.png"
 class ReadError(OSError):
     """Stored bytes that cannot be had: an outage, which says nothing about the images."""
 
+    passes = True
+    """Whether waiting may help: not where the bytes are gone, denied, or no longer what they were."""
+
 
 class ShardSet:
     """The images of a directory of tars, a brace pattern (``dir/x-{0000..1023}.tar``) or a list of tars, numbered.

@@ -40,6 +40,7 @@ def ranks_agree_with_one_process(rank: int, world: int, port: str, compiled: boo
         average = mine.clone()
         dist.all_reduce(average)
         torch.testing.assert_close(average / world, theirs, rtol=1e-12, atol=1e-12)
+    assert parallel.largest(rank) == 1 and parallel.largest(-2) == -2
     assert parallel.any_rank(rank == 1) and not parallel.any_rank(False)
     assert parallel.rank() == rank and parallel.world_size() == world
 
@@ -64,5 +65,5 @@ def test_the_collectives_compile_into_one_graph() -> None:
 def test_one_process_pays_nothing() -> None:
     x = torch.ones(2)
     assert parallel.gather(x) is x and parallel.mean_over_ranks(x) is x and parallel.sum_over_ranks_(x) is x
-    assert parallel.any_rank(True) and not parallel.any_rank(False)
+    assert parallel.largest(2) == 2
     assert parallel.rank() == 0 and parallel.world_size() == 1

@@ -9,13 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mapimages import write_set
 from runs import TINY, VICREGL, assert_same_run, command, final, lines
 
 from pipeline import Batch, Loader, ShardError, ShardSet, host, samples
-from trainer import checkpoint, evaluate, interrupt
+from trainer import checkpoint, evaluate, feed, interrupt
 from trainer.config import RunError, UsageError
 
 
@@ -147,6 +148,46 @@ def test_an_outage_of_the_storage_stops_a_run_with_a_checkpoint(
     assert "cat.tar cannot be read (Stale file handle" in capsys.readouterr().err
     assert 1 <= final(out)["step"] == status(out)["step"] <= 3 and status(out)["state"] == "stopped"
     assert run("--out", str(out)) == 0
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("ends", ["storage answers again", "a signal", "patience"])
+def test_an_outage_is_waited_for(
+    run: Callable[..., int],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: str,
+) -> None:
+    """Reads fail from the 21st on, until three pauses have passed."""
+    reads, read, pauses = itertools.count(), ShardSet.read, list[float]()
+
+    def failing(shards: ShardSet, i: int) -> bytes:
+        if next(reads) >= 20 and len(pauses) < 3:
+            raise OSError(116, "Stale file handle")
+        return read(shards, i)
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if ends == "a signal" and len(pauses) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(samples, "_PAUSES", ())
+    monkeypatch.setattr(ShardSet, "read", failing)
+    monkeypatch.setattr(feed, "time", SimpleNamespace(sleep=pause, monotonic=lambda: 50.0 * len(pauses)))
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--data.prefetch", "1", "--patience", "1" if ends == "patience" else "10"]
+    code = run(*words)
+    said = [line for line in capsys.readouterr().err.splitlines() if "waiting for up to" in line]
+    assert len(said) == 1 and "cat.tar cannot be read (Stale file handle" in said[0]
+    if ends == "storage answers again":
+        assert code == 0 and pauses == [10.0] * 3
+    else:
+        assert code == 75 and len(pauses) == 2
+        assert 1 <= final(out)["step"] < 6 and status(out)["state"] == "stopped"
+        monkeypatch.setattr(ShardSet, "read", read)
+        assert run("--out", str(out)) == 0
     assert_same_run(out, whole)
 
 

@@ -161,6 +161,9 @@ class Run:
     """samples per step over all ranks together"""
     stop_after: float | None = None
     """minutes after which to write a checkpoint and exit with 75, as a signal would"""
+    patience: float = 0.0
+    """minutes that storage which does not answer is waited for, after a read's own retries, before the run stops in the
+    same way"""
     dry_run: bool = False
     """a few steps on noise: time, memory and operations of a step; nothing is read or written"""
     data: Data = field(default_factory=Data)
@@ -183,7 +186,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "must not be negative",
         lambda x: x >= 0,
-        "stop_after cache.size optim.lr optim.final_lr optim.warmup_epochs optim.weight_decay",
+        "stop_after patience cache.size optim.lr optim.final_lr optim.warmup_epochs optim.weight_decay",
     ),
     ("must lie between 0 and 1", lambda x: 0 <= x <= 1, "data.hw_decoder_load data.max_bad"),
     ("must be at least 0 and below 1", lambda pair: all(0 <= x < 1 for x in pair), "optim.betas"),

@@ -14,7 +14,7 @@ from trainer import config
 
 # Settings whose change would make the rest of a run meaningless. Shards may have moved: the loader compares contents.
 FIXED = ("method", "seed", "optim.name", "METHOD.backbone", "METHOD.views.")
-FREE = ("out", "stop_after")  # settings that each start may name again
+FREE = ("out", "stop_after", "patience")  # settings that each start may name again
 
 State = Literal["running", "done", "stopped", "failed"]
 

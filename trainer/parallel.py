@@ -141,13 +141,13 @@ def gather(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank, on every rank: the hosts wait for each other, the devices work on."""
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers, on every rank: the hosts wait for each other, the devices work on."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers.item())
 
 
 @contextmanager
@@ -185,6 +185,11 @@ def merged(mapping: dict[K, T]) -> dict[K, T]:
         parts = [mapping] * world_size()
         dist.all_gather_object(parts, mapping)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank, on every rank, as `largest` does it."""
+    return largest(flag) > 0
 
 
 def sum_over_ranks_(x: Tensor) -> Tensor:

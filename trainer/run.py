@@ -61,6 +61,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     from pipeline import Loader, ReadError, ShardError, ShardSet, host
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
     from trainer.evaluate import Probe
+    from trainer.feed import Feed
     from trainer.interrupt import Interrupt
     from trainer.method import Method
     from trainer.segmentation.monitor import Monitor
@@ -182,7 +183,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     profile = metrics.Profile(settings.out) if cfg.log.profile and is_main else None
     meter, clock, network = metrics.Meter(), metrics.Clock(cfg.batch_size, world_size), metrics.Network(shards)
     progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
-    batches = loader.forever()
+    feed = Feed(loader, cfg.speed.accumulate, cfg.patience, interrupt.stop)
     epoch, lr, stopped, outage = 0, 0.0, False, None
     bad: dict[int, str] = {}  # samples, as of the last line, on any rank
     record: dict[str, Any] = {}
@@ -190,11 +191,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         position = loader.state_dict()
         if done < total:
             with clock.waiting(), span("data"):
-                try:
-                    taken = list(itertools.islice(batches, cfg.speed.accumulate))
-                except (ReadError, ShardError) as error:
-                    outage = error
-            stopped = parallel.any_rank(outage is not None or (done > start and interrupt.stop()))
+                taken = feed(ends=outage is not None, may_stop=done > start)
+            stopped, outage = not taken, outage or feed.failure
         ends = stopped or done >= total
         if done > start and (ends or done % cfg.log.every == 0):
             means = meter.fetch("grad_norm")  # the host waits for the device here, and only here
@@ -260,7 +258,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if outage and failure != str(outage):
         print(f"run.py: {outage}", file=sys.stderr)
     if out and not stopped and kept:
-        draw(out.path, batches, device)
+        draw(out.path, loader.forever(), device)
     loader.close()
     if log:
         log.close()
