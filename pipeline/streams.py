@@ -11,11 +11,13 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import webdataset
 
 _TIMEOUT = 60  # seconds without a byte from a server
+_PAUSE = 10.0  # seconds between two attempts
 _ALLOWED = 32  # bad samples, or a hundredth of those seen
 _log = logging.getLogger(__name__)
 
@@ -54,16 +57,20 @@ class Stream:
     A Loader takes it as it takes a ShardSet, with what follows from reading in order: samples are shuffled in a buffer
     of `buffer` of them, which holds their stored bytes (about 0.1 MB each), so that neighbours in the stream stay near
     each other; every rank reads the whole stream, and takes its part of each batch; a run goes on at the start of an
-    epoch only. Bad samples are left out, counted and named. `bad` holds them by their number.
+    epoch only. Bad samples are left out, counted and named. `bad` holds them by their number. One that breaks off is
+    opened again for `patience` minutes, and goes on behind the samples that it gave; standard input cannot.
     """
 
-    def __init__(self, spec: str | Sequence[str], buffer: int = 1000):
+    def __init__(self, spec: str | Sequence[str], buffer: int = 1000, patience: float = 0.0):
         entries = [spec] if isinstance(spec, str) else list(spec)
         self.entries = [entry for each in entries for entry in specs.expand(each)]
         if not self.entries:
             raise ShardError("an empty list of streams: name a command, a file or an address")
         if buffer < 1:
             raise ShardError(f"buffer {buffer} must be at least one sample")
+        if not patience >= 0:
+            raise ShardError(f"patience {patience} must not be negative: it is in minutes")
+        self._patience = 60 * patience
         self.buffer, self.bad = buffer, dict[int, str]()
         self.fingerprint = hashlib.blake2b(repr(self.entries).encode(), digest_size=16).hexdigest()
         self._spent = False
@@ -95,12 +102,30 @@ class Stream:
             if entry == "-" and self._spent:
                 raise ReadError("standard input was read to its end: give the shards as files to read them once more")
             self._spent = self._spent or entry == "-"
-            with _opened(entry) as file:
-                for content in _grouped(entry, file):
-                    sample = self._sample(number, content)
-                    if sample:
-                        yield sample
-                    number += 1
+            for content in self._contents(entry):
+                sample = self._sample(number, content)
+                if sample:
+                    yield sample
+                number += 1
+
+    def _contents(self, entry: str) -> Iterator[dict[str, Any]]:
+        """What a tar holds, each once, however often it breaks off."""
+        seen, end = 0, 0.0
+        while True:
+            try:
+                with _opened(entry) as file:
+                    for content in islice(_grouped(entry, file), seen, None):
+                        yield content
+                        seen, end = seen + 1, 0.0
+                return
+            except ReadError as error:
+                if not end:
+                    end = time.monotonic() + (self._patience if entry != "-" else 0)
+                    if self._patience:
+                        _log.warning("%s; trying again for up to %g minutes", error, self._patience / 60)
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(_PAUSE)
 
     def _sample(self, number: int, content: dict[str, Any]) -> Sample | None:
         data = next((content[extension] for extension in tables.IMAGES if extension in content), None)
@@ -179,11 +204,39 @@ def secure() -> Any:
     return webdataset
 
 
+class _Watched:
+    """Remembers how a stream begins and ends: a tar cut between two members, or in a header, is none to tarfile."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._first, self._last = file, b"", b""
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._first, self._last = (self._first + data[:512])[:512], (self._last + data)[-512:]
+        return data
+
+    def is_whole(self) -> bool:
+        """Whether it ends as a tar does; gzip and its like have a mark of their own, which is looked for when read."""
+        while self.read(1 << 20):
+            pass
+        return self._first[257:262] != b"ustar" or self._last.count(0) == len(self._last)
+
+
 def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
-    tariterators = secure().tariterators
-    files = tariterators.tar_file_expander([{"url": entry, "stream": file}])
+    tariterators, watched = secure().tariterators, _Watched(file)
+    files = tariterators.tar_file_expander([{"url": entry, "stream": watched}])
+    held = (
+        None  # until the next one begins, or the end mark is there: the last of a tar that breaks off may lack a part
+    )
     try:
-        yield from tariterators.group_by_keys(files)
+        for content in tariterators.group_by_keys(files):
+            if held is not None:
+                yield held
+            held = content
+        if not watched.is_whole():
+            raise ReadError(f"{entry} breaks off: a tar ends with an end mark, this one without")
+        if held is not None:
+            yield held
     except (tarfile.ReadError, EOFError):
         raise ReadError(f"{entry} is no tar, or one that is damaged or breaks off") from None
     except ValueError as error:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import webdataset
 from mapimages import SIZES, encode, map_image, sample, still_recipe, write_set, write_tar
 from servers import web
 
-from pipeline import Loader, ReadError, ShardError, ShardSet, Stream
+from pipeline import Loader, ReadError, ShardError, ShardSet, Stream, streams
 from pipeline.batch import Batch
 
 COUNT = 24
@@ -105,6 +106,35 @@ def test_a_server_without_sizes_or_ranges(shards: Path) -> None:
         assert sorted(indices(epoch(source))) == list(range(COUNT))
         with pytest.raises(ReadError, match=r"none.tar could not be had: the server answers 404"):
             epoch(loader(Stream(f"{site.url}/none.tar")))
+
+
+def test_a_stream_that_breaks_off_is_waited_for(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command's tar is a tenth longer with each try, so it is cut in headers, contents and between members; then one
+    whose trouble outlasts patience.
+    """
+    pauses: list[float] = []
+    clock = SimpleNamespace(sleep=pauses.append, monotonic=lambda: 1 + 2 * len(pauses))
+    monkeypatch.setattr(streams, "time", clock)
+    whole = shards / "map-0001.tar"
+    cuts = 512 * np.linspace(1, whole.stat().st_size // 512 - 20, 15).astype(int) - [0, 300, 0] * 5
+    (tmp_path / "cuts").write_text("".join(f"{size}\n" for size in [*cuts, whole.stat().st_size]))
+    command = f"head -c $(head -n 1 {tmp_path}/cuts) {whole}; sed -i 1d {tmp_path}/cuts"
+    spec = [f"pipe:cat {shards}/map-0000.tar", f"pipe:{command}", f"pipe:cat {shards}/map-0002.tar"]
+    source = loader(Stream(spec, patience=1), shuffle=False, drop_last=False)
+    here = Loader(ShardSet(shards), still_recipe(), 5, num_threads=1, shuffle=False, drop_last=False)
+    for expected, found in zip(epoch(here), epoch(source), strict=True):
+        assert found.index.tolist() == expected.index.tolist()
+        assert np.array_equal(found.views["reference"].pixels, expected.views["reference"].pixels)
+    assert len(pauses) == 15 and "trying again for up to 1 minutes" in caplog.text
+    clock.monotonic = lambda: 1 + 25 * len(pauses)
+    pauses.clear()
+    with pytest.raises(ReadError, match="ended with exit code 7"):
+        epoch(loader(Stream("pipe:exit 7", patience=1)))
+    assert pauses == [10.0] * 3
+    with pytest.raises(ShardError, match="patience -1 must not be negative"):
+        Stream("-", patience=-1)
 
 
 def test_standard_input_is_read_once(shards: Path) -> None:
