@@ -124,12 +124,13 @@ def one(what: str, settings: dict[str, Any], val: Labelled, names: list[str], st
     result = out / "result.json"
     if result.is_file() and (kept := json.loads(result.read_text(encoding="utf-8"))).items() >= key.items():
         return kept["figures"]
+    pretrained = not what.startswith("random:")
     with ranks():
-        if not what.startswith("random:"):
-            if parallel.rank() == 0 and not start.exists():
-                write_start(start, what, config.resolve(settings))
-            parallel.any_rank(False)  # the others wait for the file
-            settings = settings | {"init": str(start)}
+        if pretrained and parallel.rank() == 0 and not start.exists():
+            write_start(start, what, config.resolve(settings))
+        parallel.any_rank(False)  # the others wait for what is written
+    if pretrained:
+        settings = settings | {"init": str(start)}
     if trainer.train(**settings).state == "stopped":
         raise Stopped
     with ranks() as device:
