@@ -5,6 +5,7 @@ files are compiled in. The folder is therefore named by all that can be.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import event
 
 from .host import cache_folder
 
@@ -25,6 +27,27 @@ COMPILED = ("correspondence", "cutting", "draws", "kernel", "order", "parameters
 _UNUSED = 30 * 24 * 3600.0  # seconds without use after which another version's folder is removed
 _config: Any = numba.config
 _lock = threading.RLock()
+
+
+class _Announcement(event.Listener):
+    """Says once why a process is silent for a while: on a slow machine kernels take minutes to compile.
+
+    As a log message, so that a program can turn it off; of one rank of a machine.
+    """
+
+    _said = False
+
+    def on_start(self, event: event.Event) -> None:
+        ours = event.data["dispatcher"].py_func.__module__.partition(".")[0] == __package__
+        if ours and not self._said and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._said = True
+            logging.getLogger(__package__).warning("compiling kernels; they are kept for the next time")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())
 
 
 def kernel(function: Callable[..., Any]) -> Any:

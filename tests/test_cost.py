@@ -28,6 +28,14 @@ class Layers(Method):
 RECIPE = recipes.plain(size=32)
 
 
+def test_days_on_a_cpu_are_warned_of() -> None:
+    (text,) = cost.too_long(cost.Estimate(1e12, 3e9), 1e8, 2, "take another")
+    assert "6.0 GB of memory" in text and text.endswith("take another")
+    hours = float(text.split(" hours")[0].split()[-1].replace(",", ""))
+    assert 1e12 * 1e8 / 2 / 3600 / 1e14 < hours < 1e12 * 1e8 / 2 / 3600 / 1e8  # between 100 TFLOP/s and 0.1 GFLOP/s
+    assert not cost.too_long(cost.Estimate(1e6, 3e9), 1e6, 1, "take another")
+
+
 def test_operations_and_memory_are_those_of_the_layers() -> None:
     found = cost.estimate(Layers, RECIPE, 8, "cpu", states=2)
     forward, backward = 3072 * 512 + 2 * 512 * 512, 3072 * 512 + 2 * 512 * 512 + 512 * 512

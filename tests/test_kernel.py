@@ -31,15 +31,21 @@ def load(module: str) -> ModuleType:
     return importlib.import_module(f"{NAME}.{module}")
 
 
-def test_a_kernel_is_compiled_once_and_again_when_a_file_that_goes_into_it_changes(copy: Path) -> None:
+def test_a_kernel_is_compiled_once_and_again_when_a_file_that_goes_into_it_changes(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def weights() -> tuple[int, ...]:
         return cutting.resize_weights(10, 5, 0)[2].shape
 
     cutting = load("cutting")
     assert weights() == (5, 3)
+    assert [record.message for record in caplog.records if record.name == NAME] == [
+        "compiling kernels; they are kept for the next time"
+    ]
+    caplog.clear()
     cutting = load("cutting")
     assert weights() == (5, 3)
-    assert sum(cutting.resize_weights.stats.cache_hits.values()) == 1
+    assert sum(cutting.resize_weights.stats.cache_hits.values()) == 1 and not caplog.records
     text = (copy / "parameters.py").read_text()
     swapped = text.replace("BILINEAR, BILINEAR_ANTIALIAS, BICUBIC", "BILINEAR_ANTIALIAS, BILINEAR, BICUBIC", 1)
     assert swapped != text

@@ -1,5 +1,6 @@
 """Numbers on their way to the log, and where it is written."""
 
+import io
 import resource
 import struct
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import pytest
 import torch
 from runs import lines
 
-from trainer import metrics
+from trainer import config, console, metrics
 from trainer.config import UsageError
 
 
@@ -23,35 +24,68 @@ def test_what_is_not_finite_hides_nothing() -> None:
     ]
 
 
-def test_a_log_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = metrics.Log(tmp_path, 0, 9, tensorboard=False, wandb=None)
-    log.line({"step": 1, "loss": 2.0, "poor": float("nan"), "step_ms": 1.0})
+def test_a_log_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PAUSE", 0.0)
+    log = metrics.Log(tmp_path, 0, 9, config.Log(tensorboard=False))
+    log.line({"step": 1, "epoch": 0, "loss": 2.0, "poor": float("nan"), "step_ms": 1.0})
     with Path("/dev/full").open("w") as full, log._file:
         log._file = full
         with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
-            log.line({"step": 2, "loss": 1.0, "step_ms": 6e8})
+            log.line({"step": 2, "epoch": 0, "loss": 1.0, "step_ms": 6e8})
         log.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": 2.0, "poor": None, "step_ms": 1.0}]
-    assert "7 steps left, about 1166:40 hours" in capsys.readouterr().out
+    assert lines(tmp_path) == [{"step": 1, "epoch": 0, "loss": 2.0, "poor": None, "step_ms": 1.0}]
+    assert capsys.readouterr().out.splitlines()[-1] == "step 2/9  epoch 1  loss 1  1166:40 h left"
+
+
+def test_a_line_says_little_and_seldom(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal: the first line, probes, the last one; the others only when half a minute has passed."""
+    said = console.Console(0, 5, ("position_accuracy", "absent"))
+    record = {"epoch": 3, "loss": 2.5, "lr": 1.0, "position_accuracy": 0.0861, "images_per_s": 103.2, "step_ms": 6e4}
+    for step, more in enumerate(({}, {}, {"knn": 0.5}, {"bad_samples": 2}), 1):
+        said.line({"step": step, **record, **more})
+    said.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/5  epoch 4  loss 2.5  position_accuracy 8.6%  103 images/s  0:04 h left",
+        "step 3/5  epoch 4  loss 2.5  position_accuracy 8.6%  knn 50.0%  103 images/s  0:02 h left",
+        "step 4/5  epoch 4  loss 2.5  position_accuracy 8.6%  bad_samples 2  103 images/s  0:01 h left",
+    ]
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    said = console.Console(2, 4, ())
+    said.step()
+    said.line({"step": 3, "epoch": 0, "loss": 2.5, "step_ms": 1.0})
+    said.close()
+    last = screen.getvalue().split("\r")[-1]
+    assert " 75% |" in last and "step 3/4  epoch 1  loss 2.5  0:00 h left" in last
 
 
 def test_a_log_that_cannot_be_rewritten_stays_whole(tmp_path: Path) -> None:
     """Going on from step 1 cuts off the lines after it: a full disk then must not cost the others."""
     for _ in range(2):
-        log = metrics.Log(tmp_path, 0, 9, tensorboard=False, wandb=None)
+        log = metrics.Log(tmp_path, 0, 9, config.Log(tensorboard=False))
         for step in (1, 2):
-            log.line({"step": step, "loss": 2.0, "step_ms": 1.0})
+            log.line({"step": step, "epoch": 0, "loss": 2.0, "step_ms": 1.0})
         log.close()
     before = (tmp_path / "log.jsonl").read_text()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
     try:
         with pytest.raises(UsageError, match=r"log\.jsonl: cannot be written"):
-            metrics.Log(tmp_path, 1, 9, tensorboard=False, wandb=None)
+            metrics.Log(tmp_path, 1, 9, config.Log(tensorboard=False))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "log.jsonl").read_text() == before
-    metrics.Log(tmp_path, 1, 9, tensorboard=False, wandb=None).close()
+    metrics.Log(tmp_path, 1, 9, config.Log(tensorboard=False)).close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 

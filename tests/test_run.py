@@ -38,10 +38,18 @@ def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert "not compiled" in printed and "2 steps an epoch, 6 in all" in printed
     assert "1 ranks x 99 decoding threads share" in printed
-    assert "4 steps left, about 0:0" in printed
+    assert "step 6/6  epoch 3  loss " in printed and "position_accuracy" in printed and "0:00 h left" in printed
+    assert "done at step 6 after 0:0" in printed and f"python -m trainer.export {out} exported" in printed
     assert (out / "config.yaml").read_text().count("vit_nano_patch16") == 1
-    assert list((out / "tensorboard").glob("events*"))
+    (board,) = (out / "tensorboard").iterdir()
+    events = EventAccumulator(str(board)).Reload()
+    assert {"loss/position_loss", "optim/lr", "speed/images_per_s"} <= set(events.Tags()["scalars"])
+    assert {"views", "placements"} <= set(events.Tags()["images"]) and "config/text_summary" in events.Tags()["tensors"]
     assert Image.open(out / "placements.png").size[0] > 1000
+    assert Image.open(out / "views.png").size == (3 * 96, 4 * 96)
+    report = (out / "report.html").read_text()
+    assert "done: step 6 of 6" in report and report.count("<polyline") > 15 and report.count("data:image/jpeg") == 2
+    assert "not compiled" in report and "backbone: vit_nano_patch16" in report
     assert json.loads((out / "status.json").read_text()) == {"state": "done", "step": 6, "of": 6}
     assert final(out)["step"] == 6
     assert (out / "checkpoints" / "last").is_symlink()

@@ -70,12 +70,14 @@ def test_time_limit_and_full_disk(
 
 
 def test_a_clean_stop_is_no_failure_to_torchrun(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would start the run again that was just stopped."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     assert run("--out", str(tmp_path), "--stop-after", "0") == 0
-    assert status(tmp_path)["state"] == "stopped"
+    assert status(tmp_path)["state"] == "stopped" and "stopped: step 1 of 6" in (tmp_path / "report.html").read_text()
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == f"  torchrun --nproc_per_node=1 trainer/run.py --out {tmp_path}"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,9 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, shards: Path, numbers: lis
     assert final(out)["step"] == lines(out)[-1]["step"]
 
 
-def test_ctrl_c_again_some_seconds_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_again_some_seconds_later_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     now, ends = [100.0], []
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(interrupt.os, "_exit", ends.append)
@@ -119,6 +123,7 @@ def test_ctrl_c_again_some_seconds_later_ends_at_once(monkeypatch: pytest.Monkey
             assert asked.stop() and not ends
         signal.raise_signal(signal.SIGINT)
         assert ends == [130]
+        assert capfd.readouterr().err.count("stopping after this step, with a checkpoint") == 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

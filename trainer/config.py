@@ -334,6 +334,12 @@ def _file(given: Mapping[str, Any]) -> dict[str, Any]:
     return read_yaml(earlier) if resumes else {}
 
 
+def small(method: str) -> str:
+    """What to do where a method's settings are too much for a CPU."""
+    demo = (PRESETS / f"{method}_demo.yaml").is_file()
+    return f"take the preset for a CPU, --config {method}_demo" if demo else "make the backbone and the views smaller"
+
+
 def _named(config: str) -> Path:
     """The file that is meant by a path or by a preset's name."""
     path, preset = Path(config), PRESETS / f"{config}.yaml"

@@ -120,14 +120,30 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def require_memory(needed: float, small: str) -> None:
-    """Raises UsageError where this machine has fewer bytes than `needed`, and names the preset `small` that needs few."""
+def require_memory(needed: float, remedy: str) -> None:
+    """Raises UsageError where this machine has fewer bytes than `needed`; `remedy` is what else can be done."""
     left = host.memory()
     if left is not None and needed > left:
         raise UsageError(
             f"this run needs at least {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free: lower "
-            f"batch_size, raise speed.accumulate, or take the preset for a CPU, --config {small}"
+            f"batch_size, raise speed.accumulate, or {remedy}"
         )
+
+
+def too_long(estimate: Estimate, images: float, ranks: int, remedy: str) -> list[str]:
+    """A warning, where `images` take days on a CPU that `ranks` share: such a run was hardly meant for it.
+
+    The time is that of products of matrices alone, at a speed measured just now: it can only be longer.
+    """
+    a, times = torch.ones(1024, 1024), []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    hours = estimate.flops_per_image * images / ranks / (2 * 1024**3 / min(times)) / 3600
+    memory = f"{estimate.memory * ranks / 1e9:.1f} GB of memory"
+    text = f"on this CPU it takes at least {hours:,.0f} hours and {memory}: a run for GPUs; {remedy}"
+    return [text] if hours > 24 else []
 
 
 def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device, flops: float) -> None:

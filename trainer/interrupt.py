@@ -7,6 +7,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 3.0  # seconds after which a second Ctrl-C is meant as one: launchers and terminals each pass the first on
+TOLD = b"\nstopping after this step, with a checkpoint; Ctrl-C again, some seconds later, ends at once without one\n"
 
 
 class Interrupt:
@@ -24,6 +25,8 @@ class Interrupt:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self._asked and os.environ.get("RANK", "0") == "0":
+            os.write(2, TOLD)  # print may deadlock
         self._asked = True
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -31,9 +34,6 @@ class Interrupt:
                 os._exit(128 + number)
             if self._ctrl_c is None:
                 self._ctrl_c = now
-                os.write(
-                    2, b"\nstopping with a checkpoint; Ctrl-C again ends at once, without one\n"
-                )  # print may deadlock
 
     def stop(self) -> bool:
         """Whether this process was asked to stop."""

@@ -3,11 +3,10 @@
 import json
 import math
 import resource
-import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from pipeline import ShardSet, host
-from trainer import parallel
-from trainer.config import UsageError
+from pipeline import Batch, ShardSet, host
+from trainer import config as settings
+from trainer import parallel, visualise
+from trainer.console import Console, informing
 
 
 class Meter:
@@ -148,20 +148,45 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+# The names of a record by group; all others are the method's, and belong to its loss.
+GROUPS = {
+    "probe": "knn segment_miou",
+    "optim": "epoch lr weight_decay grad_norm grad_norm_max loss_scale skipped ema_momentum",
+    "speed": "images_per_s images_per_s_rank step_ms data_wait_ms memory_gb mfu bad_samples cache_hits "
+    "network_mb_per_s network_waits",
+}
+
+
+def group(name: str) -> str:
+    """loss, probe, optim or speed: where a number of the log stands in TensorBoard and in the report."""
+    return next((group for group, names in GROUPS.items() if name in names.split()), "loss")
+
+
 class Log:
     """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
 
     Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
-    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not
-    installed, or the log cannot be written to begin with.
+    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not installed, or the log cannot
+    be written to begin with. `telling` is Console's; `config` is shown by TensorBoard.
     """
 
-    def __init__(self, out: Path, start: int, total: int, *, tensorboard: bool, wandb: str | None) -> None:
-        if wandb:
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        total: int,
+        cfg: settings.Log,
+        *,
+        telling: Sequence[str] = (),
+        config: str = "",
+    ) -> None:
+        if cfg.wandb:
             try:
-                import wandb as service
+                import wandb
             except ImportError:
-                raise UsageError(f"--log.wandb {wandb}: wandb is not installed; pip install wandb") from None
+                raise settings.UsageError(
+                    f"--log.wandb {cfg.wandb}: wandb is not installed; pip install wandb"
+                ) from None
         out.mkdir(parents=True, exist_ok=True)
         path = out / "log.jsonl"
         if path.exists():
@@ -170,22 +195,22 @@ class Log:
             try:
                 host.write_atomic(path, lambda file: file.write(kept))
             except OSError as error:
-                raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-        self._file = path.open("a", encoding="utf-8")
-        self._total, self._lines = total, 0
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+                raise settings.UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        self._out, self._file = out, path.open("a", encoding="utf-8")
+        self._console, self._seen = Console(start, total, telling), False
         self._board: Any = None
         self._wandb: Any = None
-        if tensorboard:
+        if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
-        if wandb:
+            self._board.add_text("config", f"```yaml\n{config}```", start)
+        if cfg.wandb:
             name = out / "wandb_id"  # the run's own: folders of one name are other runs
             if not name.exists():
                 name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-            self._wandb = service.init(
-                project=wandb, dir=str(out), name=out.name, id=name.read_text(encoding="utf-8"), resume="allow"
+            self._wandb = wandb.init(
+                project=cfg.wandb, dir=str(out), name=out.name, id=name.read_text(encoding="utf-8"), resume="allow"
             )
 
     def line(self, record: dict[str, Any]) -> None:
@@ -197,35 +222,31 @@ class Log:
             self._file.flush()  # what cannot be written now is written with the next line
         except OSError as error:
             warnings.warn(f"log.jsonl: {error}; the run goes on", stacklevel=2)
-        text = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
-        if self._bar.disable:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
-            self._bar.update(step - self._bar.n)
-        self._lines += 1
-        if self._lines == 2 and step < self._total:  # the first line's steps compiled and filled buffers
-            self._project(self._total - step, record["step_ms"] / 1e3)
+        self._console.line(record)
         del numbers["step"]
         for name, value in numbers.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(f"{group(name)}/{name}", value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """An image u8 (H, W, 3) for TensorBoard."""
+        """An image u8 (H, W, 3): NAME.png in the run's folder, and TensorBoard. Raises OSError."""
         if self._board:
             self._board.add_image(name, pixels, step, dataformats="HWC")
+        host.write_atomic(self._out / f"{name}.png", lambda file: Image.fromarray(pixels).save(file, "PNG"))
 
-    def _project(self, steps: int, seconds: float) -> None:
-        minutes = round(steps * seconds / 60)
-        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + steps * seconds))
-        self._bar.write(f"{steps:,} steps left, about {minutes // 60}:{minutes % 60:02d} hours, ends {end}")
+    def step(self, batch: Batch, step: int) -> None:
+        """A step begins. The views of the first batch are kept as a picture."""
+        if not self._seen:
+            self._seen = True
+            with informing("picture of the views"):
+                self.picture("views", visualise.views(batch), step)
+        self._console.step()
 
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
-        self._bar.close()
+        self._console.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -237,7 +258,3 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line torn by a crash
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

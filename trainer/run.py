@@ -14,16 +14,15 @@ import itertools
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-
-    from pipeline import Batch
+    from pipeline import Batch, Loader
+    from trainer import metrics
+    from trainer.step import TrainingStep
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends it without a traceback
@@ -59,7 +58,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     from torch.profiler import record_function as span
 
     from pipeline import Loader, ReadError, ShardError, ShardSet, host
-    from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, schedules
+    from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, report, schedules
+    from trainer.console import informing, summary
     from trainer.evaluate import Probe
     from trainer.feed import Feed
     from trainer.interrupt import Interrupt
@@ -94,7 +94,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             checkpointing=cfg.speed.activation_checkpointing,
         )
         if device.type == "cpu":
-            cost.require_memory(estimate.memory * local_world_size, f"{cfg.method}_demo")
+            cost.require_memory(estimate.memory * local_world_size, config.small(cfg.method))
         torch.manual_seed(cfg.seed)
         method: Method = module.Method(settings.method).to(device)
     except ValueError as error:
@@ -140,30 +140,15 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     schedule = schedules.of(cfg.optim, cfg.batch_size, steps_per_epoch, total)
 
     # ---------------------------------------------------------------- resume
-    start = 0
-    log = writer = None
-    try:
-        if saved := checkpoint.resume(settings.out / "checkpoints", cfg.method, method, optimizer):
-            if saved["scaler"]:  # empty where the run was not in fp16
-                training_step.scaler.load_state_dict(saved["scaler"])
-            loader.load_state_dict(saved["loader"])
-            start = saved["step"]
-    except ValueError as error:
-        reasons = "; ".join([str(error), *changes])
-        raise config.UsageError(f"--out {settings.out}: cannot go on: {reasons}; name another folder") from None
-    if cfg.init and not saved:
-        try:
-            checkpoint.set_weights(method, checkpoint.load(Path(cfg.init)))
-        except ValueError as error:
-            raise config.UsageError(f"--init {cfg.init}: {error}") from None
+    start, log, writer = resume(settings, changes, training_step, loader), None, None
     if out:
-        log = metrics.Log(out.path, start, total, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+        log = metrics.Log(out.path, start, total, cfg.log, telling=method.telling, config=settings.text)
         out.write_config(settings.text)
         writer = checkpoint.Writer(out.path / "checkpoints", cfg.log.keep_last, cfg.log.keep_every)
         out.at_exit(writer.wait)
         out.total = total
         out.status("running", start)
-        summary = [
+        facts = [
             f"{cfg.method}: {sum(p.numel() for p in training_step.trainable):,} trainable parameters, "
             f"{estimate.flops_per_image / 1e9:.3g} GFLOP an image, {precision}, {'not ' * (not compiled)}compiled, "
             f"{world_size} x {parallel.name(device)}, {host.cores()} cores, {loader.num_threads} decoder threads each",
@@ -174,8 +159,13 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         ]
         if local_world_size * loader.num_threads > host.cores():
             shared = f"{local_world_size} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
-            summary.append(f"{shared}: give the job more, or set data.num_threads")
-        print(*changes, *summary, sep="\n", flush=True)
+            facts.append(f"{shared}: give the job more, or set data.num_threads")
+        if device.type == "cpu":
+            images = cfg.batch_size * (total - start)
+            facts += cost.too_long(estimate, images, local_world_size, config.small(cfg.method))
+        print(*changes, *facts, sep="\n", flush=True)
+        if compiled:
+            print("the first step compiles the model: minutes for a large one", flush=True)
 
     # ---------------------------------------------------------------- loop
     interrupt = Interrupt(cfg.stop_after)
@@ -184,7 +174,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     meter, clock, network = metrics.Meter(), metrics.Clock(cfg.batch_size, world_size), metrics.Network(shards)
     progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
     feed = Feed(loader, cfg.speed.accumulate, cfg.patience, interrupt.stop)
-    epoch, lr, stopped, outage = 0, 0.0, False, None
+    epoch, lr, stopped, outage, began = 0, 0.0, False, None, time.monotonic()
     bad: dict[int, str] = {}  # samples, as of the last line, on any rank
     record: dict[str, Any] = {}
     for done in itertools.count(start):  # steps so far
@@ -230,8 +220,10 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
                 payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
                 payload |= {"step": done, "method": cfg.method, "config": settings.text, "loader": position}
                 payload["scaler"] = training_step.scaler.state_dict()
-                if writer:
+                if writer and out:
                     writer.save(payload)
+                    with informing("report"):
+                        report.write(out.path, facts)
                 del payload  # as large as the state: the writer lets go of it as soon as it is written
         if ends:
             break
@@ -239,6 +231,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         progress.fill_(done / total)
+        if log:
+            log.step(taken[0], done)
         # Drop-path and masks are a function of the step.
         torch.manual_seed(((cfg.seed * 1_000_003 + done) * 65_537 + rank) % 2**63)
         made = training_step(iter(taken), progress)
@@ -257,30 +251,60 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         failure = f"the last steps are not kept: make room for {settings.out}, and run it again"
     if outage and failure != str(outage):
         print(f"run.py: {outage}", file=sys.stderr)
-    if out and not stopped and kept:
-        draw(out.path, loader.forever(), device)
+    if log and out and not stopped and kept:
+        with informing("picture of what was learned"):
+            draw(out.path, next(loader.forever()).to(device), log, done)
     loader.close()
-    if log:
-        log.close()
     result = Result(settings.out, "stopped" if stopped else "done", done, total, record)
-    if out:
+    if log and out:
+        log.close()
         out.status("failed" if failure else result.state, done)
+        with informing("report"):
+            report.write(out.path, facts)
+        with informing("summary"):
+            records = report.read_log(out.path / "log.jsonl")
+            print(summary(out.path, result.state, records, time.monotonic() - began), flush=True)
     parallel.disconnect()
     if failure:
         raise config.RunError(failure)
     return result
 
 
-def draw(out: Path, batches: "Iterator[Batch]", device: "torch.device") -> None:
-    """A picture of what was learned, by the last checkpoint, as anyone will load it. It can fail; the run has not."""
+def resume(settings: config.Settings, changes: list[str], step: "TrainingStep", loader: "Loader") -> int:
+    """The step from which the run goes on, with all of its state restored; 0, or the weights of `init`, to begin with.
+
+    Raises UsageError where what there is cannot be used; `changes` are the settings that differ.
+    """
     from trainer import checkpoint
 
+    cfg = settings.run
     try:
-        method = checkpoint.restore(checkpoint.load(out)).to(device).eval()
-        if method.picture(next(batches).to(device), out / "placements.png"):
-            print(f"a picture of what was learned: {out / 'placements.png'}")
-    except Exception as error:  # out of memory, for example
-        print(f"run.py: no picture of what was learned: {' '.join(str(error).split())}", file=sys.stderr)
+        if saved := checkpoint.resume(settings.out / "checkpoints", cfg.method, step.method, step.optimizer):
+            if saved["scaler"]:  # empty where the run was not in fp16
+                step.scaler.load_state_dict(saved["scaler"])
+            loader.load_state_dict(saved["loader"])
+            return saved["step"]
+    except ValueError as error:
+        reasons = "; ".join([str(error), *changes])
+        raise config.UsageError(f"--out {settings.out}: cannot go on: {reasons}; name another folder") from None
+    if cfg.init:
+        try:
+            checkpoint.set_weights(step.method, checkpoint.load(Path(cfg.init)))
+        except ValueError as error:
+            raise config.UsageError(f"--init {cfg.init}: {error}") from None
+    return 0
+
+
+def draw(out: Path, batch: "Batch", log: "metrics.Log", step: int) -> None:
+    """A picture of what was learned, by the last checkpoint, as anyone will load it."""
+    import numpy as np
+    from PIL import Image
+
+    from trainer import checkpoint
+
+    method = checkpoint.restore(checkpoint.load(out)).to(batch.label.device).eval()
+    if method.picture(batch, out / "placements.png"):
+        log.picture("placements", np.asarray(Image.open(out / "placements.png")), step)
 
 
 if __name__ == "__main__":

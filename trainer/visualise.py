@@ -13,6 +13,17 @@ from pipeline import Batch
 SIDE, GAP, CAPTION = 448, 12, 22  # pixels of a panel, between panels, of the line above
 
 
+def views(batch: Batch, rows: int = 4, side: int = 96) -> NDArray[np.uint8]:
+    """The views of the first `rows` images of a batch, an image a row: u8 (H, W, 3)."""
+    rows = min(rows, len(batch.index))
+    strips = [view.pixels[:rows].cpu().numpy() for view in batch.views.values()]
+    small = [
+        [np.asarray(Image.fromarray(pixels).resize((side, side))) for strip in strips for pixels in strip[row]]
+        for row in range(rows)
+    ]
+    return np.concatenate([np.concatenate(line, 1) for line in small])
+
+
 def placements(
     path: Path, batch: Batch, predicted: dict[str, Tensor], visible: Tensor, *, grid: int, rows: int = 3
 ) -> None:

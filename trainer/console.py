@@ -1,0 +1,108 @@
+"""What a run says: a progress bar on a terminal, a line every half minute elsewhere, and a summary at the end."""
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PAUSE = 30.0  # seconds between two lines where there is no terminal: a job's output is read afterwards
+PROBES = ("knn", "segment_miou")  # seldom in a record; never passed over
+
+
+class Console:
+    """The progress of a run of `total` steps that has made `start`. `telling` are metrics worth a place in the line."""
+
+    def __init__(self, start: int, total: int, telling: Sequence[str]) -> None:
+        self._total, self._telling = total, telling
+        terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        form = "{percentage:3.0f}% |{bar:20}| {desc}"
+        self._bar = tqdm(total=total, initial=start, bar_format=form, dynamic_ncols=True, disable=not terminal)
+        self._seconds, self._lines, self._pending, self._due = 0.0, 0, "", 0.0
+
+    def step(self) -> None:
+        """A step was begun: the bar moves."""
+        self._bar.update()
+
+    def line(self, record: dict[str, Any]) -> None:
+        """`record` in short. It has at least step, epoch, loss and step_ms."""
+        seconds = record["step_ms"] / 1e3
+        self._lines += 1
+        # The first line's steps compiled and filled buffers: they say nothing of the others.
+        self._seconds = seconds if self._lines <= 2 else 0.7 * self._seconds + 0.3 * seconds
+        text, probed = self._text(record), any(name in record for name in PROBES)
+        if not self._bar.disable:
+            self._bar.set_description_str(text)
+            if probed:
+                self._bar.write(text)
+        elif self._lines == 1 or probed or time.monotonic() >= self._due or record["step"] == self._total:
+            print(text, flush=True)
+            self._pending, self._due = "", time.monotonic() + PAUSE
+        else:
+            self._pending = text
+
+    def _text(self, record: dict[str, Any]) -> str:
+        shown = ["loss", *self._telling, *PROBES]
+        parts = [f"step {record['step']:,}/{self._total:,}", f"epoch {record['epoch'] + 1}"]
+        parts += [f"{name} {short(name, record[name])}" for name in shown if name in record]
+        parts += [f"{name} {record[name]}" for name in ("skipped", "bad_samples") if record.get(name)]
+        if "images_per_s" in record:
+            parts.append(f"{record['images_per_s']:.3g} images/s")
+        minutes = round((self._total - record["step"]) * self._seconds / 60)
+        return "  ".join([*parts, f"{minutes // 60}:{minutes % 60:02d} h left"])
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._pending:
+            print(self._pending, flush=True)
+            self._pending = ""
+
+
+def short(name: str, value: float) -> str:
+    """A number as people read it: shares of what is right in percent, all others with four digits."""
+    if name == "segment_miou":
+        return f"{value:.1f}%"
+    return f"{value:.1%}" if name == "knn" or name.endswith("accuracy") else f"{value:.4g}"
+
+
+def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: float) -> str:
+    """What a run leaves behind, and the commands that come next, to be pasted."""
+    folder, last = shlex.quote(str(out)), records[-1] if records else {}
+    minutes, rest = divmod(round(seconds), 60)
+    lines = [f"{state} at step {last.get('step', 0):,} after {minutes // 60}:{minutes % 60:02d}:{rest:02d} hours"]
+    changes = []
+    for name in last:
+        values = [r[name] for r in records if isinstance(r.get(name), float) and math.isfinite(r[name])]
+        if values and (name in PROBES or name.endswith(("loss", "accuracy"))):
+            changes.append(f"{name} {short(name, values[0])} -> {short(name, values[-1])}")
+    lines += [f"  {change}" for change in changes]
+    lines.append(f"  {folder}/: checkpoints/last, report.html, log.jsonl, config.yaml")
+    if state != "done":
+        ranks, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        launcher = f"torchrun --nproc_per_node={here}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+        again = f"{launcher} trainer/run.py --out {folder}" if ranks == here else "the same command on every machine"
+        return "\n".join([*lines, "go on with", f"  {again}"])
+    return "\n".join(
+        [
+            *lines,
+            "and now",
+            f"  python -m trainer.segment {folder} --train SPEC --val SPEC     # frozen segmentation: mIoU",
+            f"  python -m trainer.evaluate {folder} --train SPEC --val SPEC    # k-NN and linear probe",
+            f"  python -m trainer.export {folder} exported                     # for timm.create_model",
+        ]
+    )
+
+
+@contextmanager
+def informing(what: str) -> Iterator[None]:
+    """For what only informs: it can fail, out of memory for example, and the run goes on without `what`."""
+    try:
+        yield
+    except Exception as error:
+        print(f"run.py: no {what}: {' '.join(str(error).split())}", file=sys.stderr)
