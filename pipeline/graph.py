@@ -10,8 +10,8 @@ Three forms of one graph, the same views from each:
   as a run's views are cut, and hands out what has arrived.
 - ``triton`` decodes and no more; `triton_views` cuts and augments the decoded images where they lie.
 
-Images are decoded whole: nvImageCodec 0.9 crashes on region decoding on some GPUs, and the views of an image cover most
-of it anyway.
+The fused form decodes of an image what its views show: rows above cost their entropy decoding, rows below nothing. A
+GPU decodes images whole: nvImageCodec 0.9 crashes there on regions.
 
 Runs are fed and taken by hand, so that each result belongs to the batch that was fed for it. The dynamic executor keeps
 its buffers alive for as long as a result is held, on a GPU also until the device has done what was queued by then (a
@@ -79,13 +79,31 @@ def _source(name: str, dtype: types.DALIDataType, ndim: int) -> Any:
     return _call("ExternalSource", "cpu", fn.external_source, name=name, dtype=dtype, ndim=ndim)
 
 
-def _decode(images: Any, gpu: bool, hw_decoder_load: float | None) -> Any:
+def _decode(images: Any, gpu: bool, hw_decoder_load: float | None, region: dict[str, Any] | None = None) -> Any:
     arguments: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if gpu:
         arguments["jpeg_fancy_upsampling"] = True  # as the CPU decoder upsamples chroma
         if hw_decoder_load is not None:
             arguments["hw_decoder_load"] = hw_decoder_load
+    if region:
+        return _call("decoders__ImageSlice", "cpu", fn.decoders.image_slice, images, axes=(0, 1), **region, **arguments)
     return _call("decoders__Image", "mixed" if gpu else "cpu", fn.decoders.image, images, **arguments)
+
+
+def _regions(
+    images: Images, windows: NDArray[np.float32], sizes: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Where the part of each image begins that its views show, and its shape: (y, x) and (height, width), i32 (B, 2).
+
+    A file that breaks off has to fail wherever it is looked at, as on any device: all of a file is decoded that does
+    not end as a JPEG does.
+    """
+    edges = windows.reshape(len(images), -1, 2)
+    low, high = np.floor(edges.min(1)), np.ceil(edges.max(1))
+    doubtful = [image[-2:].tobytes() != b"\xff\xd9" for image in images]
+    low[doubtful], high[doubtful] = 0, np.inf
+    start = np.clip(low, 0, sizes - 1)
+    return start.astype(np.int32), (np.clip(high, start + 1, sizes) - start).astype(np.int32)
 
 
 _WINDOWS = {  # what the operators read of a window: pairs (y, x)
@@ -289,7 +307,9 @@ class Graph:
                 self._buffers.append(Buffers((batch_size, cut.count, *shape), getattr(torch, pixels)))
         self._pipe: Any = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
         with self._pipe:
-            image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding)
+            parts = ("start", "shape") if self.form == "fused" else ()
+            region = {name: _source(name, types.DALIDataType.INT32, 1) for name in parts}
+            image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding, region)
             if self.form == "fused":
                 sources = [_source(name, types.DALIDataType.FLOAT, 2) for name in ("windows", "params")]
                 sources += [] if gpu else [_source("places", types.DALIDataType.INT64, 2)]
@@ -302,12 +322,24 @@ class Graph:
                 outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu", batch_size)
             self._pipe.set_outputs(*outputs)
 
-    def submit(self, images: Images, windows: NDArray[np.float32], params: NDArray[np.float32]) -> None:
-        """Starts a run on stored images (B arrays of bytes), windows f32 (B, T, 4) and parameters f32 (B, T, P)."""
+    def submit(
+        self,
+        images: Images,
+        windows: NDArray[np.float32],
+        params: NDArray[np.float32],
+        sizes: NDArray[np.int32],
+    ) -> None:
+        """Starts a run on stored images (B arrays of bytes), windows f32 (B, T, 4) and parameters f32 (B, T, P).
+
+        `sizes` i32 (B, 2) are the images' heights and widths: a run fails where the decoder finds an image smaller.
+        """
         feed = self._pipe.feed_input
         feed("image", list(images))
         if self.form == "fused":
-            feed("windows", windows)
+            start, shape = _regions(images, windows, sizes)
+            feed("start", start)
+            feed("shape", shape)
+            feed("windows", windows - np.tile(start, 2)[:, None].astype(np.float32))
             feed("params", params)
             if self._buffers:
                 feed("places", self._places(len(images)))

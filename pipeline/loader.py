@@ -277,7 +277,7 @@ class Loader:
 
     def _submit(self, prepared: Prepared) -> None:
         if prepared.images:  # a rank's share of an epoch's end may be empty
-            self._graph.submit(prepared.images, prepared.windows, prepared.params)
+            self._graph.submit(prepared.images, prepared.windows, prepared.params, prepared.sizes)
 
     def _next(self) -> Batch:
         if self._pool is not None and self._process != os.getpid():  # threads do not survive a fork: it would hang

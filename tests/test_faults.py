@@ -134,7 +134,7 @@ def test_a_fault_costs_nothing_later(faulty: ShardSet, monkeypatch: pytest.Monke
     single, submit, reader, decode = Graph.decode_one, Graph.submit, ShardSet.read, samples.why_undecodable
     monkeypatch.setattr(Graph, "decode_one", lambda g, image: tried.append(1) or single(g, image))
     monkeypatch.setattr(
-        Graph, "submit", lambda g, images, w, p: fed.append([len(i) for i in images]) or submit(g, images, w, p)
+        Graph, "submit", lambda g, images, *rest: fed.append([len(i) for i in images]) or submit(g, images, *rest)
     )
     monkeypatch.setattr(ShardSet, "read", lambda s, i: read.append(i) or reader(s, i))
     monkeypatch.setattr(samples, "why_undecodable", lambda image: full.append(1) or decode(image))
@@ -324,7 +324,7 @@ def test_a_stale_handle_is_opened_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_fault_of_ours_is_not_blamed_on_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = loader(ShardSet(write_set(tmp_path / "set", 12, 2)), form="operators")
     submit = Graph.submit
-    monkeypatch.setattr(Graph, "submit", lambda g, images, w, p: submit(g, images, w + 1000, p))
+    monkeypatch.setattr(Graph, "submit", lambda g, images, w, *rest: submit(g, images, w + 1000, *rest))
     with pytest.raises(RuntimeError, match=r"each of its images can be decoded.* out of bounds"):
         next(iter(source))
     assert not source.bad

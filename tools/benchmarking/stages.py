@@ -156,7 +156,7 @@ def alone(task: Task, pool: Pool) -> list[Meter]:
         device_id=(torch.device(task.device).index or 0) if task.gpu else None,
         num_threads=task.num_threads,
     )
-    graph.submit(pool.images[0], pool.windows[0], pool.params[0])
+    graph.submit(pool.images[0], pool.windows[0], pool.params[0], pool.sizes[0])
     outputs = graph.take()
     meters.append(stage("transfer", lambda k: [torch.from_dlpack(output) for output in outputs]))
     return meters
@@ -187,7 +187,7 @@ def _on_gpu(task: Task, pool: Pool, recipe: Recipe, stage: Callable[..., Meter])
     graph = Graph(recipe, task.batch_size, device_id=torch.device(task.device).index or 0, num_threads=1)
 
     def cut(k: int) -> list[Any]:
-        graph.submit(pool.images[k], pool.windows[k], pool.params[k])
+        graph.submit(pool.images[k], pool.windows[k], pool.params[k], pool.sizes[k])
         views = [torch.from_dlpack(view) for view in graph.take()]
         torch.cuda.synchronize()
         return views
