@@ -88,7 +88,8 @@ class Cut:
             number = getattr(self, name)
             demand(isinstance(number, int) and number > 0, f"{name} {number} must be a positive whole number")
         for name, pair in (("scale", self.scale), ("ratio", self.ratio), *(("sigma", a.sigma) for a in given)):
-            demand(isinstance(pair, Sequence) and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
+            numbers = isinstance(pair, Sequence) and all(isinstance(number, int | float) for number in pair)
+            demand(numbers and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
         demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
         scaled = self.padded
         bounds = "and positive" if scaled else "within (0, 1]"
@@ -131,6 +132,8 @@ class Recipe:
         """Raises ValueError for cuts that no batch can hold."""
         if not _all_are(Cut, self.cuts):
             raise ValueError(f"recipe {self.name!r}: cuts must be a tuple of Cut, not {self.cuts}")
+        if not (self.targets is None or callable(self.targets)):
+            raise ValueError(f"recipe {self.name!r}: targets must be a function or None, not {self.targets}")
         kinds = [cut.kind for cut in self.cuts]
         twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
         if twice is not None:
@@ -464,6 +467,8 @@ def _named(name: str, values: Sequence[float], parts: tuple[str, ...]) -> dict[s
 
 
 def _grid(size: int, patch: int) -> int:
+    if not isinstance(size, int):
+        raise ValueError(f"size {size} must be a whole number: views are square")
     if patch < 1 or size % patch:
         raise ValueError(f"a view of {size} pixels is no whole number of patches of {patch}")
     return size // patch

@@ -311,13 +311,27 @@ def test_duplicate_keys_name_both(tmp_path, capsys):
     source = make.tree(
         tmp_path / "in", {"a/1.jpg": make.encode(1), "b/1.jpg": make.encode(2), "b/2.jpg": make.encode(3)}
     )
-    assert make.run(source, tmp_path / "out") == 2
+    assert make.run(source, tmp_path / "out", "--key", "stem") == 2
     said = capsys.readouterr().err
     assert "a/1.jpg" in said
     assert "b/1.jpg" in said
     assert not (tmp_path / "out").exists()
     assert make.run(source, tmp_path / "out", "--key", "path") == 0
     assert set(make.samples(tmp_path / "out")) == {"a_1", "b_1", "b_2"}
+
+
+def test_names_that_repeat_become_paths_but_in_a_release(tmp_path, capsys, monkeypatch):
+    """As Caltech-101 has them. A release's names are unique: there it is one image that lies in two classes."""
+    files = {f"n0000000{c}/{name}.jpg": make.encode(c) for c, names in ((1, "1"), (2, "12")) for name in names}
+    source = make.tree(tmp_path / "in", files)
+    assert make.run(source, tmp_path / "out") == 0
+    assert set(make.samples(tmp_path / "out")) == {"n00000001_1", "n00000002_1", "n00000002_2"}
+    assert "a sample's key is made of its path" in capsys.readouterr().out
+    assert make.run(source, tmp_path / "out", "--key", "path") == 0  # the same set: nothing is made again
+    assert make.run("--check", tmp_path / "out") == 0
+    monkeypatch.setitem(labels.RELEASES, 2, ("two synsets", "two"))
+    assert make.run(source, tmp_path / "other") == 2
+    assert "1 duplicate key(s): '1'" in capsys.readouterr().err
 
 
 def test_a_class_folder_with_a_latin1_name_is_kept_as_it_is(tmp_path):

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if path and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
     if args.chart and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--chart needs matplotlib: pip install 'dense-ssl[bench]'")
+        raise ValueError("--chart needs matplotlib: pip install -e '.[bench]'")
     if args.headspace:
         sweeps.headspace_config(args.method, args.backbone)
     task = stages.Task(

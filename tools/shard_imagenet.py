@@ -101,8 +101,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "added to the integers of --labels (-1 where they begin at 1)"
     add("--label-offset", type=command.integer(-(2**31), 2**31), metavar="K", help=text)
     add("--unlabelled", action="store_true", help="all images below SOURCE, label -1")
-    text = "what names a sample: its file's stem, or its path where stems repeat"
-    add("--key", choices=("stem", "path"), default="stem", help=text)
+    text = "what names a sample: its file's stem or its path; auto: the path where stems repeat"
+    add("--key", choices=("auto", "stem", "path"), default="auto", help=text)
     add = parser.add_argument_group("what is stored").add_argument
     add("--short-side", type=command.integer(1), metavar="N", help="downsize to it, never up (re-encodes)")
     add("--quality", type=command.integer(1, 100), default=95, help="of JPEGs that are re-encoded (default: 95)")

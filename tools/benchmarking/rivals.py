@@ -32,7 +32,7 @@ def meter(name: str, task: Task) -> Meter:
         raise ValueError(f"--against knows {', '.join(NAMES)}, not {name!r}")
     missing = [package for package in ("cv2", "albumentations") if name == "opencv" and find_spec(package) is None]
     if missing:
-        raise ValueError(f"--against opencv needs {' and '.join(missing)}: pip install 'dense-ssl[bench]'")
+        raise ValueError(f"--against opencv needs {' and '.join(missing)}: pip install -e '.[bench]'")
     return Meter(name, _sizes(task, _torchvision if name == "torchvision" else _opencv), settle=2)
 
 

@@ -127,13 +127,19 @@ def build(listing: Listing, request: Request) -> Plan:
     if dropped := len(listing) - len(kept):
         listing.notes.append(f"{dropped:,} images of classes that are not in the class list are left out")
 
-    order, ranked = shuffled((clean_key(listing.name(int(row)), request.key) for row in kept), request.seed)
+    release, key = labels.release(classes), "path" if request.key == "path" else "stem"
+    order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
     same = np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+    if len(same) and request.key == "auto" and not release:  # a release's stems are unique: there, one image is twice
+        listing.notes.append("file names repeat in other folders: a sample's key is made of its path (--key path)")
+        key = "path"
+        order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
+        same = np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
     if len(same):
         first, second = (int(kept[order[same[0] + step]]) for step in (0, 1))
-        remedy = "; --key path tells them apart" if request.key == "stem" else ""
+        remedy = "; --key path tells them apart" if key == "stem" else ""
         raise SourceError(
-            f"{len(same):,} duplicate key(s): {clean_key(listing.name(first), request.key)!r} "
+            f"{len(same):,} duplicate key(s): {clean_key(listing.name(first), key)!r} "
             f"is {listing.place(first)!r} and {listing.place(second)!r}{remedy}"
         )
     if request.subset is not None:
@@ -148,14 +154,13 @@ def build(listing: Listing, request: Request) -> Plan:
     content = hashlib.sha256(ranked.tobytes() + "\n".join(classes).encode("utf-8", "surrogateescape"))
     for column in ("size", "label"):
         content.update(np.ascontiguousarray(rows[column]).tobytes())
-    release = labels.release(classes)
     shards = len(starts) - 1
     spec = Spec(
         name=request.name or (release[1] if release else folder_name(listing.root, request.split)),
         split=request.split,
         shards=shards,
         seed=request.seed,
-        options={"shards": shards, "subset": request.subset, "key": request.key, **dataclasses.asdict(request.rules)},
+        options={"shards": shards, "subset": request.subset, "key": key, **dataclasses.asdict(request.rules)},
         source={
             "kind": listing.kind,
             "images": len(rows),

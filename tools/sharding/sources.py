@@ -50,7 +50,7 @@ class Request:
     unlabelled: bool = False
     class_list: Path | None = None
     subset: int | None = None
-    key: str = "stem"
+    key: str = "auto"
     seed: int = 0
     shards: int | None = None
     rules: Rules = field(default_factory=Rules)
