@@ -23,7 +23,7 @@ from numba.core import event
 from .host import cache_folder
 
 # Files that go into kernels.
-COMPILED = ("correspondence", "cutting", "draws", "kernel", "order", "parameters", "plan", "simd")
+COMPILED = ("correspondence", "cutting", "draws", "jitter", "kernel", "order", "parameters", "plan", "simd")
 _UNUSED = 30 * 24 * 3600.0  # seconds without use after which another version's folder is removed
 _config: Any = numba.config
 _lock = threading.RLock()

@@ -108,7 +108,7 @@ class Cut:
             for name in ("jitter", "gray", "blur", "solarize"):
                 demand(0 <= getattr(a, name) <= 1, f"{name} {getattr(a, name)} is no probability")
             for name in ("brightness", "contrast", "saturation"):
-                demand(0 <= getattr(a, name) < inf, f"{name} {getattr(a, name)} must not be negative")
+                demand(0 <= getattr(a, name) <= 2, f"{name} {getattr(a, name)} must lie within [0, 2]")
             demand(0 <= a.hue <= 0.5, f"hue {a.hue} must lie within [0, 0.5]")
             demand(0 < a.sigma[0] <= a.sigma[1] < inf, f"sigma {a.sigma} must be ordered and positive")
 

@@ -29,39 +29,42 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
 def _weigh_block(typing_context, out, source, stride, weights, taps):
     """LANES bytes at `out`: the sum over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
 
-    A byte is centred and put into the upper half of an int16; the upper halves of the 32-bit products then carry six
-    fractional bits. A weight may reach 2, as a bicubic's does at an edge; sums leave headroom for its overshoot.
+    A byte is centred and put into the upper half of an int16, even and odd bytes apart, so that nothing is shuffled;
+    the upper halves of the 32-bit products then carry six fractional bits. A weight may reach 2, as a bicubic's does at
+    an edge; sums leave headroom for its overshoot.
     """
 
     def codegen(context, builder, signature, arguments):
         out, source, stride, weights, taps = arguments
-        byte_row, short_row = ir.VectorType(_BYTE, LANES), ir.VectorType(_SHORT, LANES)
-        wide_row = ir.VectorType(_INT, LANES)
-        centre = _vector(_BYTE, [-128] * LANES)
-        to_upper_half = _vector(_INT, [lane for pair in range(LANES) for lane in (pair, LANES + pair)])
-        total = cgutils.alloca_once(builder, short_row)
+        pairs, wide = ir.VectorType(_SHORT, LANES // 2), ir.VectorType(_INT, LANES // 2)
+
+        def constant(value: int) -> ir.Constant:
+            return _vector(_SHORT, [value] * (LANES // 2))
+
+        centres = constant(-0x7F80)  # 128 in both bytes
         # Half a unit for the final rounding; each product below is rounded down, by half a fractional bit on average.
-        half = builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT)
-        half = builder.add(half, _SHORT(32))
-        builder.store(_splat(builder, half, LANES), total)
+        half = builder.add(builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT), _SHORT(32))
+        totals = [cgutils.alloca_once_value(builder, _splat(builder, half, LANES // 2)) for _ in range(2)]
         with cgutils.for_range(builder, taps) as loop:
-            row = builder.load(
-                _pointer(builder, builder.add(source, builder.mul(loop.index, stride)), byte_row), align=1
-            )
-            weight = builder.load(
-                _pointer(builder, builder.add(weights, builder.shl(loop.index, taps.type(1))), _SHORT), align=2
-            )
-            row = builder.xor(row, centre)
-            row = builder.bitcast(builder.shuffle_vector(byte_row(None), row, to_upper_half), short_row)
-            product = builder.mul(builder.sext(row, wide_row), builder.sext(_splat(builder, weight, LANES), wide_row))
-            product = builder.trunc(builder.ashr(product, _vector(_INT, [16] * LANES)), short_row)
-            builder.store(builder.add(builder.load(total), product), total)
-        result = builder.ashr(builder.load(total), _vector(_SHORT, [6] * LANES))
-        for sign, bound in (("<", -128), (">", 127)):
-            limit = _vector(_SHORT, [bound] * LANES)
-            result = builder.select(builder.icmp_signed(sign, result, limit), limit, result)
-        result = builder.xor(builder.trunc(result, byte_row), centre)
-        builder.store(result, _pointer(builder, out, byte_row), align=1)
+            address = builder.add(source, builder.mul(loop.index, stride))
+            row = builder.xor(builder.load(_pointer(builder, address, pairs), align=1), centres)
+            address = builder.add(weights, builder.shl(loop.index, taps.type(1)))
+            weight = builder.load(_pointer(builder, address, _SHORT), align=2)
+            weight = builder.sext(_splat(builder, weight, LANES // 2), wide)
+            upper = builder.shl(row, constant(8)), builder.and_(row, constant(-0x100))
+            for total, byte in zip(totals, upper, strict=True):
+                product = builder.mul(builder.sext(byte, wide), weight)
+                product = builder.trunc(builder.ashr(product, _vector(_INT, [16] * (LANES // 2))), pairs)
+                builder.store(builder.add(builder.load(total), product), total)
+        levels = []
+        for total in totals:
+            result = builder.ashr(builder.load(total), constant(6))
+            for sign, bound in (("<", -128), (">", 127)):
+                limit = constant(bound)
+                result = builder.select(builder.icmp_signed(sign, result, limit), limit, result)
+            levels.append(result)
+        even, odd = builder.and_(levels[0], constant(0xFF)), builder.shl(levels[1], constant(8))
+        builder.store(builder.xor(builder.or_(even, odd), centres), _pointer(builder, out, pairs), align=1)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), codegen
@@ -96,25 +99,37 @@ def _transpose_block(typing_context, out, out_stride, source, stride):
 
 
 @kernel
-def weigh(out, source, weights, taps):
-    """out[:] = sum over k < taps of weights[k] / 2**14 * source[k], rounded and clipped; u8 rows, i16 weights.
+def _weigh_row(to, n, base, stride, weights, taps):
+    for start in range(0, n - LANES + 1, LANES):
+        _weigh_block(to + start, base + start, stride, weights, taps)  # type: ignore[call-arg]
+    if n % LANES:  # the last block overlaps the one before it
+        _weigh_block(to + n - LANES, base + n - LANES, stride, weights, taps)  # type: ignore[call-arg]
 
-    `out` u8 (n,), `source` u8 (>= taps, >= n) with contiguous rows at any distance, `weights` i16 (>= taps,).
-    Weights must sum to 2**14 (but for their rounding). The result is within 0.5 + taps / 128 levels of the real sum.
+
+@kernel
+def weigh(out, source, first, taps, weights):
+    """out[i] = sum over k < taps[i] of weights[i, k] / 2**14 * source[first[i] + k], rounded and clipped.
+
+    `out` u8 (m, n), `source` u8 (rows, >= n), both with contiguous rows at any distance; `first`, `taps` i64 (<= m,)
+    and `weights` i16 (<= m, >= taps), whose last ones serve all rows beyond. A row's weights must sum to 2**14 (but for
+    their rounding). The result is within 0.5 + taps / 128 levels of the real sum. All rows in one call: a slice of an
+    array for each would cost more than the sums.
     """
-    n = len(out)
+    m, n = out.shape
     if n >= LANES:
-        to, base, stride, steps = out.ctypes.data, source.ctypes.data, source.strides[0], weights.ctypes.data
-        for start in range(0, n - LANES + 1, LANES):
-            _weigh_block(to + start, base + start, stride, steps, taps)  # type: ignore[call-arg]
-        if n % LANES:  # the last block overlaps the one before it
-            _weigh_block(to + n - LANES, base + n - LANES, stride, steps, taps)  # type: ignore[call-arg]
+        to, base, own = out.ctypes.data, source.ctypes.data, weights.ctypes.data
+        for i in range(m):
+            row = base + first[min(i, len(first) - 1)] * source.strides[0]
+            at = own + min(i, len(weights) - 1) * weights.strides[0]
+            _weigh_row(to + i * out.strides[0], n, row, source.strides[0], at, taps[min(i, len(taps) - 1)])
         return
-    for j in range(n):
-        total = np.int64(32 + (taps >> 1))
-        for k in range(taps):
-            total += ((np.int64(source[k, j]) - 128) * 256 * np.int64(weights[k])) >> 16
-        out[j] = np.uint8(128 + min(max(total >> 6, np.int64(-128)), np.int64(127)))
+    for i in range(m):
+        low, count, shares = first[min(i, len(first) - 1)], taps[min(i, len(taps) - 1)], min(i, len(weights) - 1)
+        for j in range(n):
+            total = np.int64(32 + (count >> 1))
+            for k in range(count):
+                total += ((np.int64(source[low + k, j]) - 128) * 256 * np.int64(weights[shares, k])) >> 16
+            out[i, j] = np.uint8(128 + min(max(total >> 6, np.int64(-128)), np.int64(127)))
 
 
 @kernel

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plan as columns
-from .cutting import LUMA
-from .parameters import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from .parameters import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION
 from .plan import RADIUS, Plan
 
 if TYPE_CHECKING:

@@ -1,9 +1,11 @@
 """The CPU's pixels: both primitives, each operation against its slow oracle, Pillow and torchvision; hostile input.
 
-Tolerances, in levels of 255: resize 1.05 and blur 1.35 (two roundings each), jitter and gray 0.55 (one), solarize 0.
+Tolerances, in levels of 255: resize 1.05 and blur 1.35 (two roundings each), jitter and gray 0.55 (one, and the fixed
+point's), solarize 0.
 """
 
-from itertools import product
+from collections.abc import Callable
+from itertools import cycle, product
 
 import numpy as np
 import oracles_pixels as oracle
@@ -48,6 +50,11 @@ def off(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got.astype(float) - expected).max())
 
 
+def weigh(out: np.ndarray, source: np.ndarray, weights: np.ndarray, taps: int, how: Callable = simd.weigh) -> None:
+    """One row."""
+    how(out[None], source, np.zeros(1, np.int64), np.full(1, taps), weights[None])
+
+
 @pytest.mark.parametrize("taps", [1, 2, 3, 9, 40])
 @pytest.mark.parametrize("n", [1, 3, 63, 64, 65, 127, 200])
 def test_weighted_sums_are_exact_to_a_rounding_and_stay_in_their_row(n: int, taps: int) -> None:
@@ -56,7 +63,7 @@ def test_weighted_sums_are_exact_to_a_rounding_and_stay_in_their_row(n: int, tap
     real = rng.random(taps) + 0.1
     weights = np.rint(real / real.sum() * 16384).astype(np.int16)
     out = np.full(n + 20, 99, np.uint8)
-    simd.weigh(out[10 : 10 + n], source, weights, taps)
+    weigh(out[10 : 10 + n], source, weights, taps)
     assert off(out[10 : 10 + n], (source[:taps] * (weights / 16384)[:, None]).sum(0)) < 0.5 + taps / 128
     assert (out[:10] == 99).all() and (out[10 + n :] == 99).all()
 
@@ -64,15 +71,15 @@ def test_weighted_sums_are_exact_to_a_rounding_and_stay_in_their_row(n: int, tap
 def test_a_weight_of_one_copies_and_overshoot_is_clipped() -> None:
     source = np.arange(256, dtype=np.uint8)[None].repeat(3, 0)
     out = np.empty(256, np.uint8)
-    simd.weigh(out, source, np.array([16384], np.int16), 1)
+    weigh(out, source, np.array([16384], np.int16), 1)
     assert np.array_equal(out, source[0])
     edges = np.array([[0] * 80, [255] * 80, [0] * 80], np.uint8)
     weights = np.array([-4000, 24384, -4000], np.int16)
-    simd.weigh(out[:80], 255 - edges, weights, 3)
+    weigh(out[:80], 255 - edges, weights, 3)
     assert (out[:80] == 0).all()
-    simd.weigh(out[:80], edges, weights, 3)
+    weigh(out[:80], edges, weights, 3)
     assert (out[:80] == 255).all()
-    simd.weigh(out[:40], np.ascontiguousarray(255 - edges[:, :40]), weights, 3)
+    weigh(out[:40], np.ascontiguousarray(255 - edges[:, :40]), weights, 3)
     assert (out[:40] == 0).all()
 
 
@@ -81,11 +88,11 @@ def test_the_short_path_and_the_vectors_give_the_same_bytes() -> None:
     source = rng.integers(0, 256, (7, 64), dtype=np.uint8)
     weights = np.array([-1000, 2500, 6000, 4884, 4500, 500, -1000], np.int16)
     whole, parts = np.empty(64, np.uint8), np.empty(64, np.uint8)
-    simd.weigh(whole, source, weights, 7)
+    weigh(whole, source, weights, 7)
     for at in range(0, 64, 16):
-        simd.weigh(parts[at : at + 16], np.ascontiguousarray(source[:, at : at + 16]), weights, 7)
+        weigh(parts[at : at + 16], np.ascontiguousarray(source[:, at : at + 16]), weights, 7)
         assert np.array_equal(parts[at : at + 16], whole[at : at + 16])
-    simd.weigh.py_func(parts[:16], source[:, :16], weights, 7)
+    weigh(parts[:16], source[:, :16], weights, 7, simd.weigh.py_func)
     assert np.array_equal(parts[:16], whole[:16])
 
 
@@ -141,31 +148,32 @@ def test_a_view_of_its_own_size_is_the_window_and_its_mirror() -> None:
 def test_jitter_in_every_order_equals_the_oracle(rule: str) -> None:
     image, window = photograph(60, 70), (5, 65, 60, 3)
     brightness = (0.65, 1.35) if rule == "torchvision" else (-0.3, 0.35)
-    base = cut(image, window, 20).astype(float)
-    for order in range(24):
+    for order, size in zip(range(24), cycle((20, 47)), strict=False):  # shorter than a block; a block and a part
+        base = cut(image, window, size).astype(float)
         factors = {
             "brightness": brightness[order % 2],
             "contrast": (0.62, 1.38)[order // 2 % 2],
             "saturation": (0.81, 1.19)[order // 4 % 2],
             "hue": 0.1 - order * 0.0085,
         }
-        got = cut(image, window, 20, rule=rule, order=order, **factors)
-        assert off(got, oracle.jitter(base, order, factors, rule)) < 0.52, order
+        got = cut(image, window, size, rule=rule, order=order, **factors)
+        assert off(got, oracle.jitter(base, order, factors, rule)) < 0.55, order
 
 
 def test_the_four_operations_are_torchvisions() -> None:
     image, window = photograph(60, 70), (0, 0, 60, 70)
-    base = torch.from_numpy(cut(image, window, 32)).permute(2, 0, 1).float() / 255
+    base = torch.from_numpy(cut(image, window, 45)).permute(2, 0, 1).float() / 255  # a block of 32 and a part
     neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     for name, factors in (
-        ("brightness", (0.6, 1.4)),
-        ("contrast", (0.6, 1.4)),
-        ("saturation", (0.8, 1.2, 0.0)),
-        ("hue", (-0.1, 0.1, 0.45, -0.5)),
+        ("brightness", (0.0, 0.2, 0.6, 1.4, 1.8, 2.6, 3.0)),
+        ("contrast", (0.0, 0.2, 0.6, 1.4, 1.8, 2.6, 3.0)),
+        ("saturation", (0.0, 0.2, 0.8, 1.2, 1.5, 1.8, 2.6, 3.0)),
+        ("hue", (-0.1, 0.1, *np.linspace(-0.5, 0.5, 25).tolist())),
     ):
         for factor in factors:
             expected = getattr(TF, f"adjust_{name}")(base, factor).permute(1, 2, 0).numpy() * 255
-            assert off(cut(image, window, 32, **{**neutral, "order": 9, name: factor}), expected) < 0.55, name
+            got = cut(image, window, 45, **{**neutral, "order": 9, name: factor})
+            assert off(got, expected) < (0.53 if factor < 2 else 0.56), (name, factor)
 
 
 def test_gray_blur_and_solarize_equal_the_oracle() -> None:
@@ -285,7 +293,7 @@ def test_a_huge_image_shrinks_through_a_wide_filter() -> None:
 
 
 def test_the_python_text_of_the_kernels_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel of the file, uncompiled, but for the vector blocks themselves."""
+    """Every kernel of both files, uncompiled, but for the vector blocks themselves."""
     image, window = photograph(9, 10), np.array((1, 9, 8, 2), np.float32)
     expected, values = {}, row(order=5, brightness=1.2, contrast=0.8, saturation=1.2, hue=0.05, sigma=0.6, solarize=1)
     shifted = row(
@@ -296,7 +304,7 @@ def test_the_python_text_of_the_kernels_does_the_same(monkeypatch: pytest.Monkey
         cutting.cut_image((expected[name],), image, window[None], p[None])
     for module in (simd, cutting):
         for name, function in vars(module).copy().items():
-            if hasattr(function, "py_func"):
+            if hasattr(function, "py_func") and name != "jitter_and_gray":
                 monkeypatch.setattr(module, name, function.py_func)
     monkeypatch.setattr(simd, "_transpose_block", transpose_block_in_python)
     monkeypatch.setattr(simd, "LANES", 10**9)

@@ -1,0 +1,386 @@
+"""Jitter and grayscale of one view on the CPU, in 16-bit fixed point, 32 pixels at a time.
+
+A level is 128 units, so that 0..255 fits an int16; an operation is wrong by one to three units, 0.02 levels. float32
+has half the lanes and needs conversions on both sides. Written as portable LLVM vector code: numba would widen int16
+to 64 bits. Additions saturate, which is what makes the clipping exact.
+
+The operations run in the drawn order while a block stays in registers. The contrast needs the mean of what precedes it.
+Hence two passes: bytes -> what precedes the contrast -> int16 and sums; int16 -> the rest and the gray -> bytes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .kernel import kernel
+from .parameters import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    LUMA,
+    MMSEG,
+    ORDER,
+    PERMUTATIONS,
+    RULE,
+    SATURATION,
+    TENSORFLOW,
+    TORCHVISION,
+)
+
+LANES = 32  # pixels of a block; a column of a view has at least as many rows of memory
+LEVEL = 128
+TOP = 255 * LEVEL
+_SHIFT, _AFFINE, _AFFINE_FAR, _SATURATE, _SATURATE_FAR, _SATURATE_HSV, _HUE = range(7)
+_NUMBERS = 8  # int16 of a step: see `_plan`
+
+_BYTE, _SHORT, _INT, _LONG, _FLOAT = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
+_BYTES, _SHORTS, _INTS, _FLOATS = (ir.VectorType(element, LANES) for element in (_BYTE, _SHORT, _INT, _FLOAT))
+
+
+class _Row:
+    """LANES int16 in the making; a number beside one stands for LANES of it."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    def like(self, other: "_Row | int") -> ir.Value:
+        return other.value if isinstance(other, _Row) else ir.Constant(_SHORTS, [other] * LANES)
+
+    def _saturating(self, name: str, other: "_Row | int") -> "_Row":
+        kind = ir.FunctionType(_SHORTS, (_SHORTS, _SHORTS))
+        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.sat.v{LANES}i16")
+        return _Row(self.builder, self.builder.call(function, (self.value, self.like(other))))
+
+    def __add__(self, other: "_Row | int") -> "_Row":
+        return self._saturating("sadd", other)
+
+    def __sub__(self, other: "_Row | int") -> "_Row":
+        return self._saturating("ssub", other)
+
+    def __mul__(self, other: "_Row | int") -> "_Row":
+        """The product, which must fit."""
+        return _Row(self.builder, self.builder.mul(self.value, self.like(other)))
+
+    def part(self, share: "_Row | int") -> "_Row":
+        """The product over 2**16, rounded down."""
+        wide = (self.builder.sext(value, _INTS) for value in (self.value, self.like(share)))
+        upper = self.builder.ashr(self.builder.mul(*wide), ir.Constant(_INTS, [16] * LANES))
+        return _Row(self.builder, self.builder.trunc(upper, _SHORTS))
+
+    def __rshift__(self, bits: int) -> "_Row":
+        return _Row(self.builder, self.builder.ashr(self.value, self.like(bits)))
+
+    def __lshift__(self, bits: int) -> "_Row":
+        return _Row(self.builder, self.builder.shl(self.value, self.like(bits)))
+
+    def _chosen(self, sign: str, other: "_Row | int") -> "_Row":
+        bound = self.like(other)
+        keep = self.builder.icmp_signed(sign, self.value, bound)
+        return _Row(self.builder, self.builder.select(keep, self.value, bound))
+
+    def at_most(self, other: "_Row | int") -> "_Row":
+        return self._chosen("<", other)
+
+    def at_least(self, other: "_Row | int") -> "_Row":
+        return self._chosen(">", other)
+
+    def equals(self, other: "_Row") -> ir.Value:
+        return self.builder.icmp_signed("==", self.value, other.value)
+
+    def where(self, mask: ir.Value, other: "_Row") -> "_Row":
+        """Itself in the lanes of the mask, the other elsewhere."""
+        return _Row(self.builder, self.builder.select(mask, self.value, other.value))
+
+    def floats(self) -> ir.Value:
+        return self.builder.sitofp(self.value, _FLOATS)
+
+
+class _Pixels(NamedTuple):
+    r: _Row
+    g: _Row
+    b: _Row
+
+    def clipped(self) -> "_Pixels":
+        return _Pixels(*(x.at_least(0).at_most(TOP) for x in self))
+
+    def luma(self) -> _Row:
+        """Rounded down thrice; green's weight is above a half, which is as far as an int16 share goes."""
+        r, g, b = (round(65536 * share) for share in LUMA)
+        return self.r.part(r) + self.g.part(g - 65536) + self.g + self.b.part(b) + 1
+
+
+class _Numbers:
+    """The int16 of one step, each as LANES of it when asked for."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
+        self.builder, self.address = builder, address
+
+    def scalar(self, i: int) -> ir.Value:
+        address = self.builder.add(self.address, _LONG(2 * i))
+        return self.builder.load(self.builder.inttoptr(address, _SHORT.as_pointer()), align=2)
+
+    def __getitem__(self, i: int) -> _Row:
+        return _Row(self.builder, _splat(self.builder, self.scalar(i), _SHORTS))
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, to: ir.VectorType) -> ir.Value:
+    one = builder.insert_element(ir.Constant(to, ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
+
+
+def _shift(pixels: _Pixels, n: _Numbers) -> _Pixels:
+    return _Pixels(*(x + n[0] for x in pixels)).clipped()
+
+
+def _away(pixels: _Pixels, anchors: tuple[_Row, ...], n: _Numbers, far: bool) -> _Pixels:
+    """Every value x moved from its anchor a: x + (factor - 1) * (x - a), clipped.
+
+    factor - 1 is a share of at most a half, and, where it is `far` from 0, whole numbers: -1 before it or up to 2 after
+    it. In this order a sum that leaves the range does so for good.
+    """
+    moved = []
+    for x, anchor in zip(pixels, anchors, strict=True):
+        d = x - anchor
+        near = (x + d * n[1] if far else x) + d.part(n[0])
+        moved.append(near + d * n[2] + d * n[3] if far else near)
+    return _Pixels(*moved).clipped()
+
+
+def _affine(pixels: _Pixels, n: _Numbers, far: bool) -> _Pixels:
+    return _away(pixels, (n[4], n[5], n[6]), n, far)
+
+
+def _saturate(pixels: _Pixels, n: _Numbers, far: bool) -> _Pixels:
+    gray = pixels.luma()
+    return _away(pixels, (gray, gray, gray), n, far)
+
+
+def _saturate_hsv(pixels: _Pixels, factor: ir.Value) -> _Pixels:
+    """HSV's saturation times the factor, at most 1; value and hue stay. In float32: it divides."""
+    r, g, b = pixels
+    value = r.at_least(g).at_least(b)
+    chroma = value - r.at_most(g).at_most(b)
+    builder = r.builder
+    most = builder.fdiv(value.floats(), chroma.at_least(1).floats())
+    gain = _splat(builder, factor, _FLOATS)
+    gain = builder.select(builder.fcmp_ordered("<", gain, most), gain, most)
+
+    def moved(x: _Row) -> _Row:
+        distance = builder.fadd(builder.fmul((value - x).floats(), gain), ir.Constant(_FLOATS, [0.5] * LANES))
+        return value - _Row(builder, builder.fptosi(distance, _SHORTS))
+
+    return _Pixels(*(moved(x) for x in pixels))
+
+
+def _turn_hue(pixels: _Pixels, n: _Numbers) -> _Pixels:
+    """HSV's hue moved; value and saturation stay. Without a division: all of it is multiplied by the chroma.
+
+    In sixths of the circle, and with the place of the largest channel as zero, a hue is over / chroma, where over is
+    the difference of the other two. A channel that lies 2 k sixths further rises over the least by the chroma times
+    clip(2 - |over / chroma + turn + 2 k|, 0, 1). Here in half units, where 2 chromas fit; what saturates is far off.
+    """
+    r, g, b = pixels
+    value = r.at_least(g).at_least(b)
+    least = r.at_most(g).at_most(b)
+    chroma = value - least
+    red, green = value.equals(r), value.equals(g)
+    over = (g - b).where(red, (b - r).where(green, r - g))
+    half = chroma >> 1
+    near = (over >> 1) + chroma.part(n[0])
+    rises = []
+    for k in range(3):  # turn + 2 k: its whole part, then as n[0]
+        whole = n[1 + 2 * k]
+        far = near + half * whole + half * n[2 + 2 * k]
+        far = far.at_least(_Row(far.builder, far.like(0)) - far)
+        rise = (half + half - far).at_least(0).at_most(TOP // 2 + 1)
+        rises.append(least + (rise + rise).at_most(chroma))
+    here, next_, last = rises  # at 0, 2 and -2 sixths from the largest channel
+
+    return _Pixels(
+        here.where(red, next_.where(green, last)),
+        last.where(red, here.where(green, next_)),
+        next_.where(red, last.where(green, here)),
+    )
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _pass(builder: ir.IRBuilder, bytes_in: bool, source, target, size, steps, numbers, factors, start, stop, extra):
+    """One column: 3 channels of `size` pixels, (address, distance) each of source and target.
+
+    Bytes in: int16 out, and their sums added to the int64 (3,) at `extra`. Int16 in: bytes out, gray if `extra`.
+    A size that is no multiple of LANES ends in a block that overlaps the one before.
+    """
+    pixels = [cgutils.alloca_once(builder, _SHORTS) for _ in range(3)]
+    sums = [cgutils.alloca_once_value(builder, ir.Constant(_INTS, [0] * LANES)) for _ in range(3)]
+    last = builder.sub(size, _LONG(LANES))
+    last = builder.select(builder.icmp_signed(">", last, _LONG(0)), last, _LONG(0))
+    with cgutils.for_range_slice(builder, _LONG(0), size, _LONG(LANES), _LONG) as (at, _):
+        begin = builder.select(builder.icmp_signed("<", at, last), at, last)
+        for c in range(3):
+            row = builder.add(source[0], builder.mul(source[1], _LONG(c)))
+            if bytes_in:
+                value = builder.zext(_load(builder, builder.add(row, begin), _BYTES), _SHORTS)
+                builder.store((_Row(builder, value) << 7).value, pixels[c])
+            else:
+                row = builder.add(row, builder.shl(begin, _LONG(1)))
+                builder.store(_load(builder, row, _SHORTS), pixels[c])
+        with cgutils.for_range_slice(builder, start, stop, _LONG(1), _LONG) as (step, _):
+            _dispatch(builder, pixels, step, steps, numbers, factors)
+        now = _Pixels(*(_Row(builder, builder.load(pixel)) for pixel in pixels))
+        if bytes_in:
+            fresh = builder.and_(
+                _lanes(builder, ">=", builder.sub(at, begin)), _lanes(builder, "<", builder.sub(size, begin))
+            )
+            for x, total in zip(now, sums, strict=True):
+                counted = builder.select(fresh, x.value, ir.Constant(_SHORTS, [0] * LANES))
+                builder.store(builder.add(builder.load(total), builder.sext(counted, _INTS)), total)
+        else:
+            gray = now.luma()
+            wanted = builder.icmp_signed("!=", extra, _LONG(0))
+            now = _Pixels(*(_Row(builder, builder.select(wanted, gray.value, x.value)) for x in now))
+        for c in range(3):
+            row = builder.add(target[0], builder.mul(target[1], _LONG(c)))
+            if bytes_in:
+                _store(builder, builder.add(row, builder.shl(begin, _LONG(1))), now[c].value)
+            else:
+                level = (now[c] + LEVEL // 2) >> 7
+                _store(builder, builder.add(row, begin), builder.trunc(level.value, _BYTES))
+    if bytes_in:
+        kind = ir.FunctionType(_INT, (_INTS,))
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
+        for c, total in enumerate(sums):
+            address = builder.inttoptr(builder.add(extra, _LONG(8 * c)), _LONG.as_pointer())
+            found = builder.sext(builder.call(reduce, (builder.load(total),)), _LONG)
+            builder.store(builder.add(builder.load(address), found), address)
+
+
+def _lanes(builder: ir.IRBuilder, sign: str, bound: ir.Value) -> ir.Value:
+    places = ir.Constant(_SHORTS, list(range(LANES)))
+    return builder.icmp_signed(sign, places, _splat(builder, builder.trunc(bound, _SHORT), _SHORTS))
+
+
+def _dispatch(builder: ir.IRBuilder, pixels: list[ir.Value], step, steps, numbers, factors) -> None:
+    """The step's operation on what lies in `pixels`: one jump for a block."""
+    operation = builder.load(builder.inttoptr(builder.add(steps, builder.shl(step, _LONG(3))), _LONG.as_pointer()))
+    own = _Numbers(builder, builder.add(numbers, builder.mul(step, _LONG(2 * _NUMBERS))))
+    address = builder.add(factors, builder.shl(step, _LONG(2)))
+    end = builder.append_basic_block("end")
+    jump = builder.switch(operation, end)
+    done = {
+        _SHIFT: lambda now: _shift(now, own),
+        _AFFINE: lambda now: _affine(now, own, False),
+        _AFFINE_FAR: lambda now: _affine(now, own, True),
+        _SATURATE: lambda now: _saturate(now, own, False),
+        _SATURATE_FAR: lambda now: _saturate(now, own, True),
+        _SATURATE_HSV: lambda now: _saturate_hsv(now, _load(builder, address, _FLOAT)),
+        _HUE: lambda now: _turn_hue(now, own),
+    }
+    for code, change in done.items():
+        block = builder.append_basic_block(f"operation{code}")
+        jump.add_case(_LONG(code), block)
+        builder.position_at_end(block)
+        changed = change(_Pixels(*(_Row(builder, builder.load(pixel)) for pixel in pixels)))
+        for pixel, row in zip(pixels, changed, strict=True):
+            builder.store(row.value, pixel)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _intrinsic(bytes_in: bool):
+    @intrinsic
+    def column(
+        typing_context, source, distance, target, target_distance, size, steps, numbers, factors, start, stop, extra
+    ):
+        def codegen(context, builder, signature, arguments):
+            a = arguments
+            _pass(builder, bytes_in, (a[0], a[1]), (a[2], a[3]), *a[4:])
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 11), codegen
+
+    return column
+
+
+_first_pass, _second_pass = _intrinsic(True), _intrinsic(False)
+
+
+@kernel
+def _plan(p, i, means, steps, numbers, factors):
+    """Step i of the drawn order: what it does, its int16 and its float32. Means f32 (3,) in units, for the contrast."""
+    operation = PERMUTATIONS[np.int64(p[ORDER]), i]
+    factor, rule = p[operation], p[RULE]
+    n = numbers[i]
+    n[:] = 0
+    if operation == HUE:
+        turn = 6 * (factor - np.rint(factor))
+        whole = np.rint(turn)
+        n[0] = np.rint((turn - whole) * 32768)
+        for k in range(3):
+            sixths = (whole + 2 * k + 9) % 6 - 3
+            if sixths == -3 and n[0] < 0:  # half round: from the side that is nearer
+                sixths = -sixths
+            n[1 + 2 * k] = min(max(sixths, -2), 2)
+            n[2 + 2 * k] = sixths - n[1 + 2 * k]
+        steps[i] = _HUE
+    elif operation == BRIGHTNESS and rule != TORCHVISION:
+        n[0] = np.rint(min(max(factor, np.float32(-1)), np.float32(1)) * TOP)
+        steps[i] = _SHIFT
+    elif operation == SATURATION and rule != TORCHVISION:
+        factors[i] = factor
+        steps[i] = _SATURATE_HSV
+    else:
+        whole = np.rint(factor - 1)
+        n[0] = min(np.rint((factor - 1 - whole) * 65536), 32767)
+        n[1], n[2], n[3] = min(whole, 0), min(max(whole, 0), 1), max(whole - 1, 0)
+        far = 1 if whole != 0 else 0
+        if operation == CONTRAST and rule != MMSEG:  # whose contrast moves away from black
+            gray = LUMA[0] * means[0] + LUMA[1] * means[1] + LUMA[2] * means[2]
+            for c in range(3):
+                n[4 + c] = np.rint(means[c] if rule == TENSORFLOW else gray)
+        steps[i] = _SATURATE + far if operation == SATURATION else _AFFINE + far
+
+
+@kernel
+def jitter_and_gray(columns, size, p):
+    """Augments `columns` u8 (size, 3 * padded), (x, channel, y), in place, as parameters f32 (PARAMS,) say.
+
+    padded is at least LANES. A factor is at most 3.5: `recipes` allows 3.
+    """
+    padded = columns.shape[1] // 3
+    scratch = np.empty((size, 3, padded), dtype=np.int16)
+    sums = np.zeros(3, dtype=np.int64)
+    means = np.zeros(3, dtype=np.float32)
+    steps, numbers = np.empty(4, dtype=np.int64), np.empty((4, _NUMBERS), dtype=np.int16)
+    factors = np.empty(4, dtype=np.float32)
+    contrast = stop = 0
+    if p[ORDER] >= 0:
+        stop = 4
+        while PERMUTATIONS[np.int64(p[ORDER]), contrast] != CONTRAST:
+            _plan(p, contrast, means, steps, numbers, factors)
+            contrast += 1
+    plan, shorts, floats = steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
+    bytes_, units = columns.ctypes.data, scratch.ctypes.data
+    for x in range(size):
+        source, target = bytes_ + 3 * padded * x, units + 6 * padded * x
+        _first_pass(source, padded, target, 2 * padded, size, plan, shorts, floats, 0, contrast, sums.ctypes.data)
+    for c in range(3):
+        means[c] = sums[c] / (size * size)
+    for i in range(contrast, stop):
+        _plan(p, i, means, steps, numbers, factors)
+    for x in range(size):
+        source, target = units + 6 * padded * x, bytes_ + 3 * padded * x
+        _second_pass(
+            source, 2 * padded, target, padded, size, plan, shorts, floats, contrast, stop, np.int64(p[GRAY] > 0)
+        )
