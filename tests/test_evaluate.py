@@ -264,10 +264,15 @@ def test_program(
     text = f"method: loca\nloca: {json.dumps(asdict(cfg))}\n"
     saved = {"step": 1, "method": "loca", "config": text, "model": method.state_dict()}
     checkpoint.save(tmp_path / "checkpoints", saved, keep_last=1, keep_every=None)
-    arguments = [str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "64", "--device", "cpu"]
+    arguments = [str(tmp_path), "--train", str(shards), "--val", str(shards), "--device", "cpu"]
 
     assert evaluate.main(arguments) == 0
-    trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    trained = json.loads(printed.out.splitlines()[-1])
+    assert "the same images: this is no result" in printed.err and "random weights: k-NN" in printed.out
+    assert json.loads((tmp_path / "evaluate.json").read_text()) == trained
+    assert trained["size"] == 64  # as it was trained
+    random = trained.pop("untrained")
     assert (trained["train_images"], trained["val_images"], trained["classes"]) == (24, 24, 3)
     loader = Loader(ShardSet(str(shards)), recipes.evaluation(size=64, resize=73), 10, shuffle=False, drop_last=False)
     both = features(method.teacher.backbone, loader)
@@ -290,8 +295,10 @@ def test_program(
         assert evaluate.main([*arguments, "--untrained", str(seed)]) == 0
     start = method.teacher.backbone.pos_embed  # drawn from seed 5: its features are there already
     assert len(seen) == 1 and not torch.equal(seen[0], start)
+    assert evaluate.main([*arguments, "--untrained", "0"]) == 0 and len(seen) == 1  # it stood beside the trained one
     untrained = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert untrained[0] == trained and untrained[1].keys() == trained.keys()
+    assert {key: untrained[2][key] for key in random} == random
 
 
 def test_images_are_normalised_as_the_method_was_trained(

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -122,6 +123,33 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
         ("model.safetensors", 0o640),
         ("config.json", 0o640),
     }
+
+
+def test_what_it_prints_can_be_pasted(
+    saved: tuple[Path, loca.Method], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved
+    scores = {"knn": 0.25, "untrained": {"knn": 0.125}}
+    (folder / "run" / "evaluate.json").write_text(json.dumps(scores))
+    (folder / "run" / "segment").mkdir()
+    (folder / "run" / "segment" / "trained.json").write_text(json.dumps({"knn": {"miou": 29.6}}))
+    assert export.main([str(folder / "run"), str(folder / "out")]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].strip()
+    model = eval(line, {"timm": timm})
+    card = (folder / "out" / "README.md").read_text()
+    assert model.num_features == 128 and line in card
+    assert "| classification, k-NN | 25.0 |" in card and "| classification, k-NN, random weights | 12.5 |" in card
+    assert "| frozen segmentation (trained), knn, mIoU | 29.6 |" in card
+    assert "# loca: vit_nano_patch16" in card and "prototypes: 8" in card and str(folder) not in card.replace(line, "")
+
+    sent = {}
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: sent.update(name=name))
+    monkeypatch.setattr(
+        huggingface_hub, "upload_folder", lambda repo_id, folder_path: sent.update({repo_id: folder_path})
+    )
+    assert export.main([str(folder / "run"), str(folder / "out"), "--hub", "someone/small"]) == 0
+    assert sent == {"name": "someone/small", "someone/small": folder / "out"}
+    assert 'timm.create_model("hf-hub:someone/small", pretrained=True)' in (folder / "out" / "README.md").read_text()
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

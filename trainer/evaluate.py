@@ -1,12 +1,12 @@
 """How good a backbone's frozen features are for classification: k-NN, and linear probes by ridge regression.
 
     python -m trainer.evaluate runs/loca --train DIR --val DIR             a run's folder, or one of its checkpoints
-    python -m trainer.evaluate runs/loca --train DIR --val DIR --untrained 0   the same network with random weights
 
+Beside it stands the same network with random weights (seed 0; ``--untrained SEED`` takes another, alone).
 An image's feature is the mean of its patch features, of the central square. Features are computed once and kept, in
 half precision; an interrupted extraction goes on where it was. The probes are fitted on the training set and have
 nothing to tune: the ridge's penalty is chosen by leave-one-out on the training set. "10-shot" is the same linear probe
-on ten images of every class. The last line is a JSON object.
+on ten images of every class. The last line is a JSON object; a run's folder keeps it as evaluate.json.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import Batch, Loader, ShardSet, recipes
+from pipeline import Batch, Loader, ShardSet, host, recipes
 from trainer import checkpoint, config
 from trainer.backbones import normalise
 from trainer.command import check, command
@@ -117,6 +117,17 @@ def stored(
     return torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
 
 
+def own_size(backbone: Any) -> int:
+    """The side of the images that a backbone is made for: its position embeddings', or some 224."""
+    return getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
+
+
+def trained_size(method: Any) -> int:
+    """The side of the large views that a method trains on; `own_size` where it does not say."""
+    size = getattr(getattr(method.cfg, "views", None), "size", None)
+    return size if isinstance(size, int) else own_size(method.backbone())
+
+
 class Probe:
     """k-NN while a run is under way, on images as large as those it trains on. Nothing of the run's state moves.
 
@@ -129,7 +140,7 @@ class Probe:
 
     def __call__(self, backbone: Any) -> float:
         """`knn_accuracy` of the backbone."""
-        size = getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
+        size = own_size(backbone)
         train, val = (stored(backbone, shards, size=size, batch_size=64, **self._options) for shards in self._sets)
         return knn_accuracy(train, val, device=self._options["device"])
 
@@ -210,8 +221,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint")
     parser.add_argument("--train", required=True, help="labelled shards to fit on")
     parser.add_argument("--val", required=True, help="labelled shards to score")
-    parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights instead, for comparison")
-    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights of another seed, and only these")
+    parser.add_argument("--size", type=int, help="side of the images, in pixels (default: as it was trained)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--features", type=Path, help="folder that keeps features; by default beside the checkpoint")
@@ -219,30 +230,44 @@ def main(argv: list[str]) -> None:
 
     check(args)
     method: Any = checkpoint.restore(checkpoint.load(args.checkpoint))
-    if args.untrained is not None:
-        torch.manual_seed(args.untrained)
-        method = type(method)(method.cfg)
-    folder = args.features or (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "features"
-    backbone = method.backbone().to(args.device)
-    sets = [labelled(spec) for spec in (args.train, args.val)]
-    options = {"size": args.size, "batch_size": args.batch_size, "device": args.device, "folder": folder}
-    options |= {"mean": method.mean, "std": method.std}
-    train, val = (
-        stored(backbone, shards, title=title, **options)
-        for shards, title in zip(sets, ("training images", "images to score"), strict=True)
-    )
-    few = shots(train[1], 10)
+    run = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    size = trained_size(method) if args.size is None else args.size
+    train, val = labelled(args.train), labelled(args.val)
+    options = {"size": size, "batch_size": args.batch_size, "device": args.device}
+    options |= {"folder": args.features or run / "features", "mean": method.mean, "std": method.std}
     result = {
-        "knn": knn_accuracy(train, val, device=args.device),
-        "ridge": ridge_accuracy(train, val, device=args.device),
-        "ten_shot": ridge_accuracy((train[0][few], train[1][few]), val, device=args.device),
-        "train_images": len(train[1]),
-        "val_images": len(val[1]),
-        "classes": int(train[1].max()) + 1,
+        "size": size,
+        "train_images": len(train),
+        "val_images": len(val),
+        "classes": int(train.table["label"].max()) + 1,
     }
-    figures = f"k-NN {result['knn']:.1%}, linear probe (ridge) {result['ridge']:.1%}, 10-shot {result['ten_shot']:.1%}"
-    print(f"{len(val[1]):,} images: {figures}")
-    print(json.dumps(result))
+    if args.untrained is None:
+        result |= score(method.backbone(), train, val, "trained", options)
+    torch.manual_seed(args.untrained or 0)
+    random = score(type(method)(method.cfg).backbone(), train, val, "random weights", options)
+    if args.untrained is None:
+        result["untrained"] = random
+        if args.checkpoint.is_dir():
+            host.write_atomic(run / "evaluate.json", lambda file: file.write(json.dumps(result).encode()))
+    if train.fingerprint == val.fingerprint:
+        print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)
+    print(json.dumps(result if args.untrained is None else result | random))
+
+
+def score(backbone: Any, train: ShardSet, val: ShardSet, title: str, options: dict[str, Any]) -> dict[str, float]:
+    """The three accuracies of a backbone, printed under its title; `options` are those of `stored`."""
+    device, sets = options["device"], ((train, "training images"), (val, "images to score"))
+    backbone = backbone.to(device)
+    x, y = (stored(backbone, shards, title=f"{title}: {what}", **options) for shards, what in sets)
+    few = shots(x[1], 10)
+    found = {
+        "knn": knn_accuracy(x, y, device=device),
+        "ridge": ridge_accuracy(x, y, device=device),
+        "ten_shot": ridge_accuracy((x[0][few], x[1][few]), y, device=device),
+    }
+    text = f"k-NN {found['knn']:.1%}, linear probe (ridge) {found['ridge']:.1%}, 10-shot {found['ten_shot']:.1%}"
+    print(f"{title}: {text} of {len(val):,} images", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ OUT gets model.safetensors and config.json, for either of
     timm.create_model("local-dir:OUT", pretrained=True)
     timm.create_model(config["architecture"], checkpoint_path="OUT/model.safetensors", **config["model_args"])
 
-CHECKPOINT is a file or a run's folder. Weights are the EMA teacher's where the method has one; ``--student`` takes the
-others.
+and README.md, a model card. CHECKPOINT is a file or a run's folder, whose scores go into the card. Weights are the EMA
+teacher's where the method has one; ``--student`` takes the others. ``--hub USER/NAME`` uploads OUT to the Hugging Face
+hub as well, for ``timm.create_model("hf-hub:USER/NAME", pretrained=True)``.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import torch as safetensors
 from torch import nn
 
@@ -23,6 +25,7 @@ from pipeline import host
 from trainer import checkpoint
 from trainer.backbones import ConvNeXt, ResNet, VisionTransformer
 from trainer.command import command
+from trainer.config import load_yaml
 
 # The nearest of timm's architectures; what differs from it goes into model_args.
 VITS = {(768, 12, 12): "base", (1024, 24, 16): "large", (1280, 32, 16): "huge", (384, 12, 6): "small"}
@@ -62,7 +65,7 @@ def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Writes the two files.
+    """Writes the weights and the configuration.
 
     A ConvNeXt gets the layer scale that timm's has and VICRegL's has not, as ones. Its last norm lies on every cell
     here and on the cells' mean in timm: the weights are the same, the pooled features are not.
@@ -93,19 +96,88 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+CARD = """---
+library_name: timm
+tags: [image-feature-extraction, timm, self-supervised-learning]
+---
+# {method}: {backbone}
+
+A backbone pretrained without labels by {method}, {steps:,} steps of {batch_size:,} images{of}, with dense-ssl.
+
+```python
+import timm
+
+model = timm.create_model("{where}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model.forward_features(transform(image)[None])  # image: a PIL.Image
+```
+{scores}
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def card(payload: checkpoint.Payload, source: Path, where: str, *, student: bool) -> str:
+    """The model card: method, data, settings, and what was scored in the run's folder `source`, if it is one."""
+    name = payload["method"]
+    settings = load_yaml(payload["config"])
+    shards, kept = settings.get("shards"), {key: settings[key] for key in ("optim", name) if key in settings}
+    found = _scores(source)
+    rows = "".join(f"| {what} | {value:.1f} |\n" for what, value in found.items())
+    return CARD.format(
+        method=name,
+        backbone=f"{settings[name].get('backbone', 'its default backbone')}{', the student' * student}",
+        steps=payload["step"],
+        batch_size=settings.get("batch_size", 0),
+        of=f" of {Path(shards).name}" if shards else "",  # not where they lie
+        where=where,
+        scores=f"\n## Scores, in percent\n\n| | |\n|---|---|\n{rows}" if rows else "",
+        settings=yaml.safe_dump(kept, sort_keys=False),
+    )
+
+
+def _scores(run: Path) -> dict[str, float]:
+    """What `trainer.evaluate` and `trainer.segment` left in a run's folder, in percent."""
+    found = {}
+    result = host.read_json(run / "evaluate.json") or {}
+    for key, title in (("knn", "k-NN"), ("ridge", "linear probe"), ("ten_shot", "10-shot linear probe")):
+        for scores, of in ((result, ""), (result.get("untrained", {}), ", random weights")):
+            if key in scores:
+                found[f"classification, {title}{of}"] = 100 * scores[key]
+    for path in sorted(run.glob("segment/*.json")):
+        result = host.read_json(path) or {}
+        for key in ("knn", "logistic"):
+            if key in result:
+                found[f"frozen segmentation ({path.stem}), {key}, mIoU"] = result[key]["miou"]
+    return found
+
+
 @command("trainer.export")
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest one")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--student", action="store_true", help="the student's weights, where there is a teacher")
+    parser.add_argument("--hub", metavar="USER/NAME", help="upload it to the Hugging Face hub, as whoever is logged in")
     args = parser.parse_args(argv)
-    method = checkpoint.restore(checkpoint.load(args.checkpoint))
+    payload = checkpoint.load(args.checkpoint)
+    method = checkpoint.restore(payload)
     if args.student and getattr(method, "student", None) is None:
         raise ValueError("--student: this method has no teacher beside its student")
     backbone: Any = method.student.backbone if args.student else method.backbone()  # type: ignore[union-attr]
     export(backbone, args.out, method.mean, method.std)
-    print(f"{args.out}: {sum(p.numel() for p in backbone.parameters()):,} weights")
+    where = f"hf-hub:{args.hub}" if args.hub else f"local-dir:{args.out}"
+    text = card(payload, args.checkpoint, where, student=args.student)
+    (args.out / "README.md").write_text(text, encoding="utf-8")
+    print(f"{args.out}: {sum(p.numel() for p in backbone.parameters()):,} weights; to load them:")
+    print(f'  timm.create_model("{where}", pretrained=True)')
+    if args.hub:
+        import huggingface_hub  # timm's own dependency
+
+        huggingface_hub.create_repo(args.hub, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=args.hub, folder_path=args.out)
 
 
 if __name__ == "__main__":
