@@ -23,7 +23,7 @@ from scenes import NAMES, pair, write_pairs
 from torch import Tensor
 
 from pipeline import ShardSet, recipes
-from trainer import checkpoint, config, finetune, methods
+from trainer import checkpoint, command, config, downstream, finetune, methods
 from trainer.cost import synthetic
 from trainer.methods import finetune as room
 from trainer.methods import loca
@@ -93,7 +93,7 @@ def test_it_goes_on_in_mid_epoch_as_if_nothing_had_happened(run: Callable[..., d
 
 
 def test_stopped_it_says_so_and_scores_nothing(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    run(tmp_path / "out", "--stop_after", "0", code=finetune.STOPPED)
+    run(tmp_path / "out", "--stop_after", "0", code=command.STOPPED)
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
     assert not (tmp_path / "out" / "result.json").exists()
     assert "miou" in run(tmp_path / "out")
@@ -116,20 +116,20 @@ def loca_run(folder: Path, **fields: Any) -> loca.Method:
 def test_it_starts_from_the_teacher_with_its_positions_resized_once(tmp_path: Path, clusters: str) -> None:
     teacher = loca_run(tmp_path / "run", clusters=clusters).teacher.backbone
     what = str(tmp_path / "run")
-    given = finetune.backbone(what) | {"method": "finetune", "shards": "x", "finetune.views.size": 64}
-    finetune.write_start(tmp_path / "start.pt", what, config.resolve(given))
-    start: Any = checkpoint.restore(checkpoint.load(tmp_path / "start.pt"))
-    assert start.encoder.num_prefix_tokens == (clusters == "cls") and start.encoder.grid == 8
+    given = downstream.settings("finetune", what) | {"method": "finetune", "shards": "x", "finetune.views.size": 64}
+    downstream.write_start(tmp_path / "start.pt", what, config.resolve(given), size=64)
+    first: Any = checkpoint.restore(checkpoint.load(tmp_path / "start.pt"))
+    assert first.encoder.num_prefix_tokens == (clusters == "cls") and first.encoder.grid == 8
     grid = teacher.pos_embed.detach().unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     wanted = F.interpolate(grid, (8, 8), mode="bilinear").flatten(2).mT
-    torch.testing.assert_close(start.encoder.pos_embed.detach(), wanted)
-    assert start.encoder.pos_embed.requires_grad
+    torch.testing.assert_close(first.encoder.pos_embed.detach(), wanted)
+    assert first.encoder.pos_embed.requires_grad
     theirs = teacher.state_dict()
     assert_same(
-        {k: v for k, v in start.encoder.state_dict().items() if k != "pos_embed"},
+        {k: v for k, v in first.encoder.state_dict().items() if k != "pos_embed"},
         {k: v for k, v in theirs.items() if k != "pos_embed"},
     )
-    assert start.head.bias.abs().max() == 0 and start.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert first.head.bias.abs().max() == 0 and first.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.slow

@@ -83,43 +83,54 @@ def feature_map(backbone: Any, pixels: Tensor, layers: Sequence[int] = (-1,), *,
     return torch.cat([maps[0], *(F.interpolate(m, grid, mode="bilinear") for m in maps[1:])], dim=1)
 
 
-def named(name: str, *, size: int, drop_path: float = 0.0, cls_token: bool = False) -> nn.Module:
-    """The backbone called `name` for dense training at side `size`: a `vit`, a `convnet`, or timm's ``timm:NAME``.
+def named(
+    name: str,
+    *,
+    size: int | None = None,
+    drop_path: float = 0.0,
+    cls_token: bool = False,
+    dilated: bool = True,
+) -> nn.Module:
+    """The backbone called `name`, a `vit`, a `convnet`, or timm's ``timm:NAME``, with random weights.
 
-    Random weights; a ResNet gets output stride 8. Raises ValueError.
+    The positions of a ViT are for images of side `size`; None: 224, or what timm has. A `dilated` ResNet has output
+    stride 8. Raises ValueError.
     """
     if name.startswith("timm:"):
-        return timm_backbone(name.removeprefix("timm:"), pretrained=False, size=size, drop_path=drop_path)
+        options: dict[str, Any] = {"size": size, "drop_path": drop_path, "dilated": dilated}
+        return timm_backbone(name.removeprefix("timm:"), pretrained=False, **options)
     if name.startswith("vit"):
-        return vit(name, size=size, drop_path=drop_path, cls_token=cls_token)
+        return vit(name, size=size or 224, drop_path=drop_path, cls_token=cls_token)
     if cls_token:
         raise ValueError(f"{name} has no CLS token")
-    return (
-        ResNet(RESNET50, drop_path=drop_path, output_stride=8)
-        if name == "resnet50"
-        else convnet(name, drop_path=drop_path)
-    )
+    if name == "resnet50" and dilated:
+        return ResNet(RESNET50, drop_path=drop_path, output_stride=8)
+    return convnet(name, drop_path=drop_path)
 
 
-def timm_backbone(name: str, *, pretrained: bool, size: int | None = None, drop_path: float = 0.0) -> nn.Module:
+def timm_backbone(
+    name: str, *, pretrained: bool, size: int | None = None, drop_path: float = 0.0, dilated: bool = True
+) -> nn.Module:
     """timm's model `name` without its classifier, in evaluation mode, for images of any rectangle.
 
-    A ViT's position grid is resized once to images of side `size`, where that is given. A ResNet gets output stride 8,
-    as segmentation uses it. Raises ValueError for a name that timm does not know
-    and for a network that takes images of one size only; whatever the hub raises where weights cannot be fetched.
+    A ViT's position grid is resized once to images of side `size`, where that is given. A `dilated` ResNet has output
+    stride 8, as segmentation uses it. Raises ValueError for a name that timm does not know and for a network that takes
+    images of one size only, or no drop-path that is asked for; whatever the hub raises where weights cannot be fetched.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: timm.list_models() names all")
-    dilated = name.partition(".")[0] in timm.list_models(module="resnet")
-    own: dict[str, Any] = {"output_stride": 8} if dilated else {"dynamic_img_size": True, "img_size": size}
+    own: dict[str, Any] = {"dynamic_img_size": True, "img_size": size}
+    if name.partition(".")[0] in timm.list_models(module="resnet"):
+        own = {"output_stride": 8 if dilated else 32}
+    always: dict[str, Any] = {"num_classes": 0} | ({"drop_path_rate": drop_path} if drop_path else {})
     for options in (own, {}):
         try:
-            network = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options
-            ).eval()
+            network = timm.create_model(name, pretrained=pretrained, **always, **options).eval()
             break
         except TypeError:  # an argument that this family lacks
             continue
+    else:
+        raise ValueError(f"timm's {name} takes no drop_path: set it to 0")
     try:
         with torch.no_grad():
             feature_map(network, torch.zeros(1, 3, 2 * stride(network), 3 * stride(network)))

@@ -1,24 +1,35 @@
 """What the commands beside run.py share: a mistake in what was asked for is one sentence and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
 
 import torch
 
+from trainer.config import RunError, UsageError
+
+STOPPED = 75  # EX_TEMPFAIL, as run.py: run it again to go on
+
+
+class Stopped(Exception):
+    """A signal or a time limit ended a training, after a checkpoint."""
+
 
 def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], int]]:
-    """A decorator that makes a program called `name` of a function of its arguments: it returns the exit code."""
+    """A decorator that makes a program called `name` of a function of its arguments: it returns run.py's exit codes."""
 
     def decorate(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
         @wraps(main)
         def program(argv: list[str]) -> int:
             try:
                 main(argv)
-            except (OSError, ValueError) as error:
+            except Stopped:  # torchrun would restart it for any code but 0
+                return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+            except (OSError, ValueError, UsageError, RunError) as error:
                 print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-                return 2
+                return 1 if isinstance(error, RunError) else 2
             return 0
 
         return program

@@ -1,6 +1,7 @@
 """How good a backbone's frozen features are for classification: k-NN, and linear probes by ridge regression.
 
     python -m trainer.evaluate runs/loca --train DIR --val DIR             a run's folder, or one of its checkpoints
+    python -m trainer.evaluate runs/loca ... --head sgd --lr 0.02 0.1 --wd 0 1e-6   linear heads by SGD, all at once
 
 Beside it stands the same network with random weights (seed 0; ``--untrained SEED`` takes another, alone).
 An image's feature is the mean of its patch features, of the central square. Features are computed once and kept, in
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline import Batch, Loader, ShardSet, host, recipes
-from trainer import checkpoint, config
+from trainer import checkpoint, config, heads
 from trainer.backbones import normalise
 from trainer.command import check, command
 from trainer.stored import arrays, fingerprint, keep
@@ -218,7 +219,8 @@ def shots(y: Tensor, count: int, seed: int = 0) -> Tensor:
 @command("trainer.evaluate")
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint")
+    parser.allow_abbrev = False
+    parser.add_argument("checkpoint", help="a run's folder or a checkpoint; for --head sgd also timm:NAME")
     parser.add_argument("--train", required=True, help="labelled shards to fit on")
     parser.add_argument("--val", required=True, help="labelled shards to score")
     parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights of another seed, and only these")
@@ -226,11 +228,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--features", type=Path, help="folder that keeps features; by default beside the checkpoint")
-    args = parser.parse_args(argv)
+    heads.add_arguments(parser)
+    parser.add_argument("--wd", type=float, nargs="+", help="weight decays, a head for each --lr and each (--head sgd)")
+    parser.add_argument("--out", type=Path, help="folder of the run of --head sgd (default: beside the checkpoint)")
+    args, rest = parser.parse_known_args(argv)
 
     check(args)
-    method: Any = checkpoint.restore(checkpoint.load(args.checkpoint))
-    run = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    path = Path(args.checkpoint)
+    run = path if path.is_dir() else path.parent
+    if args.head == "sgd":
+        heads.classify(args, rest, args.out or run / "linear")
+        return
+    if rest:
+        raise ValueError(f"unknown option {rest[0]!r}: settings of run.py belong to --head sgd")
+    method: Any = checkpoint.restore(checkpoint.load(path))
     size = trained_size(method) if args.size is None else args.size
     train, val = labelled(args.train), labelled(args.val)
     options = {"size": size, "batch_size": args.batch_size, "device": args.device}
@@ -247,7 +258,7 @@ def main(argv: list[str]) -> None:
     random = score(type(method)(method.cfg).backbone(), train, val, "random weights", options)
     if args.untrained is None:
         result["untrained"] = random
-        if args.checkpoint.is_dir():
+        if path.is_dir():
             host.write_atomic(run / "evaluate.json", lambda file: file.write(json.dumps(result).encode()))
     if train.fingerprint == val.fingerprint:
         print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)

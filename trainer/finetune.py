@@ -17,10 +17,7 @@ Of several learning rates, the best on the images that are reported is taken, as
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -28,17 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import trainer
 from pipeline import host
-from trainer import checkpoint, config, parallel
-from trainer.methods import finetune
-from trainer.segmentation import frozen, sliding
+from trainer import config, downstream, parallel
+from trainer.command import command
+from trainer.segmentation import sliding
 from trainer.segmentation.labelled import Labelled, class_names
 
 FLOOR = 1e-5  # of the learning rate
-STOPPED = 75  # as run.py: run it again to go on
 
 
 @dataclass(frozen=True)
@@ -55,23 +49,8 @@ class Job:
         return f"lr_{self.lr:g}_seed_{self.seed}{subset}"
 
 
-class Stopped(Exception):
-    """A signal or a time limit ended a training, after a checkpoint."""
-
-
-def main(argv: list[str]) -> int:
-    try:
-        run(argv)
-    except Stopped:
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
-    except (OSError, ValueError, config.UsageError, config.RunError) as error:
-        print(f"trainer.finetune: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, config.RunError) else 2
-    return 0
-
-
-def run(argv: list[str]) -> None:
-    """Trains and scores. Raises ValueError and UsageError for what cannot be meant, RunError, Stopped."""
+@command("trainer.finetune")
+def main(argv: list[str]) -> None:
     options, rest = arguments(argv)
     more = config.options(rest)
     train, val = Labelled(options.train), Labelled(options.val)
@@ -79,8 +58,8 @@ def run(argv: list[str]) -> None:
     settings = more | {"finetune.classes": len(names), "shards": options.train, "method": "finetune"}
     if options.config:
         settings["config"] = options.config
-    settings |= backbone(options.what)
-    first = config.resolve(settings)
+    settings |= downstream.settings("finetune", options.what)
+    first, begin = config.resolve(settings), downstream.origin(options.what)
     lrs = options.lr or [first.run.optim.lr]
     subsets = options.subset if options.fraction else [None]
     every = list(product(subsets, range(first.run.seed, first.run.seed + options.seeds)))
@@ -96,16 +75,16 @@ def run(argv: list[str]) -> None:
         own["optim.lr_batch"] = first.run.batch_size
         if subset is not None:
             own["only"] = str(few(train, options.fraction, subset, options.out))
-        results[job.name] = one(options.what, own, val, names, options.out / f"start_{seed}.pt")
+        results[job.name] = one(own, begin, val, names, options.out / f"start_{seed}.pt")
         return results[job.name]
 
     sweep = [done(lr, *every[0])["miou"] for lr in lrs]
     best = lrs[int(np.argmax(sweep))]
     repeated = [done(best, *some) for some in every]
-    if parallel_rank() > 0:
+    if downstream.rank() > 0:
         return
-    for start in options.out.glob("start_*.pt"):
-        start.unlink()
+    for path in options.out.glob("start_*.pt"):
+        path.unlink()
     figures = ("miou", "localisation_miou", "multilabel_map")
     if together:
         print(table(results, figures))
@@ -117,61 +96,23 @@ def run(argv: list[str]) -> None:
     print(json.dumps(summary))
 
 
-def one(what: str, settings: dict[str, Any], val: Labelled, names: list[str], start: Path) -> dict[str, Any]:
+def one(
+    settings: dict[str, Any], begin: dict[str, Any], val: Labelled, names: list[str], first: Path
+) -> dict[str, Any]:
     """Trains one job, where that has not been done, and returns its figures, which result.json in its folder keeps."""
-    text, out = config.resolve(settings).text, Path(settings["out"])
-    key = {"settings": text, "val": val.shards.fingerprint}
+    resolved, out = config.resolve(settings), Path(settings["out"])
+    key = {"settings": resolved.text, "origin": begin, "val": val.shards.fingerprint}
     result = out / "result.json"
     if result.is_file() and (kept := json.loads(result.read_text(encoding="utf-8"))).items() >= key.items():
         return kept["figures"]
-    pretrained = not what.startswith("random:")
-    with ranks():
-        if pretrained and parallel.rank() == 0 and not start.exists():
-            write_start(start, what, config.resolve(settings))
-        parallel.any_rank(False)  # the others wait for what is written
-    if pretrained:
-        settings = settings | {"init": str(start)}
-    if trainer.train(**settings).state == "stopped":
-        raise Stopped
-    with ranks() as device:
-        method: Any = checkpoint.restore(checkpoint.load(out))
+    method = downstream.train(settings, begin, first, size=resolved.method.views.size)
+    with downstream.ranks() as device:
         show = f"scoring {out.name}" if parallel.rank() == 0 else None
-        figures = sliding.score(method, val, device, show=show).result(names)
+        figures = sliding.score(method, val, device, show=show)[0].result(names)
         if parallel.rank() == 0:
             content = json.dumps({**key, "figures": figures}, indent=2).encode() + b"\n"
             host.write_atomic(result, lambda file: file.write(content))
     return figures
-
-
-def backbone(what: str) -> dict[str, Any]:
-    """The settings that `what` decides: the backbone's name, how its images are prepared. Raises ValueError."""
-    kind, _, rest = what.partition(":")
-    if kind == "random":
-        return {"finetune.backbone": rest}
-    if kind == "timm":
-        pretrained: Any = frozen.from_timm(rest, untrained=0).pretrained_cfg
-        return {"finetune.backbone": what, "finetune.mean": pretrained["mean"], "finetune.std": pretrained["std"]}
-    method = frozen.trained(what)
-    cls_token = bool(getattr(method.backbone(), "num_prefix_tokens", 0))
-    numbers = {"finetune.mean": list(method.mean), "finetune.std": list(method.std)}
-    return {"finetune.backbone": method.cfg.backbone, "finetune.cls_token": cls_token, **numbers}
-
-
-def write_start(path: Path, what: str, settings: config.Settings) -> None:
-    """A checkpoint before the first step: the backbone's weights, its position grid resized once, and a random head."""
-    torch.manual_seed(settings.run.seed)
-    method = finetune.Method(settings.method)
-    size = settings.method.views.size
-    kind, _, rest = what.partition(":")
-    if kind == "timm":
-        network: Any = frozen.from_timm(rest, size=size)
-    else:
-        network = frozen.trained(what).backbone()
-        if hasattr(network, "set_input_size"):
-            network.set_input_size(size)
-    method.encoder.load_state_dict(network.state_dict())
-    payload = {"step": 0, "method": "finetune", "config": settings.text, "model": method.state_dict()}
-    checkpoint.write(path, payload)
 
 
 def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
@@ -181,7 +122,7 @@ def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
     if not count:
         raise ValueError(f"--fraction {fraction}: of {len(data)} images that is less than one")
     path = out / f"subset_{subset}_{fraction.numerator}_of_{fraction.denominator}.txt"
-    if parallel_rank() == 0:
+    if downstream.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{data.shards.key(i)}\n" for i in order[:count].tolist())
         host.write_atomic(path, lambda file: file.write(text.encode()))
@@ -195,21 +136,6 @@ def table(results: dict[str, dict[str, Any]], figures: tuple[str, ...]) -> str:
     for name, found in results.items():
         lines.append(f"{name:{width}}" + "".join(f" {found[figure]:18.2f}" for figure in figures))
     return "\n".join(lines)
-
-
-@contextmanager
-def ranks() -> Iterator[torch.device]:
-    """The device of this process, connected to the other ranks meanwhile."""
-    device = parallel.connect()
-    try:
-        yield device
-    finally:
-        parallel.disconnect()
-
-
-def parallel_rank() -> int:
-    """This process's rank, connected or not."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,6 +4,7 @@
     python -m trainer.segment runs/loca --train SPEC --val SPEC --untrained 0   the same network with random weights
     python -m trainer.segment timm:vit_small_patch14_dinov2 --train SPEC ...    any backbone that timm has
     python -m trainer.segment released:FILE --train SPEC --val SPEC             weights that LOCA or VICRegL published
+    python -m trainer.segment runs/loca ... --head sgd --lr 3e-4 1e-3           linear heads by SGD instead, in a run
 
 SPEC names shards of images with label maps (tools/shard_segmentation.py makes them). Features are computed once and
 kept. The probes and the floors beside them are fitted on the training images; the penalty is chosen on some that are
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.host import write_atomic
+from trainer import heads
 from trainer.command import check, command
 from trainer.segmentation import frozen, probes
 from trainer.segmentation.features import Features, extract
@@ -36,8 +38,13 @@ FLOORS = ("constant", "prior", "colour_position")
 
 @command("trainer.segment")
 def main(argv: list[str]) -> None:
-    options = arguments(argv)
+    options, rest = arguments(argv)
     check(options)
+    if options.head == "sgd":
+        heads.segment(options, rest, options.out or folder(options.what))
+        return
+    if rest:
+        raise ValueError(f"unknown option {rest[0]!r}: settings of run.py belong to --head sgd")
     if options.memory < 1 or (options.size is not None and options.size < 1):
         raise ValueError("--size and --memory must be positive")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: as many digits as the features are kept with
@@ -166,10 +173,11 @@ def folder(what: str) -> Path:
     return Path(what) / "segment" if Path(what).is_dir() else Path("segment") / Path(what.replace(":", "_")).name
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.allow_abbrev = False
     parser.add_argument("what", help="a run's folder, a checkpoint, timm:NAME or released:FILE")
     parser.add_argument("--train", required=True, help="shards of images with label maps, to fit on")
     parser.add_argument("--val", required=True, help="shards of images with label maps, to score")
@@ -186,7 +194,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--memory", type=int, default=100_000, help="training patches that k-NN compares with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    heads.add_arguments(parser)
+    parser.add_argument("--recipe", choices=("dinov3", "vicregl"), default="dinov3", help="whose heads (--head sgd)")
+    return parser.parse_known_args(argv)
 
 
 if __name__ == "__main__":

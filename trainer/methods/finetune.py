@@ -64,6 +64,7 @@ class Method(method.Method):
         self.head = nn.Linear(encoder.num_features, cfg.classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        self.window, self.stride = cfg.views.size, cfg.stride
 
     def backbone(self) -> nn.Module:
         return self.encoder

@@ -32,21 +32,24 @@ class Frozen(NamedTuple):
         return feature_map(self.backbone, x, self.layers, norm=self.norm)
 
 
-def load(what: str, *, untrained: int | None = None) -> Frozen:
+def load(what: str, *, untrained: int | None = None, size: int | None = None) -> Frozen:
     """The backbone that `what` names: a run's folder, a checkpoint, ``timm:NAME`` or ``released:FILE``.
 
     A method with an EMA teacher gives the teacher's; a ResNet gets output stride 8. `untrained` is a seed: the same
-    network with random weights. Raises ValueError naming what is wrong with `what`.
+    network with random weights. A ViT's position grid is resized once to images of side `size`, where that is given.
+    Raises ValueError naming what is wrong with `what`.
     """
     kind, _, rest = what.partition(":")
     if kind == "timm":
-        backbone: Any = from_timm(rest, untrained)
+        backbone: Any = _from_timm(rest, untrained, size)
         return Frozen(backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
     method: Any = trained(what)
     if untrained is not None:
         torch.manual_seed(untrained)
         method = type(method)(method.cfg)
     backbone = method.backbone().eval().requires_grad_(False)
+    if size and hasattr(backbone, "set_input_size"):
+        backbone.set_input_size(size)
     return Frozen(backbone.dilated() if isinstance(backbone, ResNet) else backbone, method.mean, method.std)
 
 
@@ -56,13 +59,12 @@ def trained(what: str) -> Method:
     return checkpoint.restore(_released(Path(rest)) if kind == "released" else checkpoint.load(Path(what)))
 
 
-def from_timm(name: str, untrained: int | None = None, **options: Any) -> nn.Module:
-    """`backbones.timm_backbone` with pretrained weights, or random ones of a seed. Raises ValueError."""
+def _from_timm(name: str, untrained: int | None, size: int | None) -> nn.Module:
     if untrained is not None:
         torch.manual_seed(untrained)
-        return timm_backbone(name, pretrained=False, **options)
+        return timm_backbone(name, pretrained=False, size=size)
     try:
-        return timm_backbone(name, pretrained=True, **options)
+        return timm_backbone(name, pretrained=True, size=size)
     except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors; what it lacks, timm calls RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

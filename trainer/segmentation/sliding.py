@@ -1,4 +1,6 @@
-"""A fine-tuned network on whole images: resized, seen through overlapping windows, scored at the labels' own size."""
+"""A trained segmentation on whole images: resized, seen through overlapping windows, scored at the labels' own size."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,9 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer import parallel
-from trainer.backbones import normalise
-from trainer.methods.finetune import Method
-from trainer.segmentation.labelled import VOID, Labelled
+from trainer.backbones import normalise, stride
+from trainer.segmentation.labelled import VOID, Labelled, fitted
 from trainer.segmentation.metric import Confusion, label_map, localised, mean_average_precision
 
 WINDOWS = 8  # in one pass
@@ -54,43 +55,55 @@ class Figures:
         }
 
 
-def score(method: Method, data: Labelled, device: torch.device, *, show: str | None = None) -> Figures:
-    """The figures of `method`, in evaluation mode, on a whole set; `show` titles a bar."""
+def score(method: Any, data: Labelled, device: torch.device, *, show: str | None = None) -> list[Figures]:
+    """The figures of each head of a method, `finetune` or `heads`, on a whole set; `show` titles a bar."""
     method = method.to(device).eval()
-    found = Figures(len(data), method.cfg.classes, device)
+    classes = method.cfg.classes
+    found = [Figures(len(data), classes, device) for _ in getattr(method, "heads", [None])]
     mine = range(parallel.rank(), len(data), parallel.world_size())
     for i in tqdm(mine, show, unit=" images", disable=not show):
-        found.add(i, logits(method, data.image(i)), data.mask(i).to(device))
-    found.gather_()
+        truth = data.mask(i).to(device)
+        each = logits(method, data.image(i)).unflatten(0, (-1, classes))
+        for figures, scores in zip(found, each, strict=True):
+            figures.add(i, scores, truth)
+    for figures in found:
+        figures.gather_()
     return found
 
 
 @torch.no_grad()
-def logits(method: Method, picture: Image.Image) -> Tensor:
-    """Scores (C, h, w) of the picture, resized as in training at scale 1 and enlarged where a window would not fit.
+def logits(method: Any, picture: Image.Image) -> Tensor:
+    """Scores (K * C, h, w) of the picture, resized as in training at scale 1: of all heads, one after another.
 
-    Each window's logits are interpolated to its pixels, and averaged where windows overlap.
+    Through windows of ``method.window`` pixels, ``method.stride`` apart; a picture that is smaller is enlarged. Their
+    logits are interpolated to their pixels, and averaged where windows overlap. Without a window, of the whole picture,
+    whose sides become multiples of the backbone's stride.
     """
-    cfg = method.cfg
-    size = cfg.views.size
-    stride = cfg.stride or size
+    views, size = method.cfg.views, method.window
     device = next(method.parameters()).device
-    scale = max(cfg.views.short_side, size) / min(picture.size)
-    height, width = (max(size, int(side * scale + 0.5)) for side in (picture.height, picture.width))
+    sides = picture.height, picture.width
+    if size is None:
+        height, width = fitted(*sides, views.short_side, stride(method.backbone()))
+    else:
+        scale = max(views.short_side, size) / min(sides)
+        height, width = (max(size, int(side * scale + 0.5)) for side in sides)
     x = normalise(torch.from_numpy(np.array(picture)).to(device)[None, None], method.mean, method.std)
-    x = F.interpolate(x, (height, width), mode="bilinear", antialias=cfg.views.antialias)
-    corners = [(y, x0) for y in starts(height, size, stride) for x0 in starts(width, size, stride)]
-    total = x.new_zeros(cfg.classes, height, width)
-    cover = x.new_zeros(height, width)
-    for first in range(0, len(corners), WINDOWS):
-        some = corners[first : first + WINDOWS]
-        crops = torch.cat([x[:, :, y : y + size, x0 : x0 + size] for y, x0 in some])
+    x = F.interpolate(x, (height, width), mode="bilinear", antialias=views.antialias)
+    step = method.stride or size
+    rows, columns = ([0] if size is None else starts(side, size, step) for side in (height, width))
+    shape = (height, width) if size is None else (size, size)
+    windows = [(slice(y, y + shape[0]), slice(left, left + shape[1])) for y in rows for left in columns]
+    total, cover = None, x.new_zeros(height, width)
+    for first in range(0, len(windows), WINDOWS):
+        some = windows[first : first + WINDOWS]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = method.logits(crops)
-        for (y, x0), part in zip(some, found.float(), strict=True):
-            at = slice(y, y + size), slice(x0, x0 + size)
-            total[:, *at] += F.interpolate(part[None], (size, size), mode="bilinear")[0]
+            found = method.logits(torch.cat([x[:, :, *at] for at in some]))
+        if total is None:
+            total = x.new_zeros(found.shape[1], height, width)
+        for at, part in zip(some, found.float(), strict=True):
+            total[:, *at] += F.interpolate(part[None], shape, mode="bilinear")[0]
             cover[at] += 1
+    assert total is not None  # there is at least one window
     return total / cover
 
 

@@ -1,0 +1,119 @@
+"""Semantic segmentation by linear heads on a frozen backbone, several learning rates at once on the same features.
+
+The published recipes are presets: `heads` is DINOv3's evaluation, `heads_vicregl` and `heads_vicregl_resnet50` are
+VICRegL's. `python -m trainer.segment WHAT --head sgd` starts and scores them.
+
+Letters: B images, C classes, D channels, K heads.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import Batch, Recipe, recipes
+from trainer.backbones import BatchNorm, feature_map, named, normalise, stride
+from trainer.method import fp32
+from trainer.methods._frozen import Frozen, normal_
+from trainer.segmentation.labelled import VOID
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are DINOv3's linear evaluation on ADE20k."""
+
+    backbone: str = "vit_base_patch16"
+    """vit_SIZE_patchP, convnext_SIZE, resnet50 or timm:NAME"""
+    cls_token: bool = False
+    """whether the ViT has one"""
+    size: int | None = None
+    """side of the images that a ViT's positions are for; null: 224, or what timm has"""
+    mean: tuple[float, float, float] = recipes.IMAGENET_MEAN
+    std: tuple[float, float, float] = recipes.IMAGENET_STD
+    """of the pixels that the backbone was trained with, in the unit range"""
+    layers: list[int] = field(default_factory=lambda: [-1])
+    """blocks of a ViT or stages of a convolutional network whose maps are joined, at the finest one's stride"""
+    norm: bool = True
+    """whether the backbone's final norm is applied"""
+    classes: int = 150
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """a head each: its share of the learning rate"""
+    dropout: float = 0.1
+    """of whole channels"""
+    dropout_first: bool = True
+    """before the batch norm (DINOv3) or behind it (mmsegmentation, and so VICRegL)"""
+    whole: bool = False
+    """score images whole, not through windows as large as the crops of training"""
+    stride: int | None = 341
+    """pixels from one window to the next; null: a window's side"""
+    views: recipes.Segmentation = field(default_factory=recipes.Segmentation)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that mean nothing."""
+        if not 1 <= self.classes <= VOID:
+            raise ValueError(f"classes is {self.classes}: label maps hold 1 to {VOID}")
+        if self.stride is not None and not 1 <= self.stride <= self.views.size:
+            raise ValueError(f"stride is {self.stride}: windows of {self.views.size} would leave gaps")
+        if not self.scales or min(self.scales) < 0:
+            raise ValueError(f"scales are {self.scales}: a share of the learning rate for each head, at least one")
+        views(self)
+
+
+def views(cfg: Config) -> Recipe:
+    """What the method wants cut."""
+    return cfg.views.recipe()
+
+
+class Head(nn.Module):
+    """Batch norm and a linear layer on every cell."""
+
+    def __init__(self, width: int, cfg: Config) -> None:
+        super().__init__()
+        self.norm, self.dropout = BatchNorm(width), nn.Dropout2d(cfg.dropout)
+        self.linear = nn.Conv2d(width, cfg.classes, 1)
+        self._dropout_first = cfg.dropout_first
+        normal_(self.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, rows, columns) -> (B, C, rows, columns)."""
+        return self.linear(self.norm(self.dropout(x)) if self._dropout_first else self.dropout(self.norm(x)))
+
+
+class Method(Frozen):
+    """A head's loss is the mean cross-entropy of the labelled pixels; the heads' losses are summed."""
+
+    def __init__(self, cfg: Config) -> None:
+        with torch.no_grad():
+            encoder = named(cfg.backbone, size=cfg.size, cls_token=cfg.cls_token).eval()
+            side = 2 * stride(encoder)
+            width = feature_map(encoder, torch.zeros(1, 3, side, side), cfg.layers, norm=cfg.norm).shape[1]
+        heads = [Head(width, cfg) for _ in cfg.scales]
+        super().__init__(cfg, encoder=encoder, heads=heads, scales=cfg.scales, decays=[None] * len(heads))
+        self.window, self.stride = None if cfg.whole else cfg.views.size, cfg.stride
+
+    def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        view = batch.views["image"]
+        assert view.mask is not None  # the recipe asks for it
+        truth = view.mask.flatten(0, 1).long()
+        features = self.features(normalise(view.pixels, self.mean, self.std))
+        count = (truth != VOID).sum().clamp(min=1)
+        loss, metrics = torch.zeros((), device=progress.device), {}
+        for scale, head in zip(self.cfg.scales, self.heads, strict=True):
+            logits = head(features)
+            with torch.autocast(progress.device.type, enabled=False):
+                whole = F.interpolate(fp32(logits), truth.shape[1:], mode="bilinear")
+                own = F.cross_entropy(whole, truth, ignore_index=VOID, reduction="sum") / count
+            loss = loss + own
+            metrics[f"loss_{scale:g}"] = own.detach()
+        return loss, metrics
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """f32 (B, 3, H, W), normalised -> (B, D, rows, columns)."""
+        return feature_map(self.encoder, pixels, self.cfg.layers, norm=self.cfg.norm)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """f32 (B, 3, H, W), normalised -> (B, K * C, rows, columns): all heads' classes, one head after another."""
+        features = self.features(pixels)
+        return torch.cat([head(features) for head in self.heads], 1)
