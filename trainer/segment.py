@@ -31,6 +31,7 @@ from trainer.segmentation.features import Features, extract
 from trainer.segmentation.labelled import Labelled, class_names
 from trainer.segmentation.metric import Confusion, Scores, evaluate, label_map
 from trainer.segmentation.pictures import panels
+from trainer.segmentation.presence import multilabel
 
 PICTURES = 8
 FLOORS = ("constant", "prior", "colour_position")
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     seen, unseen = features(train, "training images"), features(val, "images to score")
     prior = probes.prior(train, count)
     linear, chosen = logistic(seen, train, count, options.device)
+    presence = multilabel(seen, unseen)
     around = probes.Regression(probes.surroundings(seen), seen.shares)
     predictors = {
         "knn": probes.scores(probes.Neighbours(seen, options.memory, device=options.device), unseen, unseen.x),
@@ -78,12 +80,15 @@ def main(argv: list[str]) -> None:
     title = "trained" if options.untrained is None else f"untrained_{options.untrained}"
     draw(out / title, val, predictors["logistic"], names)
     print(table(figures, found["ceiling"], names))
+    print(f"which classes are in an image, by a linear layer on the mean patch: {presence['map']:.1f} mAP")
     grids = np.unique(unseen.grids, axis=0)
     result = {
         "knn": figures["knn"] | {"memory": options.memory},
         "logistic": figures["logistic"] | chosen,
         "floors": {floor: figures[floor]["miou"] for floor in FLOORS},
         "ceiling": figures["ceiling"]["miou"],
+        "multilabel_map": presence["map"],
+        "multilabel_penalty": presence["penalty"],
         "images": len(val),
         "train_images": len(train),
         "patches": [grids.min(0).tolist(), grids.max(0).tolist()],

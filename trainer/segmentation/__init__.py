@@ -2,7 +2,8 @@
 
     labelled   images with label maps            features   a backbone's patch features of them, cached
     metric     scores -> label maps -> mIoU      probes     k-NN, logistic regression, floors
-    pictures   image, truth, prediction, error side by side
+    pictures   image, truth, prediction, error side by side        presence   which classes are in an image
+    sliding    a trained head or network on whole images, through windows
 
 Letters: P patches of all images one after another, D channels of a feature, C classes, H and W of a label map.
 """
