@@ -36,7 +36,8 @@ def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path, capsys: 
     assert [log[i]["ema_momentum"] for i in (0, 3)] == pytest.approx([0.996, 0.998])
     assert all(line["grad_norm_max"] == pytest.approx(line["grad_norm"]) for line in log)  # a step a line
     printed = capsys.readouterr().out
-    assert "not compiled" in printed and "2 steps an epoch, 6 in all" in printed
+    assert "not compiled" in printed and "2 steps an epoch, 6 to go" in printed
+    assert "rises" not in printed  # for 2 steps
     assert "1 ranks x 99 decoding threads share" in printed
     assert "step 6/6  epoch 3  loss " in printed and "position_accuracy" in printed and "0:00 h left" in printed
     assert "done at step 6 after 0:0" in printed and f"python -m trainer.export {out} exported" in printed
@@ -198,9 +199,13 @@ def third(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("third")
-def test_a_third_objective_is_one_file(run: Callable[..., int], tmp_path: Path) -> None:
+def test_a_third_objective_is_one_file(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its defaults are those of a long run, which is said of a short one."""
     assert run("--method", "third", "--out", str(tmp_path / "out")) == 0
     assert "colour_loss" in lines(tmp_path / "out")[-1]
+    assert "rises for 30 steps, and there are 6: lower optim.warmup_epochs" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("third")

@@ -98,6 +98,14 @@ class Speed:
     accumulate: int = 1
     """gradient accumulation: micro-batches per optimizer step; a loss sees one micro-batch at a time"""
 
+    def precision_on(self, device: str) -> str:
+        """What `precision` means on "cuda" or "cpu"."""
+        return self.precision if self.precision != "auto" else "bf16" if device == "cuda" else "fp32"
+
+    def compiles_on(self, device: str) -> bool:
+        """What `compile` means on "cuda" or "cpu"."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
 
 @dataclass(frozen=True)
 class Probe:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline import Batch, Loader
-    from trainer import metrics
+    from pipeline import Batch, Loader, ShardSet
+    from trainer import cost, metrics
     from trainer.step import TrainingStep
 
 if __name__ == "__main__":
@@ -57,7 +57,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     import torch
     from torch.profiler import record_function as span
 
-    from pipeline import Loader, ReadError, ShardError, ShardSet, host
+    from pipeline import Loader, ReadError, ShardError, ShardSet
     from trainer import backbones, checkpoint, cost, demo, methods, metrics, optim, parallel, report, schedules
     from trainer.console import informing, summary
     from trainer.evaluate import Probe
@@ -78,8 +78,6 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if cfg.batch_size % micro_batches:
         parts = f"{world_size} ranks x {cfg.speed.accumulate} micro-batches"
         raise config.UsageError(f"batch_size {cfg.batch_size} is no multiple of {micro_batches}, {parts}")
-    precision = cfg.speed.precision if cfg.speed.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    compiled = cfg.speed.compile == "on" or (cfg.speed.compile == "auto" and device.type == "cuda")
 
     # ---------------------------------------------------------------- model
     module = methods.load(cfg.method)
@@ -103,7 +101,9 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         backbones.checkpoint_activations_(method)
     if sharded := cfg.speed.parallel == "fsdp" and world_size > 1:
         parallel.shard_(method, backbones.blocks(method))
-    if compiled:  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
+    if cfg.speed.compiles_on(
+        device.type
+    ):  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
         for unit in backbones.blocks(method) if sharded else [method]:
             unit.compile(dynamic=False)
     optimizer = optim.build(cfg.optim, method)
@@ -112,7 +112,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         optimizer,
         model=parallel.data_parallel(method, device) if world_size > 1 and not sharded else None,
         accumulate=cfg.speed.accumulate,
-        amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
+        amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.speed.precision_on(device.type)),
         clip=cfg.optim.clip,
     )
     if cfg.dry_run:
@@ -148,24 +148,14 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         out.at_exit(writer.wait)
         out.total = total
         out.status("running", start)
-        facts = [
-            f"{cfg.method}: {sum(p.numel() for p in training_step.trainable):,} trainable parameters, "
-            f"{estimate.flops_per_image / 1e9:.3g} GFLOP an image, {precision}, {'not ' * (not compiled)}compiled, "
-            f"{world_size} x {parallel.name(device)}, {host.cores()} cores, {loader.num_threads} decoder threads each",
-            f"{len(shards):,} images, batch {cfg.batch_size} = {world_size} ranks x {cfg.speed.accumulate} x "
-            f"{micro_batch}, {steps_per_epoch:g} steps an epoch, {total:,} in all"
-            + (f", going on from step {start:,}" if start else "")
-            + f"; {out.path}/",
-        ]
-        if local_world_size * loader.num_threads > host.cores():
-            shared = f"{local_world_size} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
-            facts.append(f"{shared}: give the job more, or set data.num_threads")
-        if device.type == "cpu":
-            images = cfg.batch_size * (total - start)
-            facts += cost.too_long(estimate, images, local_world_size, config.small(cfg.method))
-        print(*changes, *facts, sep="\n", flush=True)
-        if compiled:
-            print("the first step compiles the model: minutes for a large one", flush=True)
+        facts = describe(cfg, training_step, shards, loader, estimate, range(start, total))
+        print(
+            *changes,
+            *facts,
+            f"to {out.path}/" + (f", going on from step {start:,}" if start else ""),
+            sep="\n",
+            flush=True,
+        )
 
     # ---------------------------------------------------------------- loop
     interrupt = Interrupt(cfg.stop_after)
@@ -268,6 +258,37 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if failure:
         raise config.RunError(failure)
     return result
+
+
+def describe(
+    cfg: config.Run, step: "TrainingStep", shards: "ShardSet", loader: "Loader", estimate: "cost.Estimate", steps: range
+) -> list[str]:
+    """What is about to happen, and what may be wrong with it, in lines; `steps` are those to go."""
+    from pipeline import host
+    from trainer import cost, parallel
+
+    ranks, here = parallel.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device, epoch = loader.device, len(loader) / cfg.speed.accumulate
+    compiled = cfg.speed.compiles_on(device.type)
+    lines = [
+        f"{cfg.method}: {sum(p.numel() for p in step.trainable):,} trainable parameters, "
+        f"{estimate.flops_per_image / 1e9:.3g} GFLOP an image, {cfg.speed.precision_on(device.type)}, "
+        f"{'not ' * (not compiled)}compiled, {ranks} x {parallel.name(device)}, {host.cores()} cores, "
+        f"{loader.num_threads} decoder threads each",
+        f"{len(shards):,} images, batch {cfg.batch_size} = {ranks} ranks x {cfg.speed.accumulate} x "
+        f"{loader.batch_size}, {epoch:g} steps an epoch, {len(steps):,} to go",
+    ]
+    if here * loader.num_threads > host.cores():
+        shared = f"{here} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
+        lines.append(f"{shared}: give the job more, or set data.num_threads")
+    if (warmup := cfg.optim.warmup_epochs * epoch) > steps.stop / 2:
+        rises = f"the learning rate rises for {warmup:,.0f} steps, and there are {steps.stop:,}"
+        lines.append(f"{rises}: lower optim.warmup_epochs for so short a run")
+    if device.type == "cpu":
+        lines += cost.too_long(estimate, cfg.batch_size * len(steps), here, config.small(cfg.method))
+    if compiled:
+        lines.append("the first step compiles the model: minutes for a large one")
+    return lines
 
 
 def resume(settings: config.Settings, changes: list[str], step: "TrainingStep", loader: "Loader") -> int:
