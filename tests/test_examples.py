@@ -34,6 +34,18 @@ def test_a_recipe_of_ones_own(labelled: str, capsys: pytest.CaptureFixture[str])
     assert "targets['patches']: int32 (8, 4, 36)" in capsys.readouterr().out
 
 
+def test_the_loop_of_the_guide(labelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/index.md, on smaller images."""
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    for there, here in (('"shards", split="train"', repr(labelled)), ("160", "32"), ("64", "8"), ("18", "10t")):
+        assert there in text
+        text = text.replace(there, here)
+    names: dict = {}
+    exec(text, names)
+    names["loader"].close()
+    assert names["loss"].item() < 10 and names["state"]["epoch"] == 1
+
+
 def test_the_method_of_the_guide(run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/new_method.md, as it stands there: one file, and the program trains it."""
     text = (ROOT / "docs" / "new_method.md").read_text(encoding="utf-8")
