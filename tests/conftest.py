@@ -1,4 +1,4 @@
-"""One thread for torch (tiny models gain nothing from a second one, and DALI has the other core); runs to test."""
+"""One thread for torch (tiny models gain nothing from a second one, and DALI has the other core); runs; a bucket."""
 
 import io
 import runpy
@@ -6,14 +6,19 @@ import signal
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import skimage
 import torch
+from mapimages import write_set
 from PIL import Image
+from remote_sets import IMAGES, QUICK, SHARDS
 from runs import ROOT, TINY
+from servers import Bucket, Proxy, publish, s3
 
+from pipeline import remote, shard_cache
 from trainer import interrupt
 
 torch.set_num_threads(1)
@@ -62,3 +67,55 @@ def whole(run: Callable[..., int], whole_folder: Path) -> Path:
     """The folder of a run on the tiny settings that nothing happened to."""
     assert whole_folder.exists() or run("--out", str(whole_folder)) == 0
     return whole_folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Bucket]:
+    with s3() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def proxy(bucket: Bucket) -> Iterator[Proxy]:
+    found = Proxy(bucket.endpoint)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def network(bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(remote, "_RUNNING", QUICK)
+    monkeypatch.setattr(remote, "_STARTING", QUICK)
+    monkeypatch.setattr(remote, "_CLIENT", {"timeout": timedelta(seconds=20)})
+    monkeypatch.setattr(shard_cache, "FREE", 0)
+    monkeypatch.setattr(shard_cache, "_PATIENCE", 0.05)
+    proxy.faults.clear()
+    proxy.down, proxy.latency = False, 0.0
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(write_set(tmp_path_factory.mktemp("data") / "set", IMAGES, SHARDS))
+
+
+@pytest.fixture(scope="session")
+def address(bucket: Bucket, local: Path) -> str:
+    return bucket.upload(local, "in1k")
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the objects that parts were asked of."""
+    seen: list[str] = []
+    get = remote.Folder.get
+
+    async def noted(self: remote.Folder, wanted: remote.Object, start: int, stop: int) -> bytes:
+        seen.append(wanted.name)
+        return await get(self, wanted, start, stop)
+
+    monkeypatch.setattr(remote.Folder, "get", noted)
+    return seen

@@ -308,7 +308,7 @@ def seaweed(folder: Path, seconds: int = 300, *, public: bool = False) -> Iterat
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
     ]
-    command += ["-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=4", "-master.volumeSizeLimitMB=64"]
+    command += ["-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=16", "-master.volumeSizeLimitMB=64"]
     command += [f"-{kind}.port={port}" for kind, port in zip(("s3", "master", "volume", "filer"), ports, strict=True)]
     environment = environment_of(f"http://127.0.0.1:{ports[0]}") | {"AWS_ACCESS_KEY_ID": "writer"}
     with (

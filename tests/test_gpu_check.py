@@ -1,5 +1,6 @@
 """gpu_check without a GPU: its checks do run, and whatever becomes of one, the others are run and reported."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -37,7 +38,8 @@ def outcome(program: dict[str, Any], name: str, shards: str, folder: Path) -> di
         ("windows_are_equal_and_pixels_close", {"loca/reference fused", "vicregl/small fused"}),
         ("outputs_stay_valid", {"fused"}),
         ("the_host_runs_ahead", {"ms_per_batch_behind_a_busy_stream fused"}),
-        ("loader_throughput", {"loca fused hw=0.65", "fastest of vicregl"}),
+        ("loader_throughput", {"loca fused", "fastest of vicregl"}),
+        ("shares_and_threads", {"loca fused hw=None threads=1"}),
         ("the_gpu_is_left_to_the_trainer", {"loca fused", "vicregl fused"}),
         pytest.param("a_short_training", {"first", "last"}, marks=pytest.mark.slow),
     ],
@@ -60,7 +62,19 @@ def test_a_methods_graphs_are_counted(
     assert found["figures"].keys() == {"loca", "vicregl"}
     found = outcome(program, "nccl_and_ddp", shards, tmp_path)  # by gloo, on a CPU
     assert found["passed"], found
-    assert found["figures"]["whole"]["graphs"] == 1
+    assert found["figures"]["whole"]["graphs"] == 1 and found["figures"]["launched by"] == "itself"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_check_of_ranks(
+    program: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # how long a CPU's compiler takes says nothing
+    args = argparse.Namespace(device="cpu", quick=True, minutes=9)
+    found = program["run_apart"]("nccl_and_ddp", args, "any", tmp_path, 4.0)
+    assert found["passed"], found
+    assert found["figures"].keys() == {"split at buckets", "whole", "launched by"}
+    assert found["figures"]["launched by"] == "torchrun"
 
 
 def test_other_pixels_are_noticed(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline import Batch, Recipe, View, host
 from trainer import parallel
@@ -27,6 +27,25 @@ from trainer.step import TrainingStep
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "V100": 125e12}
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(_: Any, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any) -> int:
+    return 2 * sdpa_flop_count(query, key, value)
+
+
+_ops = torch.ops.aten
+# The CPU's attention is not among what torch counts; of a GPU's it counts the scores that the kernels compute again.
+ATTENTION: dict[Any, Any] = {
+    _ops._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ops._scaled_dot_product_flash_attention_backward: _attention_backward,
+    _ops._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    _ops._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+}
 
 
 def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
@@ -79,7 +98,8 @@ def estimate(
                     setattr(module, name, torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
                 for name, b in [*module.named_buffers(recurse=False)]:
                     setattr(module, name, torch.empty_like(b, device=device))
-            counter, peak = FlopCounterMode(display=False), _Peak([*method.parameters(), *method.buffers()])
+            counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+            peak = _Peak([*method.parameters(), *method.buffers()])
             if checkpointing:  # what is computed again takes less memory, and is no operation of the method's
                 with counter:
                     _forward_and_backward(method, synthetic(recipe, count, device))
