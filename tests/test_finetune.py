@@ -92,6 +92,7 @@ def test_it_goes_on_in_mid_epoch_as_if_nothing_had_happened(run: Callable[..., d
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.slow
 def test_stopped_it_says_so_and_scores_nothing(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     run(tmp_path / "out", "--stop_after", "0", code=command.STOPPED)
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"

@@ -71,7 +71,7 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
     folder of a training that began elsewhere, Stopped, UsageError and RunError.
     """
     begins, out = begin["weights"] is not None, Path(given["out"])
-    with ranks():
+    with ranks(), parallel.agreed():  # the others wait for what rank 0 writes
         if parallel.rank() == 0:
             path = out / "origin.json"
             if path.exists() and json.loads(path.read_text(encoding="utf-8")) != begin:
@@ -80,9 +80,10 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
             host.write_atomic(path, lambda file: file.write(json.dumps(begin).encode() + b"\n"))
             if begins and not first.exists():
                 write_start(first, begin["what"], config.resolve(given), size=size, untrained=begin["untrained"])
-        parallel.any_rank(False)  # the others wait for what is written
     if trainer.train(**given, **({"init": str(first)} if begins else {})).state == "stopped":
         raise Stopped
+    with ranks(), parallel.agreed():  # rank 0 has written its last checkpoint when it comes here
+        pass
     return checkpoint.restore(checkpoint.load(out))
 
 
