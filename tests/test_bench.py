@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import mapimages
+import numpy as np
 import pytest
+import torch
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.append(str(TOOLS))
@@ -173,18 +175,78 @@ def test_tuning_finds_the_fastest_of_what_it_tried(shards: str, monkeypatch: pyt
     assert {row["prefetch"] for row in found["table"]} == {1, 2, 4}
 
 
-@pytest.mark.parametrize("name", ["torchvision", "opencv"])
-def test_rivals_cut_the_same_shapes(name: str, shards: str) -> None:
-    if name == "opencv":
-        pytest.importorskip("cv2")
-        pytest.importorskip("albumentations")
+@pytest.mark.parametrize("pixels", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("name", ["torchvision", "opencv", "simplejpeg", "simplejpeg-aa"])
+def test_rivals_cut_the_same_shapes_and_types(name: str, pixels: str, shards: str) -> None:
     from benchmarking import rivals
 
     from pipeline import ShardSet, recipes
 
-    for recipe in (recipes.loca(focal_views=1), recipes.vicregl(small=1)):
-        build = rivals._torchvision if name == "torchvision" else rivals._opencv
-        views = build(recipe)(ShardSet(shards).read(3))
+    packages, build = rivals._RIVALS[name]
+    for package in packages:
+        pytest.importorskip(package)
+    assert build is not None
+    for recipe in (recipes.loca("paper", focal_views=1), recipes.vicregl(small=1)):
+        kinds = build(recipe, getattr(torch, pixels))(ShardSet(shards).read(3))
+        views = [view for kind in kinds for view in (kind if kind.ndim == 4 else [kind])]
         sizes = [c.size for c in recipe.cuts for _ in range(c.count)]
-        assert [sorted(view.shape) for view in views] == [[3, s, s] for s in sizes]
-        assert all(view.numpy().dtype == "uint8" for view in views)
+        assert all(str(view.dtype) == f"torch.{pixels}" for view in views)
+        if pixels == "uint8":
+            assert [sorted(view.shape) for view in views] == [[3, s, s] for s in sizes]
+        else:
+            assert [tuple(view.shape) for view in views] == [(3, s, s) for s in sizes]
+            assert all(-2.2 < view.min() < view.max() < 2.7 for view in views)
+
+
+def test_an_experts_colours_are_the_recipes(shards: str) -> None:
+    """Each operation by OpenCV is what torchvision makes of it, to two levels: no work is left out."""
+    cv2 = pytest.importorskip("cv2")
+    from benchmarking import by_hand
+    from torchvision.transforms import functional
+
+    from pipeline.recipes import Augmentation
+
+    view = mapimages.smooth_image(1, 40, 40)
+    exact = torch.from_numpy(view).permute(2, 0, 1).float() / 255
+    rng = np.random.default_rng(0)
+    for step, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        strength = Augmentation(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
+        state = rng.bit_generator.state
+        factor = rng.uniform(-0.1, 0.1) if name == "hue" else rng.uniform(0.7, 1.3)
+        rng.bit_generator.state = state
+        found = by_hand._jittered(view, step, strength, rng, cv2)
+        wanted = getattr(functional, f"adjust_{name}")(exact, factor).permute(1, 2, 0).numpy() * 255
+        off = np.abs(found - wanted)
+        assert np.median(off) < 2 and np.abs(view - wanted).mean() > 4 * off.mean(), name
+    gray, flat = Augmentation(gray=1.0), Augmentation(solarize=1.0)
+    assert np.ptp(by_hand._coloured(view, gray, rng, cv2), axis=-1).max() == 0
+    assert np.array_equal(by_hand._coloured(view, flat, rng, cv2), np.minimum(view, 255 - view))
+
+
+def test_dalis_graph_makes_batches_of_every_kind(shards: str) -> None:
+    from benchmarking import dali_graph, stages
+
+    from pipeline import ShardSet, recipes
+
+    for recipe, pixels in ((recipes.loca("paper", focal_views=1), "uint8"), (recipes.plain(), "float16")):
+        steps = dali_graph.batches(stages.Task(ShardSet(shards), recipe, 3, 1, pixels=pixels))
+        assert [next(steps) for _ in range(2)] == [3, 3]
+
+
+def test_all_rivals_have_a_name_together() -> None:
+    from benchmarking import rivals
+
+    assert rivals.chosen("all") == ["torchvision", "opencv", "simplejpeg", "simplejpeg-aa", "dali"]
+    assert rivals.chosen(" dali, opencv") == ["dali", "opencv"]
+    assert rivals.chosen("") == []
+
+
+def test_the_verdict_says_what_a_rate_takes(results: dict) -> None:
+    from benchmarking import report
+
+    result = copy.deepcopy(results["plain"])
+    result |= {"wanted": 5000.0, "cpu_s_per_1000": {"median": 1.6}, "feeding_ms": {"median": 0.05}}
+    text = report.verdict(result)
+    assert "1,000 images take 1.60 CPU-seconds (uint8): 5,000 images/s need 8.0 cores" in text
+    assert "would bind at 20,000 images/s" in text
+    assert result["feeding_ms"]["median"] < 1000 * results["plain"]["cpu_s_per_1000"]["median"]

@@ -13,11 +13,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarking import machine, meter, report, rivals, stages, sweeps
 
 from pipeline import Recipe, ShardSet, cores, recipes
+from pipeline.normalise import Pixels
 
 RECIPES = ("loca", "vicregl", "vicregl_resnet50", "plain")
 STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "transfer", "whole loader")
@@ -35,9 +36,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=10.0, help="of measuring the whole loader; the other stages take their share")
     add("--repeats", type=int, default=3, help="rounds; the spread over them is what is printed as min and max")
     add("--order", default="global", choices=("global", "block"))
+    add("--pixels", default="uint8", choices=get_args(Pixels), help="type of the views, of the rivals' as well")
+    add("--wanted", type=float, help="images/s: the verdict says how many cores make them")
     add("--hw-decoder-load", type=float, help="share of a GPU's JPEG engines")
     add("--step-ms", type=float, help="of the simulated consumer (default: 1.25 x the loader's own time per batch)")
-    add("--against", default="", help=f"comma-separated rivals: {', '.join(rivals.NAMES)}")
+    add("--against", default="", help=f"comma-separated rivals: {', '.join(rivals.NAMES)}; or all")
     add("--tune", action="store_true", help="search threads x hardware share, then prefetching, then batch size")
     add("--scaling", action="store_true", help="curves over threads, batch size, views and size of the set")
     add("--headspace", action="store_true", help="train on replayed batches and on the loader")
@@ -65,8 +68,8 @@ def say(text: str) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if min(args.batch_size, args.num_threads, args.repeats) < 1 or args.seconds <= 0:
-        raise ValueError("--batch-size, --num-threads, --repeats and --seconds must be positive")
+    if min(args.batch_size, args.num_threads, args.repeats) < 1 or args.seconds <= 0 or (args.wanted or 1) <= 0:
+        raise ValueError("--batch-size, --num-threads, --repeats, --seconds and --wanted must be positive")
     if args.recipe == "decode" and (args.tune or args.scaling or args.against):
         raise ValueError("--tune, --scaling and --against need a recipe with views, not 'decode'")
     recipe: Recipe | None = None
@@ -91,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.device,
         args.order,
         args.hw_decoder_load,
+        args.pixels,
     )
     found = machine.describe()
     say(machine.line(found))
@@ -111,6 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "num_threads": args.num_threads,
         "order": args.order,
         "hw_decoder_load": args.hw_decoder_load,
+        "pixels": args.pixels,
+        "wanted": args.wanted,
         "seconds": args.seconds,
         "repeats": args.repeats,
         "images_per_s": {},
@@ -136,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) -> None:
     """All stages, alone and as the pipeline so far, and the rivals, measured in turns."""
-    challengers = [rivals.meter(name.strip(), task) for name in args.against.split(",") if name.strip()]
+    challengers = [rivals.meter(name, task) for name in rivals.chosen(args.against)]
     turn = args.seconds / args.repeats
     single = stages.alone(task, stages.Pool(task))
     meter.in_turns(single, turn, args.repeats, lambda text: say(f"stage alone, {text}"))
@@ -181,6 +187,7 @@ def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) 
         "mb_per_s": round(rate["median"] * result["shards"]["mean_bytes"] / 1e6, 1),
         "mp_per_s": round(rate["median"] * result["shards"]["mean_pixels"] / 1e6, 1),
         "cpu_s_per_1000": meter.spread(whole.cpu, 3),
+        "feeding_ms": meter.spread(whole.feeding, 4),
         "latency_ms": whole.latency_ms,
         "from_storage_percent": round(fetched, 1),
         "cache": "warm" if fetched < 5 else "cold",
@@ -225,7 +232,7 @@ def conclude(args: argparse.Namespace, result: dict[str, Any], earlier: dict[str
         c = result["consumer"]
         say(f"a consumer of {c['step_ms']} ms per batch waits {c['wait_ms']} ms ({c['wait_percent']} %) for data")
     for name, rival in result.get("against", {}).items():
-        say(f"{rival['ratio']} x the {name} DataLoader")
+        say(f"{rival['ratio']} x {name}")
     if "tune" in result:
         say(f"best: {result['tune']['best']}")
     if "headspace" in result:

@@ -27,6 +27,7 @@ class Meter:
     rates: list[float] = field(default_factory=list)  # images per second, one per turn
     cpu: list[float] = field(default_factory=list)  # CPU-seconds per 1,000 images, one per turn
     busy: list[float] = field(default_factory=list)  # cores kept busy, one per turn
+    feeding: list[float] = field(default_factory=list)  # ms an image of the one thread that asks for batches, per turn
     latencies: list[float] = field(default_factory=list)  # seconds per batch, of all turns
 
     def turn(self, seconds: float) -> None:
@@ -34,7 +35,7 @@ class Meter:
         for _ in range(self.settle):
             next(self.steps)
         synchronize()
-        images, cpu, start = 0, machine.cpu_seconds(), time.perf_counter()
+        images, cpu, own, start = 0, machine.cpu_seconds(), time.thread_time(), time.perf_counter()
         before = start
         while before - start < seconds * self.share or not images:
             images += next(self.steps)
@@ -43,6 +44,7 @@ class Meter:
             before = now
         synchronize()
         wall, cpu = time.perf_counter() - start, machine.cpu_seconds() - cpu
+        self.feeding.append(1e3 * (time.thread_time() - own) / images)
         self.rates.append(images / wall)
         self.cpu.append(1000 * cpu / images)
         self.busy.append(cpu / wall)

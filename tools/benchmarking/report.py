@@ -21,14 +21,29 @@ def table(result: Result) -> str:
     for name, rival in result.get("against", {}).items():
         rate = rival["images_per_s"]
         lines.append(
-            f"| {name} DataLoader | | {rate['median']:.0f} | {rate['min']:.0f} - {rate['max']:.0f} | "
+            f"| {name} | | {rate['median']:.0f} | {rate['min']:.0f} - {rate['max']:.0f} | "
             f"{rival['cpu_s_per_1000']['median']:.2f} |"
         )
     return "\n".join(lines)
 
 
 def verdict(result: Result) -> str:
-    """What limits the loader, and what to turn."""
+    """What limits the loader, what to turn, and what it takes."""
+    return f"{_limit(result)} {_needed(result)}"
+
+
+def _needed(result: Result) -> str:
+    """The loader's appetite for cores, and the rate that no number of them lifts."""
+    cpu, feeding = result["cpu_s_per_1000"]["median"], result["feeding_ms"]["median"]
+    wanted = result["wanted"] or 1000.0
+    return (
+        f"1,000 images take {cpu:.2f} CPU-seconds ({result['pixels']}): {wanted:,.0f} images/s need "
+        f"{wanted * cpu / 1e3:.1f} cores; the one thread that asks for batches, {feeding:.3f} ms an image, would bind "
+        f"at {1e3 / max(feeding, 1e-6):,.0f} images/s."
+    )
+
+
+def _limit(result: Result) -> str:
     stages, threads = result["stages"], result["num_threads"]
     whole = list(stages.values())[-1]
     costs = {name: s["alone_ms"]["median"] for name, s in stages.items() if "alone_ms" in s}
@@ -66,7 +81,7 @@ def verdict(result: Result) -> str:
 
 def comparable(settings: dict[str, Any], earlier: Result) -> None:
     """Raises ValueError, naming the first setting in which two measurements differ."""
-    for name in ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load"):
+    for name in ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load", "pixels"):
         if settings[name] != earlier[name]:
             option = name.replace("_", "-")
             raise ValueError(f"--compare holds a run with --{option} {earlier[name]}, not {settings[name]}")
@@ -103,7 +118,7 @@ def chart(result: Result, path: Path) -> None:
 
     stages = {n: s for n, s in result["stages"].items() if n != "read"}  # its bar would leave the others no height
     rungs = {n: s["images_per_s"] for n, s in stages.items() if "images_per_s" in s}
-    rivals = {f"{n}\nDataLoader": r["images_per_s"] for n, r in result.get("against", {}).items()}
+    rivals = {n: r["images_per_s"] for n, r in result.get("against", {}).items()}
     singles = {n: s["alone_ms"]["median"] for n, s in result["stages"].items() if "alone_ms" in s}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
     bars = {**rungs, **rivals}

@@ -1,8 +1,9 @@
-"""What a user would pick instead: a DataLoader whose workers cut all views of an image, one after the other.
+"""What a user would pick instead: a DataLoader whose workers cut all views of an image, or DALI's own operators.
 
-Each reads the same tars and hands out u8 tensors of the same shapes, with the recipe's crops, filters, probabilities
-and ranges. ``torchvision`` is the usual PIL multi-crop loader; ``opencv`` is an expert's, with Albumentations and
-OpenCV, the fastest of the common ones: its views are not antialiased, its jitter works on bytes.
+Each reads the same tars and hands out tensors of the same shapes and type as the loader, with the recipe's crops,
+filters, probabilities and ranges. ``torchvision`` is the usual PIL multi-crop loader; ``opencv`` is Albumentations on
+OpenCV, not antialiased; ``simplejpeg`` and ``simplejpeg-aa`` are an expert's, written by hand (`by_hand`), without and
+with antialiasing; ``dali`` is DALI's graph as its manual has it (`dali_graph`).
 """
 
 import io
@@ -18,27 +19,39 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from pipeline import Recipe, ShardSet
-from pipeline.recipes import Augmentation, Cut
+from pipeline.recipes import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Cut
 
+from . import by_hand, dali_graph
 from .meter import Meter
 from .stages import Task
 
-NAMES = ("torchvision", "opencv")
+Transform = Callable[[bytes], list[torch.Tensor]]
+Build = Callable[[Recipe, torch.dtype], Transform]
+
+
+def chosen(names: str) -> list[str]:
+    """The rivals that `--against` names; "all" for each of them. Raises ValueError for one that there is not."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if wanted == ["all"]:
+        return list(NAMES)
+    unknown = next((name for name in wanted if name not in NAMES), None)
+    if unknown is not None:
+        raise ValueError(f"--against knows {', '.join(NAMES)} and all, not {unknown!r}")
+    return wanted
 
 
 def meter(name: str, task: Task) -> Meter:
     """The rival `name` with as many workers as the loader has threads. Raises ValueError where it is not installed."""
-    if name not in NAMES:
-        raise ValueError(f"--against knows {', '.join(NAMES)}, not {name!r}")
-    missing = [package for package in ("cv2", "albumentations") if name == "opencv" and find_spec(package) is None]
+    packages, build = _RIVALS[name]
+    missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise ValueError(f"--against opencv needs {' and '.join(missing)}: pip install -e '.[bench]'")
-    return Meter(name, _sizes(task, _torchvision if name == "torchvision" else _opencv), settle=2)
+        raise ValueError(f"--against {name} needs {' and '.join(missing)}: pip install 'dense-ssl[bench]'")
+    return Meter(name, dali_graph.batches(task) if build is None else _sizes(task, build), settle=2)
 
 
-def _sizes(task: Task, build: Callable[[Recipe], Callable[[bytes], Any]]) -> Iterator[int]:
+def _sizes(task: Task, build: Build) -> Iterator[int]:
     assert task.recipe is not None
-    data = _Images(task.shards, task.recipe, build)
+    data = _Images(task.shards, task.recipe, task.dtype, build)
     loader = DataLoader(
         data,
         task.batch_size,
@@ -51,9 +64,9 @@ def _sizes(task: Task, build: Callable[[Recipe], Callable[[bytes], Any]]) -> Ite
 
 
 class _Images(Dataset[Any]):
-    def __init__(self, shards: ShardSet, recipe: Recipe, build: Callable[[Recipe], Callable[[bytes], Any]]):
-        self._shards, self._recipe, self._build = shards, recipe, build
-        self._transform: Callable[[bytes], Any] | None = None
+    def __init__(self, shards: ShardSet, recipe: Recipe, dtype: torch.dtype, build: Build):
+        self._shards, self._recipe, self._dtype, self._build = shards, recipe, dtype, build
+        self._transform: Transform | None = None
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -61,7 +74,7 @@ class _Images(Dataset[Any]):
     def __getitem__(self, i: int) -> Any:
         if self._transform is None:  # in the worker
             torch.set_num_threads(1)
-            self._transform = self._build(self._recipe)
+            self._transform = self._build(self._recipe, self._dtype)
         return self._transform(self._shards.read(i))
 
 
@@ -77,7 +90,13 @@ class _Blur:
         return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(*self._sigma).item()))
 
 
-def _torchvision(recipe: Recipe) -> Callable[[bytes], Any]:
+def _torchvision(recipe: Recipe, dtype: torch.dtype) -> Transform:
+    normalised = [
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
+        transforms.ConvertImageDtype(dtype),
+    ]
+
     def one(cut: Cut, colour: Augmentation) -> Callable[[Any], Any]:
         modes = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
         steps: list[Any] = [
@@ -93,7 +112,7 @@ def _torchvision(recipe: Recipe) -> Callable[[bytes], Any]:
             steps.append(transforms.RandomApply([_Blur(colour.sigma)], colour.blur))
         if colour.solarize:
             steps.append(transforms.RandomSolarize(128, colour.solarize))
-        return transforms.Compose([*steps, transforms.PILToTensor()])
+        return transforms.Compose([*steps, *([transforms.PILToTensor()] if dtype == torch.uint8 else normalised)])
 
     views = _views(recipe, one)
 
@@ -105,7 +124,7 @@ def _torchvision(recipe: Recipe) -> Callable[[bytes], Any]:
     return transform
 
 
-def _opencv(recipe: Recipe) -> Callable[[bytes], Any]:
+def _opencv(recipe: Recipe, dtype: torch.dtype) -> Transform:
     import albumentations as A
     import cv2
 
@@ -130,12 +149,22 @@ def _opencv(recipe: Recipe) -> Callable[[bytes], Any]:
         composed: Any = A.Compose(steps)
         return lambda image: composed(image=image)["image"]
 
-    views = _views(recipe, one)
+    views, finish = _views(recipe, one), by_hand.finish(dtype)
 
     def transform(stored: bytes) -> list[torch.Tensor]:
         decoded = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         assert decoded is not None
         image = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
-        return [torch.from_numpy(view(image)) for view in views]
+        return [finish(view(image)) for view in views]
 
     return transform
+
+
+_RIVALS: dict[str, tuple[tuple[str, ...], Build | None]] = {  # the packages that each needs, and what a worker does
+    "torchvision": ((), _torchvision),
+    "opencv": (("cv2", "albumentations"), _opencv),
+    "simplejpeg": (("cv2", "simplejpeg"), by_hand.build(antialias=False)),
+    "simplejpeg-aa": (("cv2", "simplejpeg"), by_hand.build(antialias=True)),
+    "dali": ((), None),
+}
+NAMES = tuple(_RIVALS)

@@ -38,6 +38,12 @@ class Task:
     device: str = "cpu"
     order: Any = "global"
     hw_decoder_load: float | None = None
+    pixels: Any = "uint8"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the views that the loader, and each rival, hands out."""
+        return getattr(torch, self.pixels)
 
     def loader(self, recipe: Recipe | None = None, **changes: Any) -> Loader:
         settings: dict[str, Any] = {
@@ -45,6 +51,7 @@ class Task:
             "num_threads": self.num_threads,
             "order": self.order,
             "hw_decoder_load": self.hw_decoder_load,
+            "pixels": self.pixels,
             **changes,
         }
         batch_size = settings.pop("batch_size", self.batch_size)
