@@ -125,10 +125,16 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
         for _ in range(args.rounds):
             for meter in meters:
                 meter.turn(args.seconds)
-        found |= {meter.name: spread(meter.rates) for meter in meters}
+        disks = {m.name.removesuffix("disk"): m for m in meters if m.name.endswith("disk")}
+        for meter in meters:
+            disk = disks["" if "," not in meter.name else f"{meter.name.partition(',')[0]}, "]
+            shares = [a / b for a, b in zip(meter.rates, disk.rates, strict=True)]  # of the same round
+            found[meter.name] = spread(meter.rates) | {"of_disk": round(float(np.median(shares)), 3)}
         cold = loader("cold", total)
         found["cold"] = first_and_then(batches(cold), args.seconds)
         found["cold"]["waited_s"] = round(cold.shards.figures.waited, 2)
+        disks[""].turn(args.seconds)
+        found["cold"]["then_of_disk"] = round(found["cold"]["then"] / disks[""].rates[-1], 3)
         cold.close()
         for name in ("cold", "lit cold", "lit warm"):
             shutil.rmtree(scratch / name, ignore_errors=True)
