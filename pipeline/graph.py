@@ -18,11 +18,12 @@ its buffers alive for as long as a result is held, on a GPU also until the devic
 thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
 """
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ from nvidia import dali
 from nvidia.dali import backend, fn, types
 from torch import Tensor
 
+from . import tuning
 from .buffers import Buffers
 from .cutting import cut_view, look_up
 from .kernel import kept
@@ -79,12 +81,20 @@ def _source(name: str, dtype: types.DALIDataType, ndim: int) -> Any:
     return _call("ExternalSource", "cpu", fn.external_source, name=name, dtype=dtype, ndim=ndim)
 
 
-def _decode(images: Any, gpu: bool, hw_decoder_load: float | None, region: dict[str, Any] | None = None) -> Any:
+def _decode(
+    images: Any,
+    gpu: bool,
+    hw_decoder_load: float | None,
+    largest: tuple[int, int] | None = None,
+    region: dict[str, Any] | None = None,
+) -> Any:
     arguments: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if gpu:
         arguments["jpeg_fancy_upsampling"] = True  # as the CPU decoder upsamples chroma
         if hw_decoder_load is not None:
             arguments["hw_decoder_load"] = hw_decoder_load
+        if largest:
+            arguments["preallocate_height_hint"], arguments["preallocate_width_hint"] = largest
     if region:
         return _call("decoders__ImageSlice", "cpu", fn.decoders.image_slice, images, axes=(0, 1), **region, **arguments)
     return _call("decoders__Image", "mixed" if gpu else "cpu", fn.decoders.image, images, **arguments)
@@ -273,8 +283,9 @@ class Graph:
     """A recipe's pixels on one device. ``submit`` a batch, ``take`` its views, in the same order.
 
     `device_id` is the GPU, or None for the CPU, where the fused form hands out `pixels` other than u8 normalised, with
-    ImageNet's mean and std; what else comes is u8. Raises NotImplementedError where DALI lacks an operator for
-    the device.
+    ImageNet's mean and std; what else comes is u8. A GPU's JPEG engines decode the share `hw_decoder_load`; None: the
+    fastest, which is found out on the first batch. `largest` is the height and width for which they allocate. Raises
+    NotImplementedError where DALI lacks an operator for the device.
     """
 
     def __init__(
@@ -286,6 +297,7 @@ class Graph:
         num_threads: int = 1,
         form: Form | Literal["auto"] = "auto",
         hw_decoder_load: float | None = None,
+        largest: tuple[int, int] | None = None,
         pixels: Pixels = "uint8",
     ):
         if form == "auto":  # on a GPU until docs/gpu.md holds measured rates of all three
@@ -294,7 +306,7 @@ class Graph:
         gpu = device_id is not None
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
-        self._decoding = (gpu and self.form != "fused", hw_decoder_load)
+        self._decoding = (gpu and self.form != "fused", hw_decoder_load, largest)
         sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
         self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
         self._single: dali.Pipeline | None = None
@@ -305,22 +317,57 @@ class Graph:
             for cut in recipe.cuts:
                 shape = (cut.size, cut.size, 3) if pixels == "uint8" else (3, cut.size, cut.size)
                 self._buffers.append(Buffers((batch_size, cut.count, *shape), getattr(torch, pixels)))
-        self._pipe: Any = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
-        with self._pipe:
+        self._make = partial(self._pipeline, recipe.cuts, batch_size)
+        self._pipe: Any = self._make()
+        self._tunes = 3 if self._decoding[0] and hw_decoder_load is None else 0  # attempts that are left
+
+    def _pipeline(self, cuts: tuple[Cut, ...], batch_size: int) -> Any:
+        gpu = self._settings["device_id"] is not None
+        pipe = dali.Pipeline(batch_size=batch_size, exec_dynamic=True, **self._settings)
+        with pipe:
             parts = ("start", "shape") if self.form == "fused" else ()
             region = {name: _source(name, types.DALIDataType.INT32, 1) for name in parts}
             image = _decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding, region)
             if self.form == "fused":
                 sources = [_source(name, types.DALIDataType.FLOAT, 2) for name in ("windows", "params")]
                 sources += [] if gpu else [_source("places", types.DALIDataType.INT64, 2)]
-                views: Any = _fused(recipe.cuts, gpu)(image, *sources)
+                views: Any = _fused(cuts, gpu)(image, *sources)
                 outputs = list(views) if isinstance(views, list | tuple) else [views]
                 outputs = [kind.gpu() for kind in outputs] if gpu else outputs
             elif self.form == "triton":
                 outputs = [image]
             else:
-                outputs = _operators(image, recipe.cuts, "gpu" if gpu else "cpu", batch_size)
-            self._pipe.set_outputs(*outputs)
+                outputs = _operators(image, cuts, "gpu" if gpu else "cpu", batch_size)
+            pipe.set_outputs(*outputs)
+        return pipe
+
+    def _tune(self, images: Images) -> None:
+        """Finds the share of the JPEG engines that decodes these images fastest, before the first run."""
+        self._tunes -= 1
+        try:
+            share = tuning.fastest_share(lambda share: self._seconds(share, images))
+        except RuntimeError:  # one of them cannot be decoded: the next batch will do
+            return
+        self._tunes = 0
+        if share != tuning.SHARES[0]:
+            self._decoding = (self._decoding[0], share, *self._decoding[2:])
+            self._pipe = self._make()
+
+    def _seconds(self, share: float, images: Images) -> float:
+        """What decoding them takes, with as many batches under way as a loader has."""
+        pipe: Any = dali.Pipeline(batch_size=len(images), exec_dynamic=True, **self._settings)
+        with pipe:
+            source = _source("image", types.DALIDataType.UINT8, 1)
+            pipe.set_outputs(_decode(source, self._decoding[0], share, *self._decoding[2:]))
+        start = 0.0
+        for count in (1, 4):  # memory grows in the first
+            start = time.perf_counter()
+            for _ in range(count):
+                pipe.feed_input("image", list(images))
+                pipe.schedule_run()
+            for _ in range(count):
+                pipe.outputs()  # without a stream to wait on, the host waits
+        return (time.perf_counter() - start) / count
 
     def submit(
         self,
@@ -333,6 +380,8 @@ class Graph:
 
         `sizes` i32 (B, 2) are the images' heights and widths: a run fails where the decoder finds an image smaller.
         """
+        if self._tunes:
+            self._tune(images)
         feed = self._pipe.feed_input
         feed("image", list(images))
         if self.form == "fused":

@@ -61,11 +61,11 @@ class Loader:
     get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
     storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
     that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
-    `hw_decoder_load` the share of a GPU's JPEG engines (default: DALI's). `form` is how views are cut (see `graph`):
-    "auto" is "fused" on a CPU and "operators" on a GPU. `pixels` other than "uint8" hands out what `View.tensor` makes
-    of the views in that type, with ImageNet's mean and std. `prefetch` is how many batches DALI works on ahead of the
-    one handed out: each costs its decoded images and its views, on the device, and two more batches of stored bytes on
-    the host.
+    `hw_decoder_load` the share of a GPU's JPEG engines (default: the fastest for the first batch). `form` is how views
+    are cut (see `graph`): "auto" is "fused" on a CPU and "operators" on a GPU. `pixels` other than "uint8" hands out
+    what `View.tensor` makes of the views in that type, with ImageNet's mean and std. `prefetch` is how many batches
+    DALI works on ahead of the one handed out: each costs its decoded images and its views, on the device, and two more
+    batches of stored bytes on the host.
 
     A batch stays valid for as long as it, or a tensor or array that shares its memory, is held; only then is its memory
     used for another. On a GPU its pixels, targets and labels are ready on the stream that
@@ -136,6 +136,7 @@ class Loader:
             num_threads=self.num_threads,
             form=form,
             hw_decoder_load=hw_decoder_load,
+            largest=self.shards.usual_size if isinstance(self.shards, ShardSet) else None,
             pixels=pixels,
         )
         self._dtype: torch.dtype = getattr(torch, pixels)

@@ -14,7 +14,7 @@ from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from PIL import Image
 
-from pipeline import colour, draws, graph, recipes
+from pipeline import colour, draws, graph, recipes, tuning
 from pipeline.graph import DecodeError, Graph
 from pipeline.recipes import Augmentation, Cut, Recipe
 
@@ -262,6 +262,50 @@ def test_dali_knows_what_the_gpus_graph_asks_of_it(form: str, nodes: int) -> Non
         assert set(fed[regular:]) <= {"cpu"}, f"{name}: GPU operators read their arguments on the host"
     assert decoders == (["cpu"] if form == "fused" else ["mixed"])
     assert {output.device for output in g._pipe._graph_outputs} == {"gpu"}
+
+
+def decoder(g: Graph) -> str:
+    """Its specification, as DALI has it."""
+    g._pipe._build_graph()
+    (found,) = [str(op.spec) for op in g._pipe._ops if "OpSpec for decoders__Image" in str(op.spec)]
+    return found
+
+
+@pytest.mark.parametrize("form", ["operators", "triton"])
+@pytest.mark.parametrize(("fastest", "by", "taken"), [(0.25, 0.9, 0.25), (0.8, 0.98, None)])
+def test_the_share_of_the_jpeg_engines_is_found_out(
+    form: str, fastest: float, by: float, taken: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI's own stays unless another is worth it; a batch that cannot be decoded leaves it to the next one."""
+    images = stored(encode(smooth_image(0, 60, 80), "JPEG"))
+    g = Graph(still_recipe(), 4, device_id=0, form=form, largest=(375, 500))  # type: ignore[arg-type]
+    tried: list[float] = []
+
+    def seconds(self: Graph, share: float, batch: list[NDArray[np.uint8]]) -> float:
+        tried.append(share)
+        if len(tried) == 2:
+            raise RuntimeError("an image of the first batch is damaged")
+        return by if share == fastest else 1.0
+
+    monkeypatch.setattr(Graph, "_seconds", seconds)
+    g._tune(images)
+    assert g._tunes and "hw_decoder_load" not in decoder(g)
+    g._tune(images)
+    assert not g._tunes and set(tried[2:]) == set(tuning.SHARES)
+    assert (float(_after("hw_decoder_load: ", decoder(g))) if taken else None) == taken
+    assert [_after(f"preallocate_{side}_hint: ", decoder(g)) for side in ("height", "width")] == ["375", "500"]
+    assert len(g._pipe._graph_outputs) == (1 if form == "triton" else len(still_recipe().cuts))
+
+
+def test_a_batch_is_timed_and_nothing_is_tuned_that_is_given_or_on_a_cpu() -> None:
+    images = stored(encode(smooth_image(0, 60, 80), "JPEG"), encode(smooth_image(1, 60, 80), "JPEG"))
+    g = Graph(still_recipe(), 2, form="operators")
+    assert 0 < g._seconds(0.65, images) < 60
+    with pytest.raises(RuntimeError):
+        g._seconds(0.65, [images[0], np.frombuffer(b"no image", np.uint8)])
+    forms = {"cpu": {}, "fused": {"device_id": 0, "form": "fused"}, "given": {"device_id": 0, "hw_decoder_load": 0.5}}
+    assert not any(Graph(still_recipe(), 2, **settings)._tunes for settings in forms.values())  # type: ignore[arg-type]
+    assert Graph(still_recipe(), 2, device_id=0)._tunes
 
 
 def _after(words: str, text: str) -> str:

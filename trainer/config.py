@@ -43,7 +43,7 @@ class Data:
     prefetch: int = 2
     """batches that DALI works on ahead; each costs memory for its decoded images and views"""
     hw_decoder_load: float | None = None
-    """share of the images that a GPU's JPEG engines decode, from 0 to 1 (default: DALI's); bench_loader.py --tune"""
+    """share of the images that a GPU's JPEG engines decode, from 0 to 1; by default the fastest for the first batch"""
     max_bad: float | None = None
     """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
     form: Literal["auto", "fused", "operators", "triton"] = "auto"
