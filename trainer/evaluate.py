@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,8 @@ def main(argv: list[str]) -> None:
     if args.untrained is None:
         result["untrained"] = random
         if path.is_dir():
-            host.write_atomic(run / "evaluate.json", lambda file: file.write(json.dumps(result).encode()))
+            with suppress(OSError):  # the folder may be somebody else's: the result is printed anyhow
+                host.write_atomic(run / "evaluate.json", lambda file: file.write(json.dumps(result).encode()))
     if train.fingerprint == val.fingerprint:
         print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)
     print(json.dumps(result if args.untrained is None else result | random))

@@ -281,7 +281,7 @@ def describe(
     if here * loader.num_threads > host.cores():
         shared = f"{here} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
         lines.append(f"{shared}: give the job more, or set data.num_threads")
-    if (warmup := cfg.optim.warmup_epochs * epoch) > steps.stop / 2:
+    if steps.start == 0 and (warmup := cfg.optim.warmup_epochs * epoch) > steps.stop / 2:
         rises = f"the learning rate rises for {warmup:,.0f} steps, and there are {steps.stop:,}"
         lines.append(f"{rises}: lower optim.warmup_epochs for so short a run")
     if device.type == "cpu":
