@@ -10,7 +10,7 @@
 SPEC names shards of images with label maps (tools/shard_segmentation.py makes them). Each training is a run of the
 method "finetune" in run.py's own loop, with its folder, log, checkpoints and exit codes: the same command goes on where
 it was stopped. All settings of run.py can follow, as --steps 1000 or --finetune.views.size 768. One training writes to
-DIR, several to folders in it. The last line is a JSON object. docs/evaluation.md says what the protocol leaves open.
+DIR, several to folders in it. The last line is a JSON object. docs/finetune.md says what the protocol leaves open.
 
 Of several learning rates, the best on the images that are reported is taken, as in the papers: the last line says so.
 """
