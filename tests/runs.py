@@ -75,31 +75,54 @@ def command(*argv: str) -> list[str]:
     return [sys.executable, str(ROOT / "trainer" / "run.py"), *argv]
 
 
-def start_two_ranks(*argv: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """The program on two gloo ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0"]  # any free port: tests may run side by side
-    launch += [f"--max-restarts={restarts}", *command(*argv)[1:]]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(launch, env=threads, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_ranks(
+    *argv: str, ranks: int = 2, options: tuple[str, ...] = (), quiet: bool = False
+) -> subprocess.Popen[str]:
+    """The program on gloo ranks, by torchrun with `options`. The default port is any free one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", *options, *command(*argv)[1:]]
+    threads, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.DEVNULL if quiet else subprocess.PIPE
+    return subprocess.Popen(launch, env=threads, stdout=pipe, stderr=pipe, text=True)
 
 
-def on_two_ranks(*argv: str) -> str:
+def on_ranks(*argv: str, ranks: int = 2, timeout: float = 280) -> str:
     """What it prints."""
-    process = start_two_ranks(*argv)
-    out, errors = process.communicate(timeout=200)
+    process = start_ranks(*argv, ranks=ranks)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
     assert process.returncode == 0, errors[-3000:]
     return out
 
 
-def kill_rank(rank: int, out: Path, step: int) -> None:
-    """Kills a rank of the run in `out`, as the kernel does where memory runs out, when it has logged `step`."""
-    deadline = time.monotonic() + 100
-    while not (out / "log.jsonl").exists() or len(lines(out)) < step:
-        assert time.monotonic() < deadline, "the run does not get there"
-        time.sleep(0.05)
+def status(out: Path) -> str:
+    """How the run in `out` goes, as scripts read it."""
+    return json.loads((out / "status.json").read_text())["state"]
+
+
+def workers(out: Path) -> dict[int, int]:
+    """The processes of the run in `out` by rank."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # others come and go
             mine = str(out).encode() in (process / "cmdline").read_bytes().split(b"\0")
-            if mine and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+            environment = (process / "environ").read_bytes().split(b"\0")
+            rank = [int(word[5:]) for word in environment if word.startswith(b"RANK=")]
+            if mine and rank:
+                found[rank[0]] = int(process.name)
+    return found
+
+
+def wait_for(out: Path, step: int) -> None:
+    """Returns when the run in `out` has logged `step`."""
+    deadline = time.monotonic() + 240
+    while not (out / "log.jsonl").exists() or len(lines(out)) < step:
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.05)
+
+
+def kill_rank(rank: int, out: Path, step: int) -> None:
+    """Kills a rank of the run in `out`, as the kernel does where memory runs out, when it has logged `step`."""
+    wait_for(out, step)
+    os.kill(workers(out)[rank], signal.SIGKILL)

@@ -1,12 +1,20 @@
 """Checkpoints: whole or absent, newest readable first, nothing unpickled."""
 
+import copy
+import itertools
 import os
 import pickle
+import signal
+import threading
+import time
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from runs import assert_same
 
 import trainer
 from trainer import checkpoint, export
@@ -181,3 +189,80 @@ def test_a_killed_writers_file_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step_000000001.pt.0f0f0f0f.part").write_bytes(b"half")
     write(tmp_path, 2)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_writer_lets_the_run_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write at a time; what the disk refuses once is written at the second attempt; the payload is let go of."""
+    begun, may_go_on, attempts = threading.Event(), threading.Event(), []
+    whole = checkpoint.write
+
+    def slow(path: Path, saved: checkpoint.Payload) -> None:
+        attempts.append(path.name)
+        begun.set()
+        assert may_go_on.wait(20)
+        if len(attempts) == 1:
+            raise OSError(28, "No space left on device")
+        whole(path, saved)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0,))
+    writer = checkpoint.Writer(tmp_path, 1, None)
+    assert writer.wait()
+    saved = payload(1)
+    weight = weakref.ref(saved["model"]["w"])
+    writer.save(saved)
+    assert begun.wait(20) and not list(tmp_path.glob("step_*"))  # and here the run would go on
+    del saved
+    may_go_on.set()
+    with pytest.warns(UserWarning, match="no checkpoint at step 1: .*No space left"):
+        writer.save(payload(2))
+    assert writer.wait() and weight() is None
+    assert attempts == ["step_000000001.pt"] * 2 + ["step_000000002.pt"]
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_000000002.pt"]
+
+
+def test_what_is_written_does_not_change_meanwhile() -> None:
+    """On a CPU torch hands out the weights themselves, which the next step changes."""
+    method = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=0.1)
+    saved = checkpoint.state(method, optimizer)
+    before = copy.deepcopy(saved)
+    method(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert_same(saved, before)
+    assert not torch.equal(method.weight, saved["model"]["weight"])
+
+
+def write_until_killed(folder: Path, first: int, pipe: int) -> None:
+    """Checkpoints of 8 MB one after another; tells the step that is known to be on the disk."""
+    writer = checkpoint.Writer(folder, keep_last=2, keep_every=None)
+    for step in itertools.count(first):
+        writer.save(payload(step) | {"model": {"w": torch.full((2_000_000,), float(step))}})  # waits for the one before
+        os.write(pipe, (step - 1).to_bytes(8, "little"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_writes_keeps_a_checkpoint(tmp_path: Path) -> None:
+    """A hundred kills, at any moment of a write, of removing the old ones, or in between."""
+    random, last, torn = np.random.default_rng(0), 0, 0
+    write(tmp_path, last)
+    for _ in range(100):
+        ours, theirs = os.pipe()
+        if (child := os.fork()) == 0:
+            write_until_killed(tmp_path, last + 1, theirs)
+        os.close(theirs)
+        told = os.read(ours, 8)
+        time.sleep(random.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(ours, "rb") as pipe:
+            told += pipe.read()
+        torn += bool([*tmp_path.glob("*.part")])
+        saved = checkpoint.latest(tmp_path)
+        assert saved is not None
+        known = int.from_bytes(told[-8:], "little")
+        assert saved["step"] >= known >= last
+        assert (saved["model"]["w"] == saved["step"]).all()
+        assert checkpoint.load(tmp_path / "last")["step"] <= saved["step"]  # it is linked when the file is whole
+        last = saved["step"]
+    assert last > 20 and torn > 20, (last, torn)  # writes got done, and kills hit others

@@ -1,5 +1,7 @@
 """Collectives over two gloo ranks: values and gradients are those of one process, eager and compiled."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ import torch.multiprocessing as mp
 from ranks import free_port, start
 
 from trainer import parallel
+from trainer.backbones import blocks, vit
 from trainer.segmentation.metric import Confusion
 
 
@@ -60,6 +63,38 @@ def test_ranks_agree_with_one_process(world: int) -> None:
 @pytest.mark.slow
 def test_the_collectives_compile_into_one_graph() -> None:
     mp.spawn(ranks_agree_with_one_process, (2, free_port(), True), 2)
+
+
+def test_each_start_of_the_ranks_has_a_name_of_its_own() -> None:
+    """In one store, whatever those before them left there: a rank that died as it asked, and other numbers of ranks."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    server.set("question of 1", "a dead rank's")
+    names = []
+    for world in (2, 3, 2):
+        clients = [dist.TCPStore("localhost", server.port) for _ in range(world)]
+        with ThreadPoolExecutor(world) as pool:
+            met = [*pool.map(parallel._meet, clients, range(world), [world] * world)]
+        assert met == met[:1] * world
+        names += met[:1]
+    assert len({*names}) == 3
+
+
+@pytest.mark.slow
+def test_every_block_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT's twelve, each with a drop rate of its own: more than torch compiles of one code by default."""
+    network = vit("vit_tiny_patch16", size=32, drop_path=0.1).train()
+    found = blocks(network)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    parallel.compile_(found, backend="eager")
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    assert len(found) > 8
+
+
+def test_what_one_rank_raises_one_process_raises() -> None:
+    with pytest.raises(OSError, match="away"), parallel.agreed():
+        raise OSError("away")
+    assert parallel.from_rank_0({"a": 1}) == parallel.merged({"a": 1}) == {"a": 1}
 
 
 def test_one_process_pays_nothing() -> None:

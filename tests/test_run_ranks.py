@@ -9,7 +9,7 @@ import skimage
 import torch
 from mapimages import sample, write_set, write_tar
 from PIL import Image
-from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_two_ranks, start_two_ranks
+from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_ranks, start_ranks
 from scenes import pair, write_pairs
 
 
@@ -19,9 +19,7 @@ def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards:
     config.write_text(VICREGL)
     assert run("--config", str(config), "--out", str(tmp_path / "one")) == 0
     two = str(tmp_path / "two")
-    printed = on_two_ranks(
-        "--config", str(config), "--shards", str(shards), "--out", two, "--log.checkpoint_every", "3"
-    )
+    printed = on_ranks("--config", str(config), "--shards", str(shards), "--out", two, "--log.checkpoint_every", "3")
     assert "2 ranks x 1 x 4" in printed
     (tmp_path / "two" / "checkpoints" / "step_000000006.pt").unlink()  # as if it had died after step 3
     assert run("--config", str(config), "--out", two) == 0
@@ -41,9 +39,9 @@ def test_bad_samples_are_those_of_all_ranks(tmp_path: Path) -> None:
     shards = str(write_tar(tmp_path / "x.tar", members))
     (config := tmp_path / "tiny.yaml").write_text(TINY)
     argv = ["--config", str(config), "--shards", shards, "--out"]
-    on_two_ranks(*argv, str(tmp_path / "two"))
+    on_ranks(*argv, str(tmp_path / "two"))
     assert [line["bad_samples"] for line in lines(tmp_path / "two")][-1] == 4
-    process = start_two_ranks(*argv, str(tmp_path / "few"), "--data.max_bad", "0.2")  # three of 16; each rank met two
+    process = start_ranks(*argv, str(tmp_path / "few"), "--data.max_bad", "0.2")  # three of 16; each rank met two
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 1 and "run.py: 4 of 16 samples are bad, but max_bad allows 3" in errors
     assert final(tmp_path / "few")["step"] >= 1
@@ -54,7 +52,7 @@ def test_bad_samples_are_those_of_all_ranks(tmp_path: Path) -> None:
 def test_a_rank_that_dies_ends_the_run(tmp_path: Path, shards: Path, rank: int) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "out"
     config.write_text(TINY.replace("steps: 6", "steps: 100000"))
-    process = start_two_ranks("--config", str(config), "--shards", str(shards), "--out", str(out))
+    process = start_ranks("--config", str(config), "--shards", str(shards), "--out", str(out))
     try:
         kill_rank(rank, out, 3)
         _, errors = process.communicate(timeout=45)  # torchrun gives the other rank 30 s to end by itself
@@ -73,10 +71,10 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) 
     pairs = write_pairs(tmp_path / "pairs", [pair(0), pair(1)])
     probes = {"train": labelled, "val": labelled, "segment_train": pairs, "segment_val": pairs, "every": "4"}
     words = [word for name, value in probes.items() for word in (f"--probe.{name}", value)]
-    on_two_ranks(*argv, str(tmp_path / "whole"), *words)
+    on_ranks(*argv, str(tmp_path / "whole"), *words)
     for score in ("knn", "segment_miou"):
         assert [line["step"] for line in lines(tmp_path / "whole") if score in line] == [8, 16, 24]
-    process = start_two_ranks(*argv, str(tmp_path / "out"), restarts=1)
+    process = start_ranks(*argv, str(tmp_path / "out"), options=("--max-restarts=1",))
     try:
         kill_rank(1, tmp_path / "out", 8)
         printed, errors = process.communicate(timeout=150)
@@ -87,20 +85,44 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) 
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+KINDS = {
+    "DDP": [],
+    "FSDP": ["--speed.parallel", "fsdp"],
+    "HSDP": ["--speed.parallel", "fsdp", "--speed.fsdp_copies", "2"],
+}
+
+
 @pytest.mark.slow
-def test_fsdp_learns_what_ddp_learns(tmp_path: Path, shards: Path) -> None:
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY)
-    for kind in ("ddp", "fsdp"):
-        out = str(tmp_path / kind)
-        argv = ["--config", str(config), "--shards", str(shards), "--out", out, "--speed.parallel", kind]
-        if kind == "fsdp":  # in two parts
-            on_two_ranks(*argv, "--stop-after", "0")
-            assert final(tmp_path / kind)["step"] == 1
-        on_two_ranks(*argv)
-    ddp, fsdp = ([line["loss"] for line in lines(tmp_path / kind)] for kind in ("ddp", "fsdp"))
-    assert fsdp == pytest.approx(ddp, rel=1e-5)
-    ddp, fsdp = (final(tmp_path / kind)["model"] for kind in ("ddp", "fsdp"))
-    assert ddp.keys() == fsdp.keys()
-    for name, weight in ddp.items():
-        torch.testing.assert_close(weight, fsdp[name], atol=1e-6, rtol=1e-5)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_learn_what_one_learns_and_go_on_as_more_and_fewer(
+    run: Callable[..., int], tmp_path: Path, shards: Path, kind: str, compiled: str
+) -> None:
+    """A step on two ranks, one on four, and the rest on two, against the run of one: losses and final weights."""
+    config, parts = tmp_path / "vicregl.yaml", tmp_path / "parts"
+    config.write_text(VICREGL)
+    assert run("--config", str(config), "--out", str(tmp_path / "one")) == 0
+    argv = ["--config", str(config), "--shards", str(shards), "--out", str(parts), *KINDS[kind]]
+    argv += ["--speed.compile", compiled, "--data.num_threads", "1"]
+    for step, ranks in ((1, 2), (2, 4)):
+        on_ranks(*argv, "--stop-after", "0", ranks=ranks)
+        assert final(parts)["step"] == step
+    printed = on_ranks(*argv)
+    assert "going on from step 2" in printed and (compiled == "on") == ("not compiled" not in printed)
+    alone, together = ([line["loss"] for line in lines(tmp_path / out)] for out in ("one", "parts"))
+    assert len(together) == 6
+    assert together == pytest.approx(alone, rel=1e-4)
+    one, many = (final(tmp_path / out)["model"] for out in ("one", "parts"))
+    assert one.keys() == many.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, many[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_copies_that_the_ranks_cannot_hold(tmp_path: Path, shards: Path) -> None:
+    (config := tmp_path / "tiny.yaml").write_text(TINY)
+    argv = ["--config", str(config), "--shards", str(shards), "--out", str(tmp_path / "out")]
+    process = start_ranks(*argv, "--speed.parallel", "fsdp", "--speed.fsdp_copies", "3")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1 and "run.py: speed.fsdp_copies: 2 ranks cannot hold 3 copies" in errors

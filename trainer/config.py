@@ -93,6 +93,8 @@ class Speed:
     """the method's forward pass as one compiled graph; auto: on a GPU"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """how ranks share the work; fsdp (FSDP2) also shards weights and optimizer state over them: for L, H and XL"""
+    fsdp_copies: int = 1
+    """fsdp: parts of the ranks that hold all weights each (HSDP); one a node keeps the gathering within nodes"""
     activation_checkpointing: bool = False
     """keep no activations within a block and compute them again in the backward pass: less memory, a third more work"""
     accumulate: int = 1
@@ -188,8 +190,8 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         "must be positive",
         lambda x: x > 0,
         "epochs steps batch_size data.num_threads data.prefetch optim.lr_batch optim.clip optim.max_skipped "
-        "speed.accumulate probe.every probe.images probe.segment_images log.every log.checkpoint_every log.keep_last "
-        "log.keep_every optim.power",
+        "speed.accumulate speed.fsdp_copies probe.every probe.images probe.segment_images log.every "
+        "log.checkpoint_every log.keep_last log.keep_every optim.power",
     ),
     (
         "must not be negative",

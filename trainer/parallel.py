@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
@@ -124,11 +125,27 @@ class _Gather(torch.autograd.Function):
         return mine
 
 
-def shard_(module: nn.Module, units: list[nn.Module]) -> None:
-    """FSDP2: shards the weights of each unit, and of the rest of `module`, over the ranks, in place."""
+def shard_(module: nn.Module, units: list[nn.Module], device: torch.device, *, copies: int = 1) -> None:
+    """FSDP2: shards the weights of each unit, and of the rest of `module`, over the ranks, in place.
+
+    With `copies`, each part of the ranks holds all of them (HSDP). Raises ValueError where they cannot be parted so.
+    """
+    if world_size() % copies:
+        raise ValueError(f"{world_size()} ranks cannot hold {copies} copies of the weights in equal parts")
+    mesh = init_device_mesh(device.type, (copies, world_size() // copies), mesh_dim_names=("copies", "shards"))
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh if copies > 1 else mesh["shards"])
+
+
+def compile_(units: list[nn.Module], backend: str = "inductor") -> None:
+    """Compiles each unit's forward pass in place: a graph for each shape that it is called with.
+
+    Torch counts the graphs of one code, and runs what comes after the eighth without compiling it: blocks share theirs,
+    and each may have a drop rate of its own.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     for unit in units:
-        fully_shard(unit)
-    fully_shard(module)
+        unit.compile(dynamic=False, backend=backend)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

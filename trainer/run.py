@@ -100,12 +100,13 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if cfg.speed.activation_checkpointing:
         backbones.checkpoint_activations_(method)
     if sharded := cfg.speed.parallel == "fsdp" and world_size > 1:
-        parallel.shard_(method, backbones.blocks(method))
-    if cfg.speed.compiles_on(
-        device.type
-    ):  # in place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each
-        for unit in backbones.blocks(method) if sharded else [method]:
-            unit.compile(dynamic=False)
+        try:
+            parallel.shard_(method, backbones.blocks(method), device, copies=cfg.speed.fsdp_copies)
+        except ValueError as error:
+            raise config.UsageError(f"speed.fsdp_copies: {error}") from None
+    if cfg.speed.compiles_on(device.type):
+        # In place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each.
+        parallel.compile_(backbones.blocks(method) if sharded else [method])
     optimizer = optim.build(cfg.optim, method)
     training_step = TrainingStep(
         method,
@@ -141,9 +142,11 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
 
     # ---------------------------------------------------------------- resume
     start, log, writer = resume(settings, changes, training_step, loader), None, None
+    with parallel.agreed():
+        if out:
+            log = metrics.Log(out.path, start, total, cfg.log, telling=method.telling, config=settings.text)
+            out.write_config(settings.text)
     if out:
-        log = metrics.Log(out.path, start, total, cfg.log, telling=method.telling, config=settings.text)
-        out.write_config(settings.text)
         writer = checkpoint.Writer(out.path / "checkpoints", cfg.log.keep_last, cfg.log.keep_every)
         out.at_exit(writer.wait)
         out.total = total
@@ -234,7 +237,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             profile.step()
 
     # ---------------------------------------------------------------- teardown
-    kept = writer.wait() if writer else True
+    kept = parallel.from_rank_0(writer.wait() if writer else True)
     stopped = stopped or outage is not None
     failure = str(outage) if isinstance(outage, ShardError) else None
     if not kept:
@@ -254,6 +257,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         with informing("summary"):
             records = report.read_log(out.path / "log.jsonl")
             print(summary(out.path, result.state, records, time.monotonic() - began), flush=True)
+    parallel.any_rank(False)  # launchers end all ranks when one has ended
     parallel.disconnect()
     if failure:
         raise config.RunError(failure)
