@@ -1,6 +1,9 @@
 """The program as a function: `trainer.train`."""
 
+import importlib
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +46,13 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         trainer.train(**{"shards": shards, "out": tmp_path / "out", "config": tmp_path / "tiny.yaml", **settings})
+
+
+def test_threads_of_a_program_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ``python -m trainer.segment`` and its kin, not of a program that imports the package."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    for name, expected in (("own.py", None), ("-m", "passive")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setattr(sys, "argv", [name])
+        importlib.reload(trainer)
+        assert os.environ.get("OMP_WAIT_POLICY") == expected

@@ -1,5 +1,7 @@
 """Pretraining and evaluation of LOCA and VICRegL: programs, and `train` and `load` for code of your own."""
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +9,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainer.folder import Result
+
+if sys.argv[0] == "-m":  # of ``python -m trainer.PROGRAM``, before that is found: torch is not loaded yet
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # run.py says why
 
 
 def train(
