@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline import Batch, Loader, ShardSet
     from trainer import cost, metrics
+    from trainer.evaluate import Probe
+    from trainer.method import Method
+    from trainer.segmentation.monitor import Monitor
     from trainer.step import TrainingStep
 
 if __name__ == "__main__":
@@ -152,13 +155,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         out.total = total
         out.status("running", start)
         facts = describe(cfg, training_step, shards, loader, estimate, range(start, total))
-        print(
-            *changes,
-            *facts,
-            f"to {out.path}/" + (f", going on from step {start:,}" if start else ""),
-            sep="\n",
-            flush=True,
-        )
+        place = f"to {out.path}/" + (f", going on from step {start:,}" if start else "")
+        print(*changes, *facts, place, sep="\n", flush=True)
 
     # ---------------------------------------------------------------- loop
     interrupt = Interrupt(cfg.stop_after)
@@ -195,15 +193,10 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             period, last_line = cfg.probe.every * steps_per_epoch, (done - 1) // cfg.log.every * cfg.log.every
             due = not stopped and (done == total or done // period > last_line // period)
             try:
-                if probe and due:
-                    record["knn"] = probe(method.backbone())
-                if monitor and log and due:
-                    record["segment_miou"], panels = monitor(method.backbone())
-                    log.picture("segmentation", panels, done)
+                if log and due:
+                    record |= scores(probe, monitor, method, log, done)
             except ReadError as error:  # the run stops after the next step, when the other ranks hear of it
                 outage = error
-            except Exception as error:  # out of memory, for example
-                print(f"run.py: no score at step {done}: {' '.join(str(error).split())}", file=sys.stderr)
             if log and out:
                 log.line(record)
                 out.status("running", done)
@@ -239,9 +232,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     # ---------------------------------------------------------------- teardown
     kept = parallel.from_rank_0(writer.wait() if writer else True)
     stopped = stopped or outage is not None
-    failure = str(outage) if isinstance(outage, ShardError) else None
-    if not kept:
-        failure = f"the last steps are not kept: make room for {settings.out}, and run it again"
+    full = f"the last steps are not kept: make room for {settings.out}, and run it again"
+    failure = full if not kept else str(outage) if isinstance(outage, ShardError) else None
     if outage and failure != str(outage):
         print(f"run.py: {outage}", file=sys.stderr)
     if log and out and not stopped and kept:
@@ -262,6 +254,26 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if failure:
         raise config.RunError(failure)
     return result
+
+
+def scores(
+    probe: "Probe | None", monitor: "Monitor | None", method: "Method", log: "metrics.Log", step: int
+) -> dict[str, float]:
+    """What the probes find; a picture goes into the log. One that fails is left out. Raises ReadError."""
+    from pipeline import ReadError
+
+    found: dict[str, float] = {}
+    try:
+        if probe:
+            found["knn"] = probe(method.backbone())
+        if monitor:
+            found["segment_miou"], panels = monitor(method.backbone())
+            log.picture("segmentation", panels, step)
+    except ReadError:
+        raise
+    except Exception as error:  # out of memory, for example
+        print(f"run.py: no score at step {step}: {' '.join(str(error).split())}", file=sys.stderr)
+    return found
 
 
 def describe(
