@@ -28,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="record the seeded losses again: results changed")
 
 
+@pytest.fixture(autouse=True)
+def open_webdataset() -> Iterator[None]:
+    """A stream puts webdataset into its secure mode for the whole process; other tests read files through it."""
+    yield
+    if utils := sys.modules.get("webdataset.utils"):
+        utils.enforce_security = False  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 crops of a photograph in one foreign tar: two steps of 8 make an epoch."""
