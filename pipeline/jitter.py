@@ -352,14 +352,32 @@ def _plan(p, i, means, steps, numbers, factors):
         steps[i] = _SATURATE + far if operation == SATURATION else _AFFINE + far
 
 
+# Both take arrays and not their addresses: numba frees an array behind the last use of its name.
+@kernel
+def _before_contrast(scratch, columns, size, steps, numbers, factors, stop, sums):
+    """Steps 0..stop-1 of `columns` into `scratch` i16 (size, 3, padded), with their sums over each channel."""
+    padded, plan, shorts, floats = scratch.shape[2], steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
+    for x in range(size):
+        source, target = columns.ctypes.data + 3 * padded * x, scratch.ctypes.data + 6 * padded * x
+        _first_pass(source, padded, target, 2 * padded, size, plan, shorts, floats, 0, stop, sums.ctypes.data)
+
+
+@kernel
+def _from_contrast(columns, scratch, size, steps, numbers, factors, start, stop, gray):
+    """Steps start..stop-1 of `scratch`, and gray, into `columns`."""
+    padded, plan, shorts, floats = scratch.shape[2], steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
+    for x in range(size):
+        source, target = scratch.ctypes.data + 6 * padded * x, columns.ctypes.data + 3 * padded * x
+        _second_pass(source, 2 * padded, target, padded, size, plan, shorts, floats, start, stop, gray)
+
+
 @kernel
 def jitter_and_gray(columns, size, p):
     """Augments `columns` u8 (size, 3 * padded), (x, channel, y), in place, as parameters f32 (PARAMS,) say.
 
     padded is at least LANES. A factor is at most 3.5: `recipes` allows 3.
     """
-    padded = columns.shape[1] // 3
-    scratch = np.empty((size, 3, padded), dtype=np.int16)
+    scratch = np.empty((size, 3, columns.shape[1] // 3), dtype=np.int16)
     sums = np.zeros(3, dtype=np.int64)
     means = np.zeros(3, dtype=np.float32)
     steps, numbers = np.empty(4, dtype=np.int64), np.empty((4, _NUMBERS), dtype=np.int16)
@@ -370,17 +388,9 @@ def jitter_and_gray(columns, size, p):
         while PERMUTATIONS[np.int64(p[ORDER]), contrast] != CONTRAST:
             _plan(p, contrast, means, steps, numbers, factors)
             contrast += 1
-    plan, shorts, floats = steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
-    bytes_, units = columns.ctypes.data, scratch.ctypes.data
-    for x in range(size):
-        source, target = bytes_ + 3 * padded * x, units + 6 * padded * x
-        _first_pass(source, padded, target, 2 * padded, size, plan, shorts, floats, 0, contrast, sums.ctypes.data)
+    _before_contrast(scratch, columns, size, steps, numbers, factors, contrast, sums)
     for c in range(3):
         means[c] = sums[c] / (size * size)
     for i in range(contrast, stop):
         _plan(p, i, means, steps, numbers, factors)
-    for x in range(size):
-        source, target = units + 6 * padded * x, bytes_ + 3 * padded * x
-        _second_pass(
-            source, 2 * padded, target, padded, size, plan, shorts, floats, contrast, stop, np.int64(p[GRAY] > 0)
-        )
+    _from_contrast(columns, scratch, size, steps, numbers, factors, contrast, stop, np.int64(p[GRAY] > 0))

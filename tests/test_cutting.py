@@ -4,6 +4,9 @@ Tolerances, in levels of 255: resize 1.05 and blur 1.35 (two roundings each), ji
 point's), solarize 0.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import cycle, product
 
@@ -290,6 +293,32 @@ def test_a_huge_image_shrinks_through_a_wide_filter() -> None:
     image = np.zeros((3000, 40, 3), np.uint8)
     image[::2] = 255
     assert off(cut(image, (0, 0, 3000, 40), 8), 127.5) < 1.1
+
+
+def test_memory_is_not_freed_before_its_last_use() -> None:
+    """Kernels pass addresses, which keep no array alive: here glibc overwrites what is freed, at once."""
+    code = """
+import numpy as np
+from pipeline import cutting, draws, recipes
+image = np.random.default_rng(0).integers(0, 256, (120, 150, 3), dtype=np.uint8)
+for recipe in recipes.loca("paper", size=96), recipes.loca("released", size=96), recipes.vicregl(size=96):
+    outs = tuple(np.zeros((cut.count, cut.size, cut.size, 3), np.uint8) for cut in recipe.cuts)
+    sizes = np.array([image.shape[:2]], np.int32)
+    for sample in range(4):
+        windows, params = draws.draw(draws.distributions(recipe), 0, 0, np.array([sample]), sizes)
+        cutting.cut_image(outs, image, windows[0], params[0])
+        print([out.astype(np.int64).sum(axis=(0, 1, 2)).tolist() for out in outs])
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.tcache_count=0:glibc.malloc.perturb={byte}"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for byte in ("0", "165")
+    ]
+    assert found[0].count(b"\n") == 12 and found[0] == found[1]
 
 
 def test_the_python_text_of_the_kernels_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
