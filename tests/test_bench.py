@@ -223,6 +223,7 @@ def test_an_experts_colours_are_the_recipes(shards: str) -> None:
     assert np.array_equal(by_hand._coloured(view, flat, rng, cv2), np.minimum(view, 255 - view))
 
 
+@pytest.mark.slow
 def test_dalis_graph_makes_batches_of_every_kind(shards: str) -> None:
     from benchmarking import dali_graph, stages
 

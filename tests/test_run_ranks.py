@@ -13,6 +13,7 @@ from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_ran
 from scenes import pair, write_pairs
 
 
+@pytest.mark.slow
 def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
     """Interrupted on two ranks, a run goes on with one: same samples, same losses as one rank from the start."""
     config = tmp_path / "two.yaml"

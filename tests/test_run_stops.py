@@ -24,7 +24,13 @@ def status(out: Path) -> dict:
     return json.loads((out / "status.json").read_text())
 
 
-@pytest.mark.parametrize("stops", [[2, 3], [4]], ids=["edge of an epoch, then again", "later"])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([2, 3], id="edge of an epoch, then again"),
+        pytest.param([4], id="later", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_and_resumed_is_uninterrupted(
     run: Callable[..., int], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
@@ -84,7 +90,7 @@ def test_a_clean_stop_is_no_failure_to_torchrun(
     "numbers",
     [
         pytest.param([signal.SIGTERM, signal.SIGTERM, signal.SIGINT], id="SIGTERM, as SLURM and torchrun send it"),
-        pytest.param([signal.SIGUSR1, signal.SIGINT, signal.SIGINT], id="SIGUSR1"),
+        pytest.param([signal.SIGUSR1, signal.SIGINT, signal.SIGINT], id="SIGUSR1", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_leaves_a_checkpoint(tmp_path: Path, shards: Path, numbers: list[signal.Signals]) -> None:
@@ -156,7 +162,9 @@ def test_an_outage_of_the_storage_stops_a_run_with_a_checkpoint(
     assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("ends", ["storage answers again", "a signal", "patience"])
+@pytest.mark.parametrize(
+    "ends", ["storage answers again", *(pytest.param(end, marks=pytest.mark.slow) for end in ("a signal", "patience"))]
+)
 def test_an_outage_is_waited_for(
     run: Callable[..., int],
     tmp_path: Path,
