@@ -31,6 +31,7 @@ from .parameters import (
     TENSORFLOW,
     TORCHVISION,
 )
+from .simd import splat
 
 LANES = 32  # pixels of a block; a column of a view has at least as many rows of memory
 LEVEL = 128
@@ -125,12 +126,7 @@ class _Numbers:
         return self.builder.load(self.builder.inttoptr(address, _SHORT.as_pointer()), align=2)
 
     def __getitem__(self, i: int) -> _Row:
-        return _Row(self.builder, _splat(self.builder, self.scalar(i), _SHORTS))
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value, to: ir.VectorType) -> ir.Value:
-    one = builder.insert_element(ir.Constant(to, ir.Undefined), value, _INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
+        return _Row(self.builder, splat(self.builder, self.scalar(i), LANES))
 
 
 def _shift(pixels: _Pixels, n: _Numbers) -> _Pixels:
@@ -167,7 +163,7 @@ def _saturate_hsv(pixels: _Pixels, factor: ir.Value) -> _Pixels:
     chroma = value - r.at_most(g).at_most(b)
     builder = r.builder
     most = builder.fdiv(value.floats(), chroma.at_least(1).floats())
-    gain = _splat(builder, factor, _FLOATS)
+    gain = splat(builder, factor, LANES)
     gain = builder.select(builder.fcmp_ordered("<", gain, most), gain, most)
 
     def moved(x: _Row) -> _Row:
@@ -268,7 +264,7 @@ def _pass(builder: ir.IRBuilder, bytes_in: bool, source, target, size, steps, nu
 
 def _lanes(builder: ir.IRBuilder, sign: str, bound: ir.Value) -> ir.Value:
     places = ir.Constant(_SHORTS, list(range(LANES)))
-    return builder.icmp_signed(sign, places, _splat(builder, builder.trunc(bound, _SHORT), _SHORTS))
+    return builder.icmp_signed(sign, places, splat(builder, builder.trunc(bound, _SHORT), LANES))
 
 
 def _dispatch(builder: ir.IRBuilder, pixels: list[ir.Value], step, steps, numbers, factors) -> None:

@@ -144,7 +144,7 @@ class ShardSet:
     def only(self, names: Iterable[str]) -> "ShardSet":
         """The set of the images that are named, as keys or as files, with or without folders and ending.
 
-        In the order in which they are stored, numbered anew. Raises ValueError for a name of no image, or of two.
+        In the order in which they are stored, numbered again. Raises ValueError for a name of no image, or of two.
         """
         wanted = {split_name(name)[0] for name in names}
         places: dict[str, int] = {}

@@ -44,13 +44,13 @@ def _weigh_block(typing_context, out, source, stride, weights, taps):
         centres = constant(-0x7F80)  # 128 in both bytes
         # Half a unit for the final rounding; each product below is rounded down, by half a fractional bit on average.
         half = builder.add(builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT), _SHORT(32))
-        totals = [cgutils.alloca_once_value(builder, _splat(builder, half, LANES // 2)) for _ in range(2)]
+        totals = [cgutils.alloca_once_value(builder, splat(builder, half, LANES // 2)) for _ in range(2)]
         with cgutils.for_range(builder, taps) as loop:
             address = builder.add(source, builder.mul(loop.index, stride))
             row = builder.xor(builder.load(_pointer(builder, address, pairs), align=1), centres)
             address = builder.add(weights, builder.shl(loop.index, taps.type(1)))
             weight = builder.load(_pointer(builder, address, _SHORT), align=2)
-            weight = builder.sext(_splat(builder, weight, LANES // 2), wide)
+            weight = builder.sext(splat(builder, weight, LANES // 2), wide)
             upper = builder.shl(row, constant(8)), builder.and_(row, constant(-0x100))
             for total, byte in zip(totals, upper, strict=True):
                 product = builder.mul(builder.sext(byte, wide), weight)
@@ -70,7 +70,7 @@ def _weigh_block(typing_context, out, source, stride, weights, taps):
     return types.void(*[types.intp] * 5), codegen
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, _INT(0))
     return builder.shuffle_vector(one, one, _vector(_INT, [0] * lanes))
 

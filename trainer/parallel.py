@@ -57,7 +57,7 @@ def connect() -> torch.device:
 def _meet(store: dist.Store, rank_here: int, world: int) -> str:
     """A name that these ranks alone know, for what they keep in `store`.
 
-    Ranks that torchrun starts anew get the store of those before them, and torch takes addresses of dead processes from
+    Ranks that torchrun restarts get the store of those before them, and torch takes addresses of dead processes from
     it. No variable tells the starts apart: a node that joins counts restarts from 0, and a change of the number of
     nodes is not counted. So each rank asks under a name of its own until rank 0, which may read a dead rank's question
     first, has answered it.
