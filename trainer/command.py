@@ -1,7 +1,6 @@
 """What the commands beside run.py share: a mistake in what was asked for is one sentence and exit code 2."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -9,8 +8,7 @@ from functools import wraps
 import torch
 
 from trainer.config import RunError, UsageError
-
-STOPPED = 75  # EX_TEMPFAIL, as run.py: run it again to go on
+from trainer.folder import stop_code
 
 
 class Stopped(Exception):
@@ -25,8 +23,8 @@ def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list
         def program(argv: list[str]) -> int:
             try:
                 main(argv)
-            except Stopped:  # torchrun would restart it for any code but 0
-                return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+            except Stopped:
+                return stop_code()
             except (OSError, ValueError, UsageError, RunError) as error:
                 print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
                 return 1 if isinstance(error, RunError) else 2

@@ -1,6 +1,7 @@
 """The folder of a run: one run at a time writes to it, with settings that fit what it holds, and says how it goes."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ FIXED = ("method", "seed", "optim.name", "METHOD.backbone", "METHOD.views.")
 FREE = ("out", "stop_after", "patience")  # settings that each start may name again
 
 State = Literal["running", "done", "stopped", "failed"]
+
+
+def stop_code() -> int:
+    """The exit code of a run that was stopped after a checkpoint: EX_TEMPFAIL, run it again to go on.
+
+    Under torchrun it is 0: any other is a failure, for which torchrun would restart what was just stopped.
+    """
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
 
 
 @dataclass(frozen=True)

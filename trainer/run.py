@@ -34,8 +34,6 @@ if __name__ == "__main__":
 from trainer import config, folder
 from trainer.folder import Result
 
-STOPPED = 75  # EX_TEMPFAIL: run it again to go on
-
 
 def main(argv: list[str]) -> int:
     """The exit code of the run that `argv` describes. Raises UsageError and RunError."""
@@ -44,8 +42,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config.check_paths(config.options(argv))
     result = start(config.parse(argv))
-    # torchrun takes any other code than 0 for a failure, and would restart the run that was just stopped.
-    return STOPPED if result.state == "stopped" and "TORCHELASTIC_RUN_ID" not in os.environ else 0
+    return folder.stop_code() if result.state == "stopped" else 0
 
 
 def start(settings: config.Settings) -> Result:
