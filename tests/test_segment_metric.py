@@ -59,6 +59,26 @@ def test_a_class_that_is_only_predicted_counts_and_an_absent_one_does_not() -> N
     assert confusion.miou == pytest.approx(0.5)
 
 
+def test_the_standard_error_is_the_spread_over_sets_of_images() -> None:
+    """Many sets drawn afresh from one distribution: their mIoU spreads as the estimate from one set says."""
+
+    def drawn(images: int) -> Confusion:
+        confusion = Confusion(3)
+        for skill in torch.rand(images, generator=G):  # images differ: pixels of one are not independent
+            truth = torch.randint(3, (64,), generator=G)
+            wrong = torch.rand(64, generator=G) > skill
+            confusion.add(torch.where(wrong, torch.randint(3, (64,), generator=G), truth), truth)
+        return confusion
+
+    spread = np.std([drawn(40).miou for _ in range(300)])
+    found = [drawn(40).standard_error() for _ in range(20)]
+    assert np.mean(found) == pytest.approx(spread, rel=0.15)
+    same = drawn(5)
+    assert same.standard_error(seed=1) == same.standard_error(seed=1) != same.standard_error(seed=2)
+    one = drawn(1)
+    assert math.isnan(one.standard_error())
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "height", "width"), [(3, 5, 31, 64), (4, 4, 4, 9), (6, 3, 5, 3), (1, 1, 8, 8)]
 )

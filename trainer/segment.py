@@ -133,10 +133,15 @@ def logistic(
 
 
 def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:
-    """mIoU, pixel accuracy and each class's IoU (None: it does not occur), in percent."""
-    each = [None if math.isnan(iou) else 100 * iou for iou in confusion.iou.tolist()]
+    """mIoU with its standard error over images, pixel accuracy, each class's IoU, in percent; None: there is none."""
+
+    def percent(value: float) -> float | None:
+        return None if math.isnan(value) else 100 * value
+
+    each = map(percent, confusion.iou.tolist())
     return {
         "miou": 100 * confusion.miou,
+        "miou_standard_error": percent(confusion.standard_error()),
         "pixel_accuracy": 100 * confusion.pixel_accuracy,
         "per_class": dict(zip(names, each, strict=True)),
     }
@@ -144,7 +149,7 @@ def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:
 
 def table(figures: dict[str, dict[str, Any]], truth: Confusion, names: list[str]) -> str:
     """Every figure in percent: a line a class with its share of the labelled pixels, then mIoU and pixel accuracy."""
-    width = max(map(len, (*names, "pixel accuracy")))
+    width = max(map(len, (*names, "standard error")))
     lines = [
         f"{'IoU, %':{width}}   share" + "".join(f" {name.replace('_', '+'):>{max(9, len(name))}}" for name in figures)
     ]
@@ -158,8 +163,9 @@ def table(figures: dict[str, dict[str, Any]], truth: Confusion, names: list[str]
 
     for name, share in zip(names, shares.tolist(), strict=True):
         lines.append(line(name, f"{share:.1f}", [found["per_class"][name] for found in figures.values()]))
-    lines.append(line("mIoU", "", [found["miou"] for found in figures.values()]))
-    lines.append(line("pixel accuracy", "", [found["pixel_accuracy"] for found in figures.values()]))
+    rows = {"mIoU": "miou", "standard error": "miou_standard_error", "pixel accuracy": "pixel_accuracy"}
+    for title, key in rows.items():
+        lines.append(line(title, "", [found[key] for found in figures.values()]))
     return "\n".join(lines)
 
 

@@ -23,13 +23,16 @@ class Confusion:
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        self._images: list[Tensor] = []  # of each call: pixels right, labelled and predicted, i64 (3, C)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         """Counts label maps of one shape, any integers; `predicted` in [0, C), `truth` in [0, C) or VOID."""
         classes = len(self.matrix)
         labelled = truth != VOID
         pairs = truth[labelled].long() * classes + predicted[labelled].long()
-        self.matrix += pairs.bincount(minlength=classes**2).view(classes, classes)
+        matrix = pairs.bincount(minlength=classes**2).view(classes, classes)
+        self.matrix += matrix
+        self._images.append(torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
 
     @property
     def iou(self) -> Tensor:
@@ -41,6 +44,19 @@ class Confusion:
     def miou(self) -> float:
         """The mean IoU of the classes that occur, labelled or predicted; NaN where there are none."""
         return self.iou.nanmean().item()
+
+    def standard_error(self, resamples: int = 1000, seed: int = 0) -> float:
+        """The standard error of `miou` by bootstrap over images, where each `add` was one; NaN for a single image.
+
+        It says how far another draw of as many independent images would move the figure, not another training. Frames
+        of one video are not independent: for them it is too small.
+        """
+        if len(self._images) < 2:
+            return math.nan
+        images = torch.stack(self._images).double().cpu()  # (n, 3, C)
+        drawn = np.random.default_rng(seed).multinomial(len(images), [1 / len(images)] * len(images), resamples)
+        right, labelled, predicted = torch.einsum("rn,nkc->krc", torch.from_numpy(drawn).double(), images)
+        return (right / (labelled + predicted - right)).nanmean(1).std().item()
 
     @property
     def pixel_accuracy(self) -> float:
