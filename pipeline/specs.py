@@ -3,6 +3,7 @@
 A spec is a directory, a brace pattern, a tar, or a list of these; of a directory with several splits one is named.
 """
 
+import argparse
 import os
 import re
 from collections.abc import Sequence
@@ -52,6 +53,17 @@ def expand(pattern: str) -> list[str]:
     else:
         raise ShardError(f"{pattern!r}: {found[0]} is neither a range {{0000..0099}} nor a list {{a,b}}")
     return list(chain.from_iterable(expand(pattern[: found.start()] + c + pattern[found.end() :]) for c in choices))
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What `parser` makes of the words; it ends the program where some are left, and says where they come from."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith("-"):
+        parser.error(f"unknown option {rest[0]}")
+    if rest:
+        more = f" and {len(rest) - 1:,} more" * (len(rest) > 1)
+        parser.error(f"one word too many, {rest[0]!r}{more}: the shell expands a pattern that is not in quotes")
+    return args
 
 
 def resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:

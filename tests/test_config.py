@@ -55,6 +55,16 @@ def test_the_folder_of_a_run_names_its_settings(tmp_path: Path) -> None:
     assert config.parse(["--out", str(tmp_path), "--method", "loca"]).run.seed == 0
 
 
+def test_a_time_limit_holds_for_the_start_that_names_it(tmp_path: Path) -> None:
+    """A limit of the folder's own would stop every start after it, and nobody would know why."""
+    limited = config.parse(["--shards", "x", "--seed", "7", "--stop-after", "600", "--out", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(limited.text)
+    assert limited.run.stop_after == 600
+    assert config.parse(["--out", str(tmp_path)]).run.stop_after is None
+    again = config.parse(["--out", str(tmp_path), "--stop-after", "5"]).run
+    assert (again.stop_after, again.seed) == (5, 7)
+
+
 def test_a_preset_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of that name comes first."""
     assert config.parse(["--shards", "x", "--config", "loca_s16_1k_600ep"]).run.epochs == 600

@@ -335,6 +335,8 @@ def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.Cap
     for argv, sentence in (
         ([str(tmp_path), *bare, "--untrained", "0"], r"bare.*without a class"),
         ([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"], r"nowhere: not a readable checkpoint"),
+        ([str(tmp_path), *bare, "b.tar"], r"'b.tar' is no option: .* put it in quotes"),
+        ([str(tmp_path), *bare, "--seed", "1"], r"--seed: settings of run.py belong to --head sgd"),
         ([str(tmp_path), *bare, "--device", "tpu"], r"--device tpu: .*tpu"),
         ([str(tmp_path), *bare, "--untrained", "-1"], r"--untrained -1: a seed"),
         ([str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "0"], r"size"),

@@ -47,7 +47,21 @@ def test_a_curve_lies_where_its_numbers_are() -> None:
     points = np.array([point.split(",") for point in re.search('points="(.*?)"', svg)[1].split()], float)
     left, right, top, bottom = report.LEFT, report.WIDTH - report.RIGHT, report.TOP, report.HEIGHT - report.BOTTOM
     assert np.allclose(points, [(left, bottom), ((left + right) / 2, top), (right, (top + bottom) / 2)])
-    assert re.findall(">([^<>]+)</text>", svg) == ["0", "20", "40", "10", "30"]
+    assert re.findall(">([^<>]+)</text>", svg) == ["0", "20", "40", "step 10", "30"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "labels"),
+    [
+        ("ema_momentum", (0.90002, 0.90011), "0.90002 0.90004 0.90006 0.90008 0.90010 0.90012"),
+        ("step_ms", (2104.0, 13400.0), "0 5,000 10,000 15,000"),
+        ("position_accuracy", (0.0058, 0.0063), "0.56% 0.58% 0.60% 0.62% 0.64%"),
+        ("lr", (1e-8, 3e-8), "1e-08 2e-08 3e-08"),
+    ],
+)
+def test_ticks_tell_levels_apart(name: str, values: tuple[float, float], labels: str) -> None:
+    svg = report.chart(name, [{"step": k, name: value} for k, value in enumerate(values)])
+    assert re.findall('"end">([^<>]+)</text>', svg)[: len(labels.split())] == labels.split()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 0.0), (0.02, 0.02), (-2e-7, 1e-7), (99.0, 1234.0)])

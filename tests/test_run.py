@@ -38,7 +38,7 @@ def test_what_it_leaves_behind(run: Callable[..., int], tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert "not compiled" in printed and "2 steps an epoch, 6 to go" in printed
     assert "rises" not in printed  # for 2 steps
-    assert "1 ranks x 99 decoding threads share" in printed
+    assert "1 rank x 99 decoding threads share" in printed
     assert "step 6/6  epoch 3  loss " in printed and "position_accuracy" in printed and "0:00 h left" in printed
     assert "done at step 6 after 0:0" in printed and f"python -m trainer.export {out} exported" in printed
     assert (out / "config.yaml").read_text().count("vit_nano_patch16") == 1

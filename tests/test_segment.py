@@ -168,7 +168,9 @@ def test_what_cannot_be_used_is_named_in_a_sentence(
     assert re.search(reason, message), message
 
 
-@pytest.mark.parametrize("option", ["--size 0", "--memory 0", "--layers 9", "--untrained -1", "--device nowhere"])
+@pytest.mark.parametrize(
+    "option", ["--size 0", "--memory 0", "--layers 9", "--untrained -1", "--device nowhere", "--seed 1"]
+)
 def test_options_that_cannot_be_meant(
     option: str, sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def test_command(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         show.main(["--shards", str(tar), "--recipe", "mae"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [("a.tar b.tar c.tar", "'b.tar' and 1 more: .* in quotes"), ("a --x", "--x")]
+)
+def test_a_pattern_that_the_shell_has_expanded(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        show.main(["--shards", *words.split(), "--recipe", "plain"])
+    assert ended.value.code == 2 and re.search(sentence, capsys.readouterr().err)

@@ -19,6 +19,7 @@ from benchmarking import machine, meter, report, rivals, stages, sweeps
 
 from pipeline import Recipe, ShardSet, cores, recipes
 from pipeline.normalise import Pixels
+from pipeline.specs import parse_args
 
 RECIPES = ("loca", "vicregl", "vicregl_resnet50", "plain")
 STAGES = ("read", "decode", "draw", "cut", "colour", "correspondences", "transfer", "whole loader")
@@ -49,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="write the result here as well")
     add("--compare", type=Path, help="an earlier --json to hold this run against")
     add("--chart", type=Path, help="write a PNG of the ladder")
-    return parser.parse_args(argv)
+    return parse_args(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

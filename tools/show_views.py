@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import Loader, Recipe, ShardSet, recipes
+from pipeline.specs import parse_args
 
 WIDTH, MARGIN, GAP, LABEL, BETWEEN = 1640, 28, 14, 22, 46  # of the page, in pixels
 FINE = 2  # everything is drawn so many times larger, then shrunk: smooth lines
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fidelity", choices=["paper", "released"], help="default: the recipe's own")
     parser.add_argument("--seed", type=int, default=0, help="another seed shows another image and other draws")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     try:
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
         save(page, args.out)

@@ -170,7 +170,7 @@ class Run:
     batch_size: int = 1024
     """samples per step over all ranks together"""
     stop_after: float | None = None
-    """minutes after which to write a checkpoint and exit with 75, as a signal would"""
+    """minutes after which to write a checkpoint and exit with 75, as a signal would; --out alone goes on without it"""
     patience: float = 0.0
     """minutes that storage which does not answer is waited for, after a read's own retries, before the run stops in the
     same way"""
@@ -325,7 +325,8 @@ def options(argv: list[str]) -> dict[str, Any]:
     while words:
         key, equals, value = words.pop().partition("=")
         if not key.startswith("--"):
-            quote = "; the shell has expanded a pattern: put it in quotes" if key.endswith(".tar") else ""
+            file = key.endswith(".tar") or Path(key).exists()
+            quote = "; the shell has expanded a pattern: put it in quotes" if file else ""
             raise UsageError(f"{key!r} is no option: their names begin with --{quote}")
         if not equals:
             value = "true" if not words or words[-1].startswith("--") else words.pop()
@@ -341,7 +342,9 @@ def _file(given: Mapping[str, Any]) -> dict[str, Any]:
         return read_yaml(_named(str(given["config"])))
     earlier = Path(given.get("out", "")) / "config.yaml"
     resumes = "out" in given and not given.keys() & {"method", "shards"} and earlier.is_file()
-    return read_yaml(earlier) if resumes else {}
+    found = read_yaml(earlier) if resumes else {}
+    found.pop("stop_after", None)  # it is of one start: who goes on after it wants to go on
+    return found
 
 
 def small(method: str) -> str:

@@ -68,7 +68,12 @@ def short(name: str, value: float) -> str:
     """A number as people read it: shares of what is right in percent, all others with four digits."""
     if name == "segment_miou":
         return f"{value:.1f}%"
-    return f"{value:.1%}" if name == "knn" or name.endswith("accuracy") else f"{value:.4g}"
+    return f"{value:.1%}" if in_percent(name) else f"{value:.4g}"
+
+
+def in_percent(name: str) -> bool:
+    """Whether a number is a share, from 0 to 1, that people read in percent."""
+    return name == "knn" or name.endswith("accuracy")
 
 
 def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: float) -> str:

@@ -240,8 +240,7 @@ def main(argv: list[str]) -> None:
     if args.head == "sgd":
         heads.classify(args, rest, args.out or run / "linear")
         return
-    if rest:
-        raise ValueError(f"unknown option {rest[0]!r}: settings of run.py belong to --head sgd")
+    heads.refuse(rest)
     method: Any = checkpoint.restore(checkpoint.load(path))
     size = trained_size(method) if args.size is None else args.size
     train, val = labelled(args.train), labelled(args.val)

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates, a head each (--head sgd)")
 
 
+def refuse(rest: list[str]) -> None:
+    """Raises UsageError for words that are options of run.py alone, or none."""
+    for name in config.options(rest):
+        raise config.UsageError(f"unknown option --{name}: settings of run.py belong to --head sgd")
+
+
 def segment(options: argparse.Namespace, rest: list[str], out: Path) -> None:
     """Trains the heads that `trainer.segment` is asked for, scores them, and prints a table and a line of JSON."""
     train, val = Labelled(options.train), Labelled(options.val)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import host
-from trainer.console import short
+from trainer.console import in_percent, short
 from trainer.metrics import group
 
 POINTS = 400  # of a curve: a longer one is averaged
@@ -102,12 +102,12 @@ def chart(name: str, records: Sequence[dict[str, Any]]) -> str:
 
     lines = "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level(tick):.1f}" y2="{level(tick):.1f}" stroke="#e4e4e4"/>'
-        f'<text x="{LEFT - 5}" y="{level(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
-        for tick in ticks
+        f'<text x="{LEFT - 5}" y="{level(tick) + 4:.1f}" text-anchor="end">{label}</text>'
+        for tick, label in zip(ticks, _labels(ticks, in_percent(name)), strict=True)
     )
     lines += "".join(
-        f'<text x="{place:.0f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{known[k][0]:,}</text>'
-        for place, anchor, k in ((LEFT, "start", 0), (WIDTH - RIGHT, "end", -1))[: len(known)]
+        f'<text x="{place:.0f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{what}{known[k][0]:,}</text>'
+        for place, anchor, k, what in ((LEFT, "start", 0, "step "), (WIDTH - RIGHT, "end", -1, ""))[: len(known)]
     )
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, level(values), strict=True))
     dot = f'<circle cx="{x[-1]:.1f}" cy="{level(values[-1]):.1f}" r="2.5" fill="#1664c0"/>'
@@ -123,6 +123,14 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 2))
     step *= next((factor for factor in (5, 2) if (high - low) / (factor * step) >= 2), 1)
     return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
+    """The ticks in figures, with as many decimals as tell them apart."""
+    scale = 100 if percent else 1
+    decimals = max(0, -math.floor(math.log10(scale * (ticks[1] - ticks[0])) + 1e-9))
+    form = f",.{decimals}f" if decimals <= 5 else ".4g"
+    return [f"{scale * tick + 0.0:{form}}{'%' * percent}" for tick in ticks]
 
 
 def _pictures(out: Path) -> str:

@@ -288,11 +288,11 @@ def describe(
         f"{estimate.flops_per_image / 1e9:.3g} GFLOP an image, {cfg.speed.precision_on(device.type)}, "
         f"{'not ' * (not compiled)}compiled, {ranks} x {parallel.name(device)}, {host.cores()} cores, "
         f"{loader.num_threads} decoder threads each",
-        f"{len(shards):,} images, batch {cfg.batch_size} = {ranks} ranks x {cfg.speed.accumulate} x "
+        f"{len(shards):,} images, batch {cfg.batch_size} = {ranks} rank{'s' * (ranks > 1)} x {cfg.speed.accumulate} x "
         f"{loader.batch_size}, {epoch:g} steps an epoch, {len(steps):,} to go",
     ]
     if here * loader.num_threads > host.cores():
-        shared = f"{here} ranks x {loader.num_threads} decoding threads share {host.cores()} cores"
+        shared = f"{here} rank{'s' * (here > 1)} x {loader.num_threads} decoding threads share {host.cores()} cores"
         lines.append(f"{shared}: give the job more, or set data.num_threads")
     if steps.start == 0 and (warmup := cfg.optim.warmup_epochs * epoch) > steps.stop / 2:
         rises = f"the learning rate rises for {warmup:,.0f} steps, and there are {steps.stop:,}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import host
-from pipeline.specs import is_address
+from pipeline.specs import is_address, parse_args
 from pipeline.tar import TarError
 
 from . import SourceError, pool, printable
@@ -109,7 +109,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.check is None and (args.source is None or args.out is None):
         parser.error("SOURCE and OUT are needed (or --check OUT)")
     names = args.split + (args.name or "").replace("-", "")
