@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 _RANGES = ("scale", "ratio", "brightness", "contrast", "saturation", "hue", "sigma")
-_CHANCES = ("flip", "jitter", "gray", "blur", "solarize")
+_PROBABILITIES = ("flip", "jitter", "gray", "blur", "solarize")
 _CHOICES = ("sampler", "attempts", "filter", "rule", "size", "short_side")
 DISTRIBUTION = np.dtype(
     [(f"{name}_{end}", "<f8") for name in _RANGES for end in ("min", "max")]
-    + [(name, "<f8") for name in _CHANCES]
+    + [(name, "<f8") for name in _PROBABILITIES]
     + [(name, "<i8") for name in _CHOICES]
 )
 """What the numbers of one view are drawn from: ranges, probabilities, and the algorithms."""

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from . import remote, specs, tables
 from .remote import Folder, Object
-from .shard_cache import Cache, Job, RemoteFiles, fetch
+from .remote_files import RemoteFiles
+from .shard_cache import Cache, Job, fetch
 from .specs import ShardError
 
 _LARGEST_JSON = 1 << 28  # a manifest of a million shards

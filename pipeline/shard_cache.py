@@ -1,4 +1,4 @@
-"""Remote shards on this machine's disk, fetched whole and ahead of need; single images by their ranges until then.
+"""Remote shards on this machine's disk, fetched whole and ahead of need.
 
 The order in which an epoch needs the shards is known, so the next ones are fetched in that order. Each is used once an
 epoch: then filling the disk and keeping what lies there is the best that any policy can do (Belady's optimum), where
@@ -11,35 +11,26 @@ and durable. Only files of the names that are given here are ever deleted, in a 
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import shutil
 import threading
-import time
-import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
-from . import host, remote, tar
-from .shards import ReadError, most_open
+from . import host, remote
+from .shards import ReadError
 
 FREE = 1 << 30
 """Bytes of the disk that are left to others: checkpoints and logs may lie there too."""
 _CONNECTIONS = 16  # parts under way: one process of a machine fetches
-_NEAR = 1 << 16  # images this near to each other are read by one request
 _NAMES = {"tar": re.compile(r"\d{6}\.tar"), "part": re.compile(r"\d{6}\.tar\.part")}
-_ASKED = 1024  # images on their way, at least
 _PATIENCE = 10.0  # seconds between tries, where a shard cannot be had or another process fetches
 _log = logging.getLogger(__name__)
 
@@ -181,14 +172,14 @@ class Cache:
         self._objects, self._sums, self._size = objects, sums, size
         self._order: list[int] = []
         self._ahead = 0
-        self._news = threading.Condition()
+        self._condition = threading.Condition()
         self._changed = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._counting = threading.Lock()
         self._lock = ExitStack()
         self._owner = False
-        self._again: set[int] = set()  # shards that arrived with a wrong sum once
+        self._retried: set[int] = set()  # shards that arrived with a wrong sum once
         what = [[o.name, o.size, s or o.version] for o, s in zip(objects, sums, strict=True)]
         name = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
         self.folder = root / name if root and size else None
@@ -219,9 +210,9 @@ class Cache:
         """The shards in the order of their next use: the first `ahead` are fetched, for which later ones may go."""
         if self.folder is None or self.closed:
             return
-        with self._news:
+        with self._condition:
             self._order, self._ahead, self._changed = list(order), ahead, True
-            self._news.notify()
+            self._condition.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
             self._thread.start()
@@ -229,8 +220,8 @@ class Cache:
     def stop(self) -> None:
         """Ends the thread, which gives the folder to others."""
         self._stopped.set()
-        with self._news:
-            self._news.notify()
+        with self._condition:
+            self._condition.notify()
 
     def owned(self) -> bool:
         """Whether this process fetches and deletes here: it becomes the one where nobody else is. Raises OSError."""
@@ -256,7 +247,7 @@ class Cache:
         unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}
         held = sum(self._objects[s].size for s in complete | unfinished)
         excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
-        with self._news:
+        with self._condition:
             next_use = {s: k for k, s in reversed(list(enumerate(self._order)))}
             soon = set(self._order[: self._ahead])
         for later in sorted(complete - soon, key=lambda s: next_use.get(s, len(next_use)), reverse=True):
@@ -283,7 +274,7 @@ class Cache:
         mine = (path for path in self.folder.iterdir() if _NAMES[kind].fullmatch(path.name))
         return [path for path in mine if int(path.name[:6]) < len(self._objects)]
 
-    def _lies_here(self, shard: int) -> bool:
+    def _is_complete(self, shard: int) -> bool:
         try:
             return self.path(shard).stat().st_size == self._objects[shard].size
         except OSError:
@@ -295,7 +286,7 @@ class Cache:
 
     def _run(self) -> None:
         while not self._stopped.is_set() and not self.closed:
-            with self._news:
+            with self._condition:
                 self._changed = False
             pause = None
             try:
@@ -308,152 +299,27 @@ class Cache:
                 _log.warning("%s; trying again", error)
                 pause = _PATIENCE
             except BadSum as bad:
-                if bad.job.number in self._again:
+                if bad.job.number in self._retried:
                     self.failure = bad.explained()
                     break
                 _log.warning("%s arrived with another sha256 than its manifest says: fetching it again", bad.job.wanted)
-                self._again.add(bad.job.number)
+                self._retried.add(bad.job.number)
                 continue
             except OSError as error:
                 self._close(f"{self.folder}: {error.strerror}")
-            with self._news:
+            with self._condition:
                 if not (self._changed or self.closed or self._stopped.is_set()):
-                    self._news.wait(pause)
+                    self._condition.wait(pause)
         self.release()
 
     def _missing(self) -> Iterator[Job]:
         """What is missing of the shards needed next, whatever is needed next at the time."""
         begun: set[int] = set()
         while True:
-            with self._news:
+            with self._condition:
                 soon = self._order[: self._ahead]
-            shard = next((s for s in soon if s not in begun and not self._lies_here(s)), None)
+            shard = next((s for s in soon if s not in begun and not self._is_complete(s)), None)
             if shard is None or not self.make_space(shard):
                 return
             begun.add(shard)
             yield self.job(shard)
-
-
-class _Descriptor:
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int):
-        self.fd = fd
-
-    def __del__(self) -> None:  # not before the last reader lets go
-        os.close(self.fd)
-
-
-class RemoteFiles:
-    """Shards read by position, from the disk where they lie there. Safe to use from several threads."""
-
-    def __init__(self, objects: Sequence[remote.Object], cache: Cache):
-        self.cache = cache
-        self._objects = objects
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._asked: OrderedDict[tuple[int, int], tuple[Future[bytes], int]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._most = most_open()
-        weakref.finalize(self, cache.stop)
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it ends. Raises ReadError."""
-        if self.cache.failure:
-            raise self.cache.failure
-        with self._lock:
-            asked = self._asked.pop((shard, offset), None)
-        if asked is None and (data := self._from_disk(shard, offset, size)) is not None:
-            return data
-        future, start = asked or (remote.submit(self._objects[shard].read(offset, offset + size)), offset)
-        began = time.perf_counter()
-        data = remote.wait(future)
-        fetched = 0 if asked else len(data)
-        self.cache.count(Figures(by_range=1, fetched=fetched, waited=time.perf_counter() - began))
-        return data[offset - start : offset - start + size]
-
-    def advise(self, rows: NDArray[np.void]) -> None:
-        """Asks for images (of tables.SAMPLE), all at once, before they are read one by one."""
-        missing = []
-        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            file = self._file(shard)
-            if file is None:
-                missing.append((shard, offset, size))
-                continue
-            with suppress(OSError):  # the read that follows says what is wrong
-                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-        for near in _together(sorted(missing)):
-            shard, start, _ = near[0]
-            stop = near[-1][1] + near[-1][2]
-            future = remote.submit(self._objects[shard].read(start, stop))
-            self.cache.count(Figures(fetched=stop - start))
-            with self._lock:
-                self._asked.update({(shard, offset): (future, start) for _, offset, _ in near})
-        with self._lock:
-            while len(self._asked) > max(_ASKED, 8 * len(rows)):  # of batches that were given up
-                self._asked.popitem(last=False)
-
-    def name(self, shard: int, offset: int) -> str | None:
-        """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
-        start = max(0, offset - tar.NEAR)
-        return tar.name_before(self.read(shard, start, offset - start)) or self.names(shard).get(offset)
-
-    def names(self, shard: int) -> dict[int, str]:
-        """The names of all members by the offset of their content, by a walk; none where the shard is not on disk."""
-        file = self._file(shard)
-        return {} if file is None else tar.names(self.cache.path(shard), file.fd)
-
-    @property
-    def figures(self) -> Figures:
-        return self.cache.figures
-
-    def expect(self, order: Sequence[int], ahead: int) -> None:
-        """As `Cache.expect` says. Other shards are closed: a deleted file takes its space while anybody has it open."""
-        self.cache.expect(order, ahead)
-        kept = set(order[:ahead])
-        with self._lock:
-            for shard in [s for s in self._open if s not in kept]:
-                del self._open[shard]
-
-    def open(self, shard: int) -> BinaryIO:
-        """A shard, to be read from its start."""
-        fd = self.cache.open(shard)
-        return os.fdopen(fd, "rb") if fd is not None else io.BufferedReader(remote.Reader(self._objects[shard]))
-
-    def _from_disk(self, shard: int, offset: int, size: int) -> bytes | None:
-        file = self._file(shard)
-        if file is None:
-            return None
-        try:
-            data = os.pread(file.fd, size, offset)
-        except OSError as error:  # a bad disk here says nothing about the shard
-            _log.warning("%s: %s; reading it over the network", self._objects[shard], error.strerror)
-            return None
-        if len(data) < min(size, self._objects[shard].size - offset):
-            return None
-        self.cache.count(Figures(from_cache=1))
-        return data
-
-    def _file(self, shard: int) -> _Descriptor | None:
-        with self._lock:
-            file = self._open.pop(shard, None)
-            if file is None and (fd := self.cache.open(shard)) is not None:
-                file = _Descriptor(fd)
-            if file:
-                self._open[shard] = file
-            if len(self._open) > self._most:
-                self._open.popitem(last=False)
-            return file
-
-
-def _together(wanted: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """(shard, offset, size) in rising order, those that lie near each other in one list, of at most a part's bytes."""
-    near: list[tuple[int, int, int]] = []
-    for shard, offset, size in wanted:
-        if near:
-            first, last = near[0], near[-1]
-            if shard != first[0] or offset > last[1] + last[2] + _NEAR or offset + size > first[1] + remote.PART:
-                yield near
-                near = []
-        near.append((shard, offset, size))
-    if near:
-        yield near

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import webdataset
 
     from .remote import Object
-    from .shard_cache import Figures, RemoteFiles
+    from .remote_files import RemoteFiles
+    from .shard_cache import Figures
 
 __all__ = ["SAMPLE", "ReadError", "ShardError", "ShardSet", "Spec"]
 

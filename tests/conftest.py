@@ -83,6 +83,13 @@ def bucket() -> Iterator[Bucket]:
         yield found
 
 
+@pytest.fixture
+def credentials(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bucket's in the environment, and a cache folder of the test's own."""
+    for name, value in (bucket.environment | {"XDG_CACHE_HOME": str(tmp_path / "user")}).items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="session")
 def proxy(bucket: Bucket) -> Iterator[Proxy]:
     found = Proxy(bucket.endpoint)
@@ -91,11 +98,8 @@ def proxy(bucket: Bucket) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def network(bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in bucket.environment.items():
-        monkeypatch.setenv(name, value)
+def network(credentials: None, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(remote, "_RUNNING", QUICK)
     monkeypatch.setattr(remote, "_STARTING", QUICK)
     monkeypatch.setattr(remote, "_CLIENT", {"timeout": timedelta(seconds=20)})

@@ -63,14 +63,14 @@ def step(preset: Path) -> dict[str, Any]:
     from trainer.step import TrainingStep
 
     settings = config.parse(["--config", str(preset)])
-    room, run = methods.load(settings.run.method), settings.run
+    module, run = methods.load(settings.run.method), settings.run
     batch = run.batch_size // run.speed.accumulate // ranks(preset)
-    own = cost.estimate(lambda: room.Method(settings.method), room.views(settings.method), 4, "cpu")
+    own = cost.estimate(lambda: module.Method(settings.method), module.views(settings.method), 4, "cpu")
     try:
         with torch.device("meta"):  # no memory: the largest has 5 GB of weights
-            method = room.Method(settings.method)
+            method = module.Method(settings.method)
     except NotImplementedError:  # it computes constants when it is made
-        method = room.Method(settings.method)
+        method = module.Method(settings.method)
     if run.speed.activation_checkpointing:
         backbones.checkpoint_activations_(method)
     mode, tracker = FakeTensorMode(), MemTracker()
@@ -83,7 +83,7 @@ def step(preset: Path) -> dict[str, Any]:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        images = cost.synthetic(room.views(settings.method), batch, "cuda")
+        images = cost.synthetic(module.views(settings.method), batch, "cuda")
         tracker.track_external(method, optimizer, *(view.pixels for view in images.views.values()))
         with tracker, flops:
             result = training_step(itertools.repeat(images), torch.zeros((), device="cuda"))
@@ -251,7 +251,7 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
 
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     settings = config.parse(["--config", str(preset)])
-    room = methods.load(settings.run.method)
+    module = methods.load(settings.run.method)
     collectives: list[str] = []
 
     def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -261,9 +261,9 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
     counters = torch._dynamo.utils.counters
     mode = FakeTensorMode()
-    method = on_gpu(mode, room.Method(settings.method))
+    method = on_gpu(mode, module.Method(settings.method))
     with mode:
-        batch = cost.synthetic(room.views(settings.method), 4, "cuda")
+        batch = cost.synthetic(module.views(settings.method), 4, "cuda")
         forward = torch.compile(method.forward, backend=backend, dynamic=False, fullgraph=True)
         with torch.autocast("cuda", torch.bfloat16):
             loss, _ = forward(batch, torch.zeros((), device="cuda"))
@@ -283,10 +283,10 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
         return graph.forward
 
     torch._dynamo.reset()
-    method = room.Method(settings.method)
+    method = module.Method(settings.method)
     method.compile(dynamic=False, backend=counted)
     ddp = nn.parallel.DistributedDataParallel(method, bucket_cap_mb=1)
-    ddp(cost.synthetic(room.views(settings.method), 4, "cpu"), torch.zeros(()))
+    ddp(cost.synthetic(module.views(settings.method), 4, "cpu"), torch.zeros(()))
     return found
 
 

@@ -46,6 +46,12 @@ def tree(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
+def file(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT, mode: str = "w") -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode, format=form) as tar:

@@ -23,10 +23,10 @@ from scenes import NAMES, pair, write_pairs
 from torch import Tensor
 
 from pipeline import ShardSet, recipes
-from trainer import checkpoint, config, downstream, finetune, methods
+from trainer import checkpoint, config, downstream, methods
+from trainer import finetune as program
 from trainer.cost import synthetic
-from trainer.methods import finetune as room
-from trainer.methods import loca
+from trainer.methods import finetune, loca
 from trainer.segmentation import sliding
 from trainer.segmentation.labelled import VOID, Labelled
 from trainer.segmentation.metric import Confusion, localised, mean_average_precision
@@ -46,19 +46,19 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture
 def run(sets: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    def program(out: Path, *more: str, what: str = "random:vit_pico_patch8", code: int = 0) -> dict[str, Any]:
+    def call(out: Path, *more: str, what: str = "random:vit_pico_patch8", code: int = 0) -> dict[str, Any]:
         capsys.readouterr()
         argv = [what, "--train", sets[0], "--val", sets[1], "--out", str(out), *SMALL, *more]
-        assert finetune.main(argv) == code
+        assert program.main(argv) == code
         printed = capsys.readouterr()
         return json.loads(printed.out.splitlines()[-1]) if code == 0 else {"error": printed.err}
 
-    return program
+    return call
 
 
-def small(**views: object) -> room.Config:
+def small(**views: object) -> finetune.Config:
     crop = recipes.Segmentation(**{"size": 32, "short_side": 32, **views})  # type: ignore[arg-type]
-    return room.Config("vit_pico_patch8", classes=3, views=crop, stride=16)
+    return finetune.Config("vit_pico_patch8", classes=3, views=crop, stride=16)
 
 
 def test_a_training_is_a_run_and_ends_with_the_figures(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_from_a_run_on_the_first_step_is_that_backbones(run: Callable[..., dict[
 @pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_resnet", "convnext_tiny", "resnet50", "vit_pico_patch16"])
 def test_every_kind_of_backbone_learns_from_the_same_loss(name: str) -> None:
     crop = recipes.Segmentation(size=64, short_side=64)
-    method = room.Method(room.Config(name, classes=4, views=crop, stride=64, drop_path=0.0))
-    batch = synthetic(room.views(method.cfg), 2, "cpu")
+    method = finetune.Method(finetune.Config(name, classes=4, views=crop, stride=64, drop_path=0.0))
+    batch = synthetic(finetune.views(method.cfg), 2, "cpu")
     loss, metrics = method(batch, torch.zeros(()))
     assert loss.item() == pytest.approx(math.log(4), rel=0.6) and 0 <= metrics["pixel_accuracy"] <= 1
     loss.backward()
@@ -157,8 +157,8 @@ def test_every_kind_of_backbone_learns_from_the_same_loss(name: str) -> None:
 
 def test_the_loss_is_the_cross_entropy_of_labelled_pixels() -> None:
     torch.manual_seed(0)
-    method = room.Method(small())
-    batch = synthetic(room.views(method.cfg), 2, "cpu")
+    method = finetune.Method(small())
+    batch = synthetic(finetune.views(method.cfg), 2, "cpu")
     mask = torch.randint(3, (2, 1, 32, 32), dtype=torch.uint8)
     mask[:, :, :10] = VOID
     view = batch.views["image"]
@@ -213,7 +213,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 def test_one_window_is_the_network_itself() -> None:
     torch.manual_seed(0)
-    method = room.Method(small()).eval()
+    method = finetune.Method(small()).eval()
     image = picture(32, 32)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     x = (x - torch.tensor(method.mean)[:, None, None]) / torch.tensor(method.std)[:, None, None]
@@ -226,7 +226,7 @@ def test_one_window_is_the_network_itself() -> None:
 def test_windows_are_averaged_where_they_overlap(size: tuple[int, int]) -> None:
     """Each pixel: the mean over all windows that hold it, written without slices. Small images are enlarged first."""
     torch.manual_seed(0)
-    method = room.Method(small(antialias=True)).eval()
+    method = finetune.Method(small(antialias=True)).eval()
     image = picture(*size)
     found = sliding.logits(method, image)
     scale = 32 / min(size)
@@ -346,13 +346,13 @@ def test_subsets_are_nested_seeded_and_of_the_published_sizes(tmp_path: Path) ->
     found = {}
     for seed in (0, 1):
         for parts, count in ((32, 631), (16, 1263), (8, 2526), (4, 5052), (2, 10_105)):
-            names = finetune.few(data, Fraction(1, parts), seed, tmp_path).read_text().split()
+            names = program.few(data, Fraction(1, parts), seed, tmp_path).read_text().split()
             assert len(names) == len(set(names)) == count
             found[seed, parts] = set(names)
         assert found[seed, 32] < found[seed, 16] < found[seed, 8] < found[seed, 4] < found[seed, 2]
     assert 5 < len(found[0, 32] & found[1, 32]) < 60  # by chance, 20
     with pytest.raises(ValueError, match="less than one"):
-        finetune.few(Numbered(20), Fraction(1, 32), 0, tmp_path)
+        program.few(Numbered(20), Fraction(1, 32), 0, tmp_path)
 
 
 def test_a_sweep_over_subsets(run: Callable[..., dict[str, Any]], sets: tuple[str, str], tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 import concurrent.futures
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sharder_sources as make
-from servers import SECRET, Bucket, s3, web
+from servers import SECRET, Bucket, web
 
 from pipeline import remote
 
+pytestmark = pytest.mark.usefixtures("credentials")
 IMAGES = make.photographs(2)
 BROKEN = {**IMAGES, "n01440764/n01440764_broken.JPEG": IMAGES["n01440764/n01440764_1.JPEG"][:-200]}
 VAL = {f"ILSVRC2012_val_0000000{k}.JPEG": make.encode(k) for k in (1, 2, 3)}
@@ -36,18 +37,6 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, tuple[str, ...]]] = {  # files, 
     "Kaggle's layout": (KAGGLE, "", ("--split", "val")),
     "images without labels": ({**VAL, "below/x.jpg": make.encode(9), "notes.txt": b"no image"}, "", ("--unlabelled",)),
 }
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with s3() as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def surroundings(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (bucket.environment | {"XDG_CACHE_HOME": str(tmp_path / "user")}).items():
-        monkeypatch.setenv(name, value)
 
 
 def put(bucket: Bucket, prefix: str, files: dict[str, bytes]) -> str:

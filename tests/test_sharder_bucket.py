@@ -4,27 +4,16 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sharder_sources as make
-from servers import Bucket, s3
+from servers import Bucket
 from test_sharder_runs import KILLER
 
 from pipeline import ShardSet
 
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with s3() as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def surroundings(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (bucket.environment | {"XDG_CACHE_HOME": str(tmp_path / "user")}).items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("credentials")
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +46,28 @@ def left_here() -> list[Path]:
 
 def test_a_bucket_gets_the_bytes_of_a_folder(bucket: Bucket, source: Path, wanted: dict[str, bytes], capsys) -> None:
     address = "s3://bucket/whole"
-    assert make.run(source, address, "--shards", 6, "--workers", 1) == 0
+    assert make.run(source, address, "--shards", 6) == 0
     assert contents(bucket, "whole") == wanted
     assert f"-> {address}" in capsys.readouterr().out
     assert len(ShardSet(address)) == 18
-    assert make.run(source, address, "--shards", 6, "--workers", 1) == 0
+    assert make.run(source, address, "--shards", 6) == 0
     assert f"{address} is complete: 18 samples" in capsys.readouterr().out
     assert left_here() == []
 
 
 def test_a_lost_shard_is_made_again(bucket: Bucket, source: Path, wanted: dict[str, bytes], capsys) -> None:
-    assert make.run(source, "s3://bucket/lost", "--shards", 6, "--workers", 1) == 0
+    assert make.run(source, "s3://bucket/lost", "--shards", 6) == 0
     lost = next(name for name in wanted if name.endswith("-0003.tar"))
     bucket.client.delete_object(Bucket=bucket.name, Key=f"lost/{lost}")
-    assert make.run(source, "s3://bucket/lost", "--shards", 6, "--workers", 1) == 0
+    assert make.run(source, "s3://bucket/lost", "--shards", 6) == 0
     assert "1 lost shards made again" in capsys.readouterr().out
     assert contents(bucket, "lost") == wanted
 
 
 def test_another_set_is_refused(bucket: Bucket, source: Path, wanted: dict[str, bytes], capsys) -> None:
-    assert make.run(source, "s3://bucket/other", "--shards", 6, "--workers", 1, "--part", "0/2") == 0
+    assert make.run(source, "s3://bucket/other", "--shards", 6, "--part", "0/2") == 0
     before = contents(bucket, "other")
-    assert make.run(source, "s3://bucket/other", "--shards", 6, "--workers", 1, "--seed", 1) == 2
+    assert make.run(source, "s3://bucket/other", "--shards", 6, "--seed", 1) == 2
     said = capsys.readouterr().err
     assert "s3://bucket/other" in said and "seed = 0 there, 1 here" in said and "/sharding-" not in said
     assert contents(bucket, "other") == before
@@ -89,7 +78,7 @@ def test_another_set_is_refused(bucket: Bucket, source: Path, wanted: dict[str, 
     [("http://127.0.0.1:1/x", "a web server takes no shards"), ("s3://nobody/x", "s3://nobody/x is missing")],
 )
 def test_what_an_address_lacks_is_one_sentence(source: Path, out: str, says: str, capsys) -> None:
-    assert make.run(source, out, "--shards", 6, "--workers", 1) == 2
+    assert make.run(source, out, "--shards", 6) == 2
     assert says in capsys.readouterr().err
     assert left_here() == []
 
@@ -123,7 +112,7 @@ def test_a_part_that_is_done_helps_a_part_that_died(
 
 @pytest.mark.slow
 def test_two_machines_at_a_time(bucket: Bucket, source: Path, wanted: dict[str, bytes]) -> None:
-    words = (source, "s3://bucket/two", "--shards", 6, "--workers", 1)
+    words = (source, "s3://bucket/two", "--shards", 6)
     both = [make.command(*words, env={"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
     for each in both:
         said = each.communicate()

@@ -20,7 +20,7 @@ from trainer import methods
 
 PRESETS = Path(__file__).parent / "presets"
 _LARGEST = 100_000  # characters of a YAML file
-_DEEPEST = 10  # levels of nesting in it
+_MAX_DEPTH = 10  # levels of nesting in it
 
 
 class UsageError(Exception):
@@ -120,7 +120,7 @@ class Probe:
     every: float = 10.0
     """epochs between two scores; each is logged with the next line"""
     images: int = 10_000
-    """at most this many images of each set, the same ones every time; the other ranks wait meanwhile"""
+    """at most this many images of each set, the same ones every time; the other ranks wait for the score"""
     segment_train: str | None = None
     """shards of images with label maps, whose patches are neighbours; with segment_val, turns the mIoU of k-NN on"""
     segment_val: str | None = None
@@ -386,8 +386,8 @@ def load_yaml(text: str) -> Any:
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
-            raise ValueError(f"settings need no aliases and no more than {_DEEPEST} levels")
+        if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+            raise ValueError(f"settings need no aliases and no more than {_MAX_DEPTH} levels")
     return yaml.safe_load(text)
 
 

@@ -17,10 +17,10 @@ PROBES = ("knn", "segment_miou")  # seldom in a record; never passed over
 
 
 class Console:
-    """The progress of a run of `total` steps that has made `start`. `telling` are metrics worth a place in the line."""
+    """The progress of a run of `total` steps that has made `start`; `headline_metrics` stand in its line."""
 
-    def __init__(self, start: int, total: int, telling: Sequence[str]) -> None:
-        self._total, self._telling = total, telling
+    def __init__(self, start: int, total: int, headline_metrics: Sequence[str]) -> None:
+        self._total, self._headline_metrics = total, headline_metrics
         terminal = sys.stdout.isatty() and sys.stderr.isatty()
         form = "{percentage:3.0f}% |{bar:20}| {desc}"
         self._bar = tqdm(total=total, initial=start, bar_format=form, dynamic_ncols=True, disable=not terminal)
@@ -48,7 +48,7 @@ class Console:
             self._pending = text
 
     def _text(self, record: dict[str, Any]) -> str:
-        shown = ["loss", *self._telling, *PROBES]
+        shown = ["loss", *self._headline_metrics, *PROBES]
         parts = [f"step {record['step']:,}/{self._total:,}", f"epoch {record['epoch'] + 1}"]
         parts += [f"{name} {short(name, record[name])}" for name in shown if name in record]
         parts += [f"{name} {record[name]}" for name in ("skipped", "bad_samples") if record.get(name)]

@@ -67,7 +67,7 @@ def origin(what: str, untrained: int | None = None) -> dict[str, Any]:
 def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: int | None = None) -> Any:
     """The method that the settings `given` describe, trained from an `origin`; every rank gets it.
 
-    It goes on where an earlier call was stopped; `first` holds the first weights meanwhile. Raises ValueError for a
+    It goes on where an earlier call was stopped; `first` holds the first weights until then. Raises ValueError for a
     folder of a training that began elsewhere, Stopped, UsageError and RunError.
     """
     begins, out = begin["weights"] is not None, Path(given["out"])
@@ -89,7 +89,7 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """The device of this process, connected to the other ranks meanwhile: they meet at least once inside."""
+    """The device of this process, connected to the other ranks inside, where they meet at least once."""
     device = parallel.connect()
     try:
         yield device

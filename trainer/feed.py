@@ -9,7 +9,7 @@ from pipeline import Batch, Loader, ReadError, ShardError
 from trainer import parallel
 
 PAUSE = 10.0  # seconds between tries; each lasts as long as reading repeats a request
-_GOES_ON, _WAITS, _STOPS = range(3)
+_CONTINUE, _WAIT, _STOP = range(3)
 
 
 class Feed:
@@ -38,9 +38,9 @@ class Feed:
                     self.failure = error
             ends |= (may_stop or not taken) and self._stop()
             ends |= not taken and time.monotonic() >= end
-            state = parallel.largest(_STOPS if ends else _GOES_ON if taken else _WAITS)
-            if state != _WAITS:
-                return taken if state == _GOES_ON else []
+            state = parallel.largest(_STOP if ends else _CONTINUE if taken else _WAIT)
+            if state != _WAIT:
+                return taken if state == _CONTINUE else []
             time.sleep(PAUSE)
 
     def _announced(self, error: ReadError | ShardError) -> float:

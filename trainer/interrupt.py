@@ -7,7 +7,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 3.0  # seconds after which a second Ctrl-C is meant as one: launchers and terminals each pass the first on
-TOLD = b"\nstopping after this step, with a checkpoint; Ctrl-C again, some seconds later, ends at once without one\n"
+MESSAGE = b"\nstopping after this step, with a checkpoint; Ctrl-C again, some seconds later, ends at once without one\n"
 
 
 class Interrupt:
@@ -26,7 +26,7 @@ class Interrupt:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self._asked and os.environ.get("RANK", "0") == "0":
-            os.write(2, TOLD)  # print may deadlock
+            os.write(2, MESSAGE)  # print may deadlock
         self._asked = True
         if number == signal.SIGINT:
             now = time.monotonic()

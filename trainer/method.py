@@ -22,8 +22,8 @@ class Method(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """of the pixels, in the unit range: three numbers each; `export` writes them down"""
-    telling: tuple[str, ...] = ()
-    """the two of its metrics that tell most, for the line on a terminal"""
+    headline_metrics: tuple[str, ...] = ()
+    """the two metrics that stand in the terminal's line beside the loss"""
 
     def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's loss and its metrics, detached 0-d tensors. `progress` is a 0-d tensor in [0, 1].

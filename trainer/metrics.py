@@ -167,7 +167,7 @@ class Log:
 
     Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
     full disk costs lines, not the run. Raises UsageError where wandb is asked for and not installed, or the log cannot
-    be written to begin with. `telling` is Console's; `config` is shown by TensorBoard.
+    be written to begin with. `headline_metrics` is Console's; `config` is shown by TensorBoard.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Log:
         total: int,
         cfg: settings.Log,
         *,
-        telling: Sequence[str] = (),
+        headline_metrics: Sequence[str] = (),
         config: str = "",
     ) -> None:
         if cfg.wandb:
@@ -197,7 +197,7 @@ class Log:
             except OSError as error:
                 raise settings.UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._out, self._file = out, path.open("a", encoding="utf-8")
-        self._console, self._seen = Console(start, total, telling), False
+        self._console, self._seen = Console(start, total, headline_metrics), False
         self._board: Any = None
         self._wandb: Any = None
         if cfg.tensorboard:

@@ -144,7 +144,9 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     start, log, writer = resume(settings, changes, training_step, loader), None, None
     with parallel.agreed():
         if out:
-            log = metrics.Log(out.path, start, total, cfg.log, telling=method.telling, config=settings.text)
+            log = metrics.Log(
+                out.path, start, total, cfg.log, headline_metrics=method.headline_metrics, config=settings.text
+            )
             out.write_config(settings.text)
     if out:
         writer = checkpoint.Writer(out.path / "checkpoints", cfg.log.keep_last, cfg.log.keep_every)

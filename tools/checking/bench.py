@@ -53,9 +53,9 @@ class Bench:
         if self.gpu:
             torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
-    def config(self, room: Any) -> Any:
+    def config(self, module: Any) -> Any:
         """A method's own settings; those of its small run where there is no GPU."""
         if self.gpu:
-            return room.Config()
-        name = room.__name__.rpartition(".")[2]
+            return module.Config()
+        name = module.__name__.rpartition(".")[2]
         return methods.config(name, yaml.safe_load((ROOT / f"trainer/presets/{name}_demo.yaml").read_text())[name])

@@ -37,14 +37,14 @@ PREDICTED = {"loca": (1.5, 0.1752), "vicregl": (2.13, 0.2792), "vicregl resnet50
 
 
 def _train(bench: Bench, name: str, backbone: str | None = None) -> dict[str, Any]:
-    room = methods.load(name)
-    config = room.Config(backbone=backbone, drop_path=0.0) if backbone else bench.config(room)
-    method = room.Method(config).to(bench.device)
-    flops = cost.estimate(lambda: room.Method(config), room.views(config), 4, bench.device).flops_per_image
+    module = methods.load(name)
+    config = module.Config(backbone=backbone, drop_path=0.0) if backbone else bench.config(module)
+    method = module.Method(config).to(bench.device)
+    flops = cost.estimate(lambda: module.Method(config), module.views(config), 4, bench.device).flops_per_image
     optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)
     method.compile(dynamic=False)
     training_step = TrainingStep(method, optimizer, amp_dtype=torch.bfloat16, clip=1.0)
-    loader = bench.loader(room.views(config))
+    loader = bench.loader(module.views(config))
     batches = loader.forever()
     for _ in range(2):
         next(batches)  # the loader's own graphs, of the colours, are compiled here
@@ -111,15 +111,15 @@ def nccl_and_ddp(bench: Bench) -> None:
     whole = torch.ones(4, device=bench.device)
     dist.all_reduce(whole)
     assert whole.tolist() == [1.0] * 4, "a sum over one rank changed the numbers"
-    room = methods.load("loca")
-    config = bench.config(room)
-    batches = itertools.repeat(cost.synthetic(room.views(config), bench.batch, bench.device))
+    module = methods.load("loca")
+    config = bench.config(module)
+    batches = itertools.repeat(cost.synthetic(module.views(config), bench.batch, bench.device))
     progress = torch.zeros((), device=bench.device)
     for splits in (True, False):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         torch._dynamo.config.optimize_ddp = splits
-        method = room.Method(config).to(bench.device)
+        method = module.Method(config).to(bench.device)
         method.compile(dynamic=False)
         ddp = parallel.data_parallel(method, device or torch.device("cpu"))
         optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=1e-4, fused=True)

@@ -120,7 +120,7 @@ class BucketTarget(Target):
     # --- one shard
 
     def make(self, shard: int, samples: Iterable[Sample | Quarantined]) -> dict[str, Any]:
-        if entry := self._made_meanwhile(shard):
+        if entry := self._made_elsewhere(shard):
             return entry
         entry = super().make(shard, samples)
         tar = self.out / entry["file"]
@@ -131,7 +131,7 @@ class BucketTarget(Target):
         _run(self._remote_work.put(self._record_path(shard).name, self._record_path(shard)))
         return entry
 
-    def _made_meanwhile(self, shard: int) -> dict | None:
+    def _made_elsewhere(self, shard: int) -> dict | None:
         """The entry of a shard that another part has made since this one looked."""
         name = self._record_path(shard).name
         found = _run(self._remote_work.head(name))

@@ -196,7 +196,7 @@ class Branch(nn.Module):
 class Method(method.Method):
     """LOCA. Its ablations of what is located and what is clustered are in _loca_ablations.py."""
 
-    telling = ("position_accuracy", "cluster_loss")
+    headline_metrics = ("position_accuracy", "cluster_loss")
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()

@@ -348,7 +348,7 @@ class Head(nn.Sequential):
 class Method(method.Method):
     """VICRegL. Batch norm, which ResNet-50 and its heads have, sees the cells of one view at a time (released code)."""
 
-    telling = ("embedding_std", "global_invariance")
+    headline_metrics = ("embedding_std", "global_invariance")
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
