@@ -32,7 +32,7 @@ from .parameters import (
     SOLARIZE,
     VOID,
 )
-from .simd import transpose, weigh
+from .simd import TALL, transpose, weigh
 
 
 @kernel
@@ -119,15 +119,16 @@ def _columns(columns, image, bounds, flipped, shape, filtering):
     padded = columns.shape[1] // 3
     row = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * x0 : 3 * x1]
     turned = np.empty((3 * (x1 - x0), padded), dtype=np.uint8)
-    strip = np.empty((16, 3 * (x1 - x0)), dtype=np.uint8)
+    strip = np.empty((TALL, 3 * (x1 - x0)), dtype=np.uint8)
+    clips = filtering == BICUBIC_ANTIALIAS  # whose weights are also negative
     first, taps, weights = resize_weights(y1 - y0, shape[0], filtering)
-    for y in range(0, padded, 16):
+    for y in range(0, padded, TALL):
         i = min(y, shape[0] - 1)
-        weigh(strip, row[y0:], first[i:], taps[i:], weights[i:])
-        transpose(turned[:, y : y + 16], strip)
+        weigh(strip, row[y0:], first[i:], taps[i:], weights[i:], clips)
+        transpose(turned[:, y : y + TALL], strip)
     first, taps, weights = resize_weights(x1 - x0, shape[1], filtering)
     inner = columns[: shape[1]]
-    weigh(inner[::-1] if flipped else inner, turned.reshape(x1 - x0, 3 * padded), first, taps, weights)
+    weigh(inner[::-1] if flipped else inner, turned.reshape(x1 - x0, 3 * padded), first, taps, weights, clips)
     columns[shape[1] :] = columns[shape[1] - 1]
 
 
@@ -145,7 +146,7 @@ def _extend(rows, radius):
 def cut_view(out, image, window, p):
     """One view u8 (S, S, 3) of `image` u8 (H, W, 3), as window f32 (4,) and parameters f32 (PARAMS,) say."""
     size = out.shape[0]
-    padded = max((size + 15) // 16 * 16, LANES)
+    padded = max((size + TALL - 1) // TALL * TALL, LANES)
     height, width = image.shape[0], image.shape[1]
     rows = out.reshape(size, 3 * size)
     weights = blur_weights(p[SIGMA]) if p[SIGMA] > 0 else np.empty(1, dtype=np.int16)
@@ -161,11 +162,11 @@ def cut_view(out, image, window, p):
         _extend(framed, radius)
         blurred = np.empty((size, 3 * padded), dtype=np.uint8)
         each, count, same = np.arange(size), np.full(1, taps), weights.reshape(1, taps)
-        weigh(blurred, framed, each, count, same)
+        weigh(blurred, framed, each, count, same, False)
         turned = np.empty((size + 2 * radius, 3 * size), dtype=np.uint8)
         transpose(turned[radius : radius + size], blurred.reshape(3 * size, padded)[:, :size])
         _extend(turned, radius)
-        weigh(rows, turned, each, count, same)
+        weigh(rows, turned, each, count, same, False)
     else:
         transpose(rows, columns.reshape(3 * size, padded)[:, :size])
     if p[SOLARIZE] > 0:

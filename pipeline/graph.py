@@ -100,6 +100,9 @@ def _decode(
     return _call("decoders__Image", "mixed" if gpu else "cpu", fn.decoders.image, images, **arguments)
 
 
+_WIDE = 0.8  # share of its columns beyond which an image is decoded in full width: parts of rows are copied once more
+
+
 def _regions(
     images: Images, windows: NDArray[np.float32], sizes: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -112,6 +115,8 @@ def _regions(
     low, high = np.floor(edges.min(1)), np.ceil(edges.max(1))
     doubtful = [image[-2:].tobytes() != b"\xff\xd9" for image in images]
     low[doubtful], high[doubtful] = 0, np.inf
+    whole = high[:, 1] - low[:, 1] > _WIDE * sizes[:, 1]
+    low[whole, 1], high[whole, 1] = 0, np.inf
     start = np.clip(low, 0, sizes - 1)
     return start.astype(np.int32), (np.clip(high, start + 1, sizes) - start).astype(np.int32)
 

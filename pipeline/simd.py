@@ -5,6 +5,8 @@ of plain numba are 2 times (weighted sum) and 10 times (transpose) slower, and v
 on addresses: the caller answers for the bounds.
 """
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -14,6 +16,7 @@ from numba.extending import intrinsic
 from .kernel import kernel
 
 LANES = 64  # bytes of a row that are summed at once; a power of two
+_FEW = 40  # taps up to which no rounding takes a sum of positive weights beyond a byte
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
@@ -25,49 +28,54 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
     return builder.inttoptr(address, to.as_pointer())
 
 
-@intrinsic
-def _weigh_block(typing_context, out, source, stride, weights, taps):
-    """LANES bytes at `out`: the sum over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
+def _summed(clips: bool) -> Any:
+    @intrinsic
+    def block(typing_context, out, source, stride, weights, taps):
+        """LANES bytes at `out`: sums over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
 
-    A byte is centred and put into the upper half of an int16, even and odd bytes apart, so that nothing is shuffled;
-    the upper halves of the 32-bit products then carry six fractional bits. A weight may reach 2, as a bicubic's does at
-    an edge; sums leave headroom for its overshoot.
-    """
+        A byte is centred and put into the upper half of an int16, even and odd bytes apart, so that nothing is
+        shuffled; the upper halves of the 32-bit products then carry six fractional bits. A weight may reach 2, as a
+        bicubic's does at an edge; sums leave headroom for its overshoot. Unless it `clips`, no sum may leave the bytes.
+        """
 
-    def codegen(context, builder, signature, arguments):
-        out, source, stride, weights, taps = arguments
-        pairs, wide = ir.VectorType(_SHORT, LANES // 2), ir.VectorType(_INT, LANES // 2)
+        def codegen(context, builder, signature, arguments):
+            out, source, stride, weights, taps = arguments
+            pairs, wide = ir.VectorType(_SHORT, LANES // 2), ir.VectorType(_INT, LANES // 2)
 
-        def constant(value: int) -> ir.Constant:
-            return _vector(_SHORT, [value] * (LANES // 2))
+            def constant(value: int) -> ir.Constant:
+                return _vector(_SHORT, [value] * (LANES // 2))
 
-        centres = constant(-0x7F80)  # 128 in both bytes
-        # Half a unit for the final rounding; each product below is rounded down, by half a fractional bit on average.
-        half = builder.add(builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT), _SHORT(32))
-        totals = [cgutils.alloca_once_value(builder, splat(builder, half, LANES // 2)) for _ in range(2)]
-        with cgutils.for_range(builder, taps) as loop:
-            address = builder.add(source, builder.mul(loop.index, stride))
-            row = builder.xor(builder.load(_pointer(builder, address, pairs), align=1), centres)
-            address = builder.add(weights, builder.shl(loop.index, taps.type(1)))
-            weight = builder.load(_pointer(builder, address, _SHORT), align=2)
-            weight = builder.sext(splat(builder, weight, LANES // 2), wide)
-            upper = builder.shl(row, constant(8)), builder.and_(row, constant(-0x100))
-            for total, byte in zip(totals, upper, strict=True):
-                product = builder.mul(builder.sext(byte, wide), weight)
-                product = builder.trunc(builder.ashr(product, _vector(_INT, [16] * (LANES // 2))), pairs)
-                builder.store(builder.add(builder.load(total), product), total)
-        levels = []
-        for total in totals:
-            result = builder.ashr(builder.load(total), constant(6))
-            for sign, bound in (("<", -128), (">", 127)):
-                limit = constant(bound)
-                result = builder.select(builder.icmp_signed(sign, result, limit), limit, result)
-            levels.append(result)
-        even, odd = builder.and_(levels[0], constant(0xFF)), builder.shl(levels[1], constant(8))
-        builder.store(builder.xor(builder.or_(even, odd), centres), _pointer(builder, out, pairs), align=1)
-        return context.get_dummy_value()
+            centres = constant(-0x7F80)  # 128 in both bytes
+            # Half a unit for the final rounding; each product is rounded down, by half a fractional bit on average.
+            half = builder.add(builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT), _SHORT(32))
+            totals = [cgutils.alloca_once_value(builder, splat(builder, half, LANES // 2)) for _ in range(2)]
+            with cgutils.for_range(builder, taps) as loop:
+                address = builder.add(source, builder.mul(loop.index, stride))
+                row = builder.xor(builder.load(_pointer(builder, address, pairs), align=1), centres)
+                address = builder.add(weights, builder.shl(loop.index, taps.type(1)))
+                weight = builder.load(_pointer(builder, address, _SHORT), align=2)
+                weight = builder.sext(splat(builder, weight, LANES // 2), wide)
+                upper = builder.shl(row, constant(8)), builder.and_(row, constant(-0x100))
+                for total, byte in zip(totals, upper, strict=True):
+                    product = builder.mul(builder.sext(byte, wide), weight)
+                    product = builder.trunc(builder.ashr(product, _vector(_INT, [16] * (LANES // 2))), pairs)
+                    builder.store(builder.add(builder.load(total), product), total)
+            sums = [builder.load(total) for total in totals]
+            if clips:
+                for sign, bound in (("<", -(1 << 13)), (">", (1 << 13) - 1)):
+                    limit = constant(bound)
+                    sums = [builder.select(builder.icmp_signed(sign, x, limit), limit, x) for x in sums]
+            even = builder.and_(builder.lshr(sums[0], constant(6)), constant(0xFF))
+            odd = builder.and_(builder.shl(sums[1], constant(2)), constant(-0x100))
+            builder.store(builder.xor(builder.or_(even, odd), centres), _pointer(builder, out, pairs), align=1)
+            return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), codegen
+        return types.void(*[types.intp] * 5), codegen
+
+    return block
+
+
+_weigh_block, _weigh_block_clipped = _summed(False), _summed(True)
 
 
 def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
@@ -75,45 +83,65 @@ def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(one, one, _vector(_INT, [0] * lanes))
 
 
-@intrinsic
-def _transpose_block(typing_context, out, out_stride, source, stride):
-    """The 16 x 16 bytes at `source`, transposed, at `out`: four rounds that interleave row i with row i + 8."""
+TALL = 32  # rows that are transposed at once where there are as many
 
-    def codegen(context, builder, signature, arguments):
-        out, out_stride, source, stride = arguments
-        row_type = ir.VectorType(_BYTE, 16)
-        halves = [_vector(_INT, [lane for k in range(8) for lane in (at + k, 16 + at + k)]) for at in (0, 8)]
-        rows = [
-            builder.load(_pointer(builder, builder.add(source, builder.mul(stride, _LONG(i))), row_type), align=1)
-            for i in range(16)
-        ]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[i], rows[i + 8], half) for i in range(8) for half in halves]
-        for i, row in enumerate(rows):
-            builder.store(
-                row, _pointer(builder, builder.add(out, builder.mul(out_stride, _LONG(i))), row_type), align=1
-            )
-        return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), codegen
+def _transposed(height: int) -> Any:
+    @intrinsic
+    def block(typing_context, out, out_stride, source, stride):
+        """The 16 or TALL rows of 16 bytes at `source`, transposed, at `out`.
+
+        Four rounds interleave row i with row i + 8; of the tall block, row i + 16 goes along in the other half of a
+        vector.
+        """
+
+        def codegen(context, builder, signature, arguments):
+            out, out_stride, source, stride = arguments
+
+            def load(row: int) -> ir.Value:
+                address = builder.add(source, builder.mul(stride, _LONG(row)))
+                return builder.load(_pointer(builder, address, ir.VectorType(_BYTE, 16)), align=1)
+
+            rows = [load(i) for i in range(16)]
+            if height == TALL:
+                both = _vector(_INT, list(range(TALL)))
+                rows = [builder.shuffle_vector(row, load(i + 16), both) for i, row in enumerate(rows)]
+            lanes = [range(half + at, half + at + 8) for at in (0, 8) for half in range(0, height, 16)]
+            pairs = [lane for part in lanes for k in part for lane in (k, height + k)]
+            halves = [_vector(_INT, part) for part in (pairs[:height], pairs[height:])]
+            for _ in range(4):
+                rows = [builder.shuffle_vector(rows[i], rows[i + 8], half) for i in range(8) for half in halves]
+            for i, row in enumerate(rows):
+                address = builder.add(out, builder.mul(out_stride, _LONG(i)))
+                builder.store(row, _pointer(builder, address, row.type), align=1)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 4), codegen
+
+    return block
+
+
+_transpose_block, _transpose_tall_block = _transposed(16), _transposed(TALL)
 
 
 @kernel
-def _weigh_row(to, n, base, stride, weights, taps):
-    for start in range(0, n - LANES + 1, LANES):
-        _weigh_block(to + start, base + start, stride, weights, taps)  # type: ignore[call-arg]
-    if n % LANES:  # the last block overlaps the one before it
-        _weigh_block(to + n - LANES, base + n - LANES, stride, weights, taps)  # type: ignore[call-arg]
+def _weigh_row(to, n, base, stride, weights, taps, clips):
+    for start in range(0, n, LANES):
+        at = min(start, n - LANES)  # the last block overlaps the one before it
+        if clips:
+            _weigh_block_clipped(to + at, base + at, stride, weights, taps)
+        else:
+            _weigh_block(to + at, base + at, stride, weights, taps)
 
 
 @kernel
-def weigh(out, source, first, taps, weights):
+def weigh(out, source, first, taps, weights, clips=True):
     """out[i] = sum over k < taps[i] of weights[i, k] / 2**14 * source[first[i] + k], rounded and clipped.
 
     `out` u8 (m, n), `source` u8 (rows, >= n), both with contiguous rows at any distance; `first`, `taps` i64 (<= m,)
     and `weights` i16 (<= m, >= taps), whose last ones serve all rows beyond. A row's weights must sum to 2**14 (but for
-    their rounding). The result is within 0.5 + taps / 128 levels of the real sum. All rows in one call: a slice of an
-    array for each would cost more than the sums.
+    their rounding), and none be negative unless it `clips`. The result is within 0.5 + taps / 128 levels of the real
+    sum. All rows in one call: a slice of an array for each would cost more than the sums.
     """
     m, n = out.shape
     if n >= LANES:
@@ -121,7 +149,8 @@ def weigh(out, source, first, taps, weights):
         for i in range(m):
             row = base + first[min(i, len(first) - 1)] * source.strides[0]
             at = own + min(i, len(weights) - 1) * weights.strides[0]
-            _weigh_row(to + i * out.strides[0], n, row, source.strides[0], at, taps[min(i, len(taps) - 1)])
+            count = taps[min(i, len(taps) - 1)]
+            _weigh_row(to + i * out.strides[0], n, row, source.strides[0], at, count, clips or count > _FEW)
         return
     for i in range(m):
         low, count, shares = first[min(i, len(first) - 1)], taps[min(i, len(taps) - 1)], min(i, len(weights) - 1)
@@ -137,12 +166,16 @@ def transpose(out, source):
     """out[j, i] = source[i, j] for u8 matrices with contiguous rows at any distance."""
     rows, columns = source.shape
     to, out_stride, base, stride = out.ctypes.data, out.strides[0], source.ctypes.data, source.strides[0]
-    for i in range(0, rows - 15, 16):
-        for j in range(0, columns - 15, 16):
-            _transpose_block(to + j * out_stride + i, out_stride, base + i * stride + j, stride)  # type: ignore[call-arg]
-        for row in range(i, i + 16):
-            for j in range(columns & ~15, columns):
-                out[j, row] = source[row, j]
-    for row in range(rows & ~15, rows):
+    whole = rows & ~15 if columns >= 16 else 0
+    i = 0
+    while i < whole:
+        for j in range(0, columns, 16):
+            at = min(j, columns - 16)  # the last block overlaps the one before it
+            if whole - i >= TALL:
+                _transpose_tall_block(to + at * out_stride + i, out_stride, base + i * stride + at, stride)
+            else:
+                _transpose_block(to + at * out_stride + i, out_stride, base + i * stride + at, stride)
+        i += TALL if whole - i >= TALL else 16
+    for row in range(whole, rows):
         for j in range(columns):
             out[j, row] = source[row, j]

@@ -86,6 +86,18 @@ def test_a_weight_of_one_copies_and_overshoot_is_clipped() -> None:
     assert (out[:40] == 0).all()
 
 
+@pytest.mark.parametrize("taps", [1, 7, 40, 41, 300])
+def test_sums_of_positive_weights_need_no_clipping(taps: int) -> None:
+    """Where all weights are rounded the same way and the sum is at its farthest; many taps are clipped all the same."""
+    numbers = np.zeros(1, np.int64), np.full(1, taps), np.full((1, taps), -(-16384 // taps), np.int16)
+    for level in (0, 255):
+        source = np.full((taps, 64), level, np.uint8)
+        out, clipped = np.empty((2, 1, 64), np.uint8)
+        simd.weigh(out, source, *numbers, False)
+        simd.weigh(clipped, source, *numbers)
+        assert (out == level).all() and (clipped == level).all()
+
+
 def test_the_short_path_and_the_vectors_give_the_same_bytes() -> None:
     rng = np.random.default_rng(3)
     source = rng.integers(0, 256, (7, 64), dtype=np.uint8)
@@ -99,7 +111,7 @@ def test_the_short_path_and_the_vectors_give_the_same_bytes() -> None:
     assert np.array_equal(parts[:16], whole[:16])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (15, 40), (16, 16), (17, 33), (48, 64), (3, 200)])
+@pytest.mark.parametrize("shape", [(1, 1), (15, 40), (16, 16), (17, 33), (48, 64), (3, 200), (83, 50)])
 def test_transpose_moves_every_byte_and_no_other(shape: tuple[int, int]) -> None:
     source = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     frame = np.full((shape[1] + 2, shape[0] + 5), 99, np.uint8)
@@ -335,7 +347,8 @@ def test_the_python_text_of_the_kernels_does_the_same(monkeypatch: pytest.Monkey
         for name, function in vars(module).copy().items():
             if hasattr(function, "py_func") and name != "jitter_and_gray":
                 monkeypatch.setattr(module, name, function.py_func)
-    monkeypatch.setattr(simd, "_transpose_block", transpose_block_in_python)
+    monkeypatch.setattr(simd, "_transpose_block", transpose_block_in_python(16))
+    monkeypatch.setattr(simd, "_transpose_tall_block", transpose_block_in_python(simd.TALL))
     monkeypatch.setattr(simd, "LANES", 10**9)
     for name, p in (("factors", values), ("shifts", shifted)):
         out = np.zeros((1, 5, 5, 3), np.uint8)
@@ -343,10 +356,13 @@ def test_the_python_text_of_the_kernels_does_the_same(monkeypatch: pytest.Monkey
         assert off(out, expected[name]) <= 1
 
 
-def transpose_block_in_python(out: int, out_stride: int, source: int, stride: int) -> None:
+def transpose_block_in_python(rows: int) -> Callable:
     import ctypes
 
-    for i, j in product(range(16), range(16)):
-        ctypes.c_uint8.from_address(out + j * out_stride + i).value = ctypes.c_uint8.from_address(
-            source + i * stride + j
-        ).value
+    def block(out: int, out_stride: int, source: int, stride: int) -> None:
+        for i, j in product(range(rows), range(16)):
+            ctypes.c_uint8.from_address(out + j * out_stride + i).value = ctypes.c_uint8.from_address(
+                source + i * stride + j
+            ).value
+
+    return block

@@ -155,6 +155,9 @@ def test_the_region_is_the_windows_union_inside_the_image() -> None:
     start, shape = graph._regions(images, windows.astype(np.float32), np.array([(60, 80)] * 3, np.int32))
     assert start.tolist() == [[10, 30], [0, 0], [0, 0]]
     assert shape.tolist() == [[24, 40], [60, 80], [60, 80]]  # of what breaks off, all
+    nearly = np.array([[(5, 3, 40, 70)]], np.float32)  # 67 of 80 columns: all of them
+    start, shape = graph._regions(images[:1], nearly, np.array([(60, 80)], np.int32))
+    assert (start.tolist(), shape.tolist()) == ([[5, 0]], [[35, 80]])
 
 
 def test_a_file_that_breaks_off_fails_wherever_it_is_looked_at() -> None:
