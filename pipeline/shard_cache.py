@@ -19,7 +19,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -75,9 +75,7 @@ class Job:
         self._file = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write(self, data: bytes) -> bool:
-        """Takes the next part. True when the file is complete and has its name; False while more is to come. Raises
-        OSError, and BadSum.
-        """
+        """Takes the next part. True when the file is complete, False while more is to come. Raises OSError, BadSum."""
         self._sum.update(data)
         rest = memoryview(data)
         while rest:
@@ -87,12 +85,14 @@ class Job:
             return False
         if self.sha256 and self._sum.hexdigest() != self.sha256:
             raise BadSum(self)
+        return True
+
+    def finish(self) -> None:
+        """Gives a complete file its name, once its bytes are on the disk. Raises OSError."""
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
-        self.part.replace(self.path)
-        host.sync_folder(self.path.parent)
-        return True
+        self.part.replace(self.path)  # a name that a lost machine forgets costs one more fetch
 
     def drop(self) -> None:
         """Gives up what is not complete."""
@@ -124,10 +124,12 @@ def fetch(
 ) -> Iterator[Job]:
     """Fetches objects into files, several parts at a time, and yields each job whose file is complete, in order.
 
-    A job is taken from the iterator when there is a connection for it. Raises what `Object.read` and `Job.write` raise;
-    unfinished files are gone then, as they are where it is `stopped`.
+    A job is taken from the iterator when there is a connection for it; the network does not wait for the disk's fsync.
+    Raises what `Object.read`, `Job.write` and `Job.finish` raise; unfinished files are gone then, as they are where it
+    is `stopped`.
     """
     under_way: deque[tuple[Job, Future[bytes]]] = deque()
+    complete: deque[tuple[Job, Future[None]]] = deque()
     begun: list[Job] = []
 
     def parts() -> Iterator[tuple[Job, Future[bytes]]]:
@@ -137,22 +139,30 @@ def fetch(
             for start in range(0, job.wanted.size, remote.PART):
                 yield job, remote.submit(job.wanted.read(start, start + remote.PART))
 
-    requests = parts()
+    requests, disk = parts(), ThreadPoolExecutor(_CONNECTIONS)
     try:
         while not (stopped and stopped.is_set()):
             while len(under_way) < _CONNECTIONS and (request := next(requests, None)):
                 under_way.append(request)
+            while complete and (complete[0][1].done() or not under_way or len(complete) > _CONNECTIONS):
+                job, named = complete.popleft()
+                named.result()
+                begun.remove(job)
+                yield job
             if not under_way:
                 return
             job, future = under_way.popleft()
             data = remote.wait(future)
             count(Figures(fetched=len(data)))
             if job.write(data):
-                begun.remove(job)
-                yield job
+                try:
+                    complete.append((job, disk.submit(job.finish)))
+                except RuntimeError:  # this process is at its end
+                    return
     finally:
         for _, future in under_way:
             future.cancel()
+        disk.shutdown()
         for job in begun:
             job.drop()
 
@@ -243,8 +253,8 @@ class Cache:
         if self.closed or not self.folder:
             return False
         wanted = self._objects[shard].size
+        unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}  # first: they may get their names
         complete = {int(path.name[:6]) for path in self._names("tar")} - {shard}
-        unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}
         held = sum(self._objects[s].size for s in complete | unfinished)
         excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
         with self._condition:

@@ -74,6 +74,23 @@ def test_fill_and_keep_has_every_hit_that_is_possible(address: str) -> None:
     assert sum(found.paths[s].size for s in in_cache(found)) <= 20 * size
 
 
+def test_the_network_does_not_wait_for_the_disk(address: str, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard has its name when its bytes are on the disk, and others arrive meanwhile."""
+    sync, early = os.fsync, []
+
+    def slow(file: int) -> None:
+        part = Path(f"/proc/self/fd/{file}").readlink()
+        early.append(part.suffix == ".part" and part.with_suffix("").exists())
+        time.sleep(0.1)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    found, began = ShardSet(address), time.monotonic()
+    assert same(fill(found), ShardSet(local))
+    assert time.monotonic() - began < 0.1 * SHARDS
+    assert len(early) >= SHARDS and not any(early)
+
+
 def test_only_what_the_window_needs_is_fetched(address: str) -> None:
     found = ShardSet(address)
     loader = Loader(found, still_recipe(), 6, num_threads=1)
