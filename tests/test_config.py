@@ -116,6 +116,7 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--log.keep_last", "0"], r"log\.keep_last"),
         (["--optim.lr_batch", "0"], r"optim\.lr_batch"),
         (["--probe.train", "x"], "belong together"),
+        (["--speed.fsdp_gather", "bf16"], r"needs speed\.precision bf16"),
         (["--probe.train", "x", "--probe.val", "x", "--speed.parallel", "fsdp"], "trainer.evaluate"),
     ],
 )

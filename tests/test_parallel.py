@@ -1,12 +1,16 @@
 """Collectives over two gloo ranks: values and gradients are those of one process, eager and compiled."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import free_port, start
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trainer import parallel
 from trainer.backbones import blocks, vit
@@ -63,6 +67,53 @@ def test_ranks_agree_with_one_process(world: int) -> None:
 @pytest.mark.slow
 def test_the_collectives_compile_into_one_graph() -> None:
     mp.spawn(ranks_agree_with_one_process, (2, free_port(), True), 2)
+
+
+class Sent(TorchDispatchMode):
+    """Notes what collectives send: their names, types and numbers of elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensor = next(a for a in tree_leaves(args[1:]) if isinstance(a, torch.Tensor))
+            self.seen.append((func._opname, tensor.dtype, tensor.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def narrow_weights_travel(rank: int, world: int, port: str) -> None:
+    start(rank, world, port)
+    found = {}
+    for gather in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        network = vit("vit_pico_patch16", size=32).train()
+        units = blocks(network)
+        wide = sum(p.numel() for unit in units for p in unit.parameters())
+        parallel.shard_(network, units, torch.device("cpu"), gather=gather)
+        with Sent() as sent:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = network(torch.randn(2, 3, 32, 32))
+            y.square().mean().backward()
+        gathered = [(kind, count) for name, kind, count in sent.seen if "gather" in name]
+        narrow = sum(world * count for kind, count in gathered if kind == torch.bfloat16)
+        # Each block's weights in the forward pass, and again in the backward pass.
+        assert narrow == (2 * wide if gather else 0), sent.seen
+        assert {kind for name, kind, _ in sent.seen if "reduce" in name} == {torch.float32}
+        grads = {name: p.grad.full_tensor() for name, p in network.named_parameters() if isinstance(p.grad, DTensor)}
+        assert all(p.dtype == torch.float32 for p in network.parameters()) and len(grads) > 20
+        found[gather] = y.detach(), grads
+    (y, grads), (y_narrow, grads_narrow) = found.values()
+    assert y.dtype == torch.float32 and torch.equal(y, y_narrow)  # autocast takes those products in bf16 anyway
+    for name, grad in grads.items():
+        assert (grad - grads_narrow[name]).norm() <= 1e-2 * grad.norm(), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_as_bf16_and_gradients_reduced_as_fp32() -> None:
+    mp.spawn(narrow_weights_travel, (2, free_port()), 2)
 
 
 def test_each_start_of_the_ranks_has_a_name_of_its_own() -> None:

@@ -152,7 +152,16 @@ VIT_SIZES = {
     "huge": (1280, 32, 16),
 }
 
-layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
+
+class LayerNorm(nn.LayerNorm):
+    """Its weights may be narrower than its input, as FSDP gathers them: the CPU's kernel takes no such pair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
+
+
+layer_norm: Any = partial(LayerNorm, eps=1e-6)
 gelu: Any = partial(nn.GELU, approximate="tanh")
 
 

@@ -95,6 +95,8 @@ class Speed:
     """how ranks share the work; fsdp (FSDP2) also shards weights and optimizer state over them: for L, H and XL"""
     fsdp_copies: int = 1
     """fsdp: parts of the ranks that hold all weights each (HSDP); one a node keeps the gathering within nodes"""
+    fsdp_gather: Literal["fp32", "bf16"] = "fp32"
+    """fsdp: type in which the weights of the blocks are gathered; bf16 sends half as much, and needs precision bf16"""
     activation_checkpointing: bool = False
     """keep no activations within a block and compute them again in the backward pass: less memory, a third more work"""
     accumulate: int = 1
@@ -296,6 +298,8 @@ def _check(parsed: Any, kinds: dict[str, Any]) -> None:
         for key in keys.split():
             if parsed[key] is not None and not holds(parsed[key]):
                 raise UsageError(f"{key} is {parsed[key]}: it {rule}")
+    if parsed["speed.fsdp_gather"] == "bf16" and parsed["speed.precision"] != "bf16":
+        raise UsageError("speed.fsdp_gather bf16 needs speed.precision bf16, which takes the weights as bf16 anyway")
     for train, val in (("probe.train", "probe.val"), ("probe.segment_train", "probe.segment_val")):
         if (parsed[train] is None) != (parsed[val] is None):
             raise UsageError(f"{train} and {val} belong together")

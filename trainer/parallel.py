@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 # Newer torch renamed these and warns of the old names.
@@ -125,16 +125,29 @@ class _Gather(torch.autograd.Function):
         return mine
 
 
-def shard_(module: nn.Module, units: list[nn.Module], device: torch.device, *, copies: int = 1) -> None:
+def shard_(
+    module: nn.Module,
+    units: list[nn.Module],
+    device: torch.device,
+    *,
+    copies: int = 1,
+    gather: torch.dtype | None = None,
+) -> None:
     """FSDP2: shards the weights of each unit, and of the rest of `module`, over the ranks, in place.
 
     With `copies`, each part of the ranks holds all of them (HSDP). Raises ValueError where they cannot be parted so.
+    Weights of the units are gathered as `gather`, which autocast must take; the rest, where the losses are, and all
+    gradients travel as they are stored.
     """
     if world_size() % copies:
         raise ValueError(f"{world_size()} ranks cannot hold {copies} copies of the weights in equal parts")
     mesh = init_device_mesh(device.type, (copies, world_size() // copies), mesh_dim_names=("copies", "shards"))
-    for unit in (*units, module):
-        fully_shard(unit, mesh=mesh if copies > 1 else mesh["shards"])
+    where = mesh if copies > 1 else mesh["shards"]
+    # Autocast casts what it needs: inputs stay as they are, and so do the sums along the blocks.
+    policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=where, mp_policy=policy)
+    fully_shard(module, mesh=where)
 
 
 def compile_(units: list[nn.Module], backend: str = "inductor") -> None:

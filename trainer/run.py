@@ -100,8 +100,9 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     if cfg.speed.activation_checkpointing:
         backbones.checkpoint_activations_(method)
     if sharded := cfg.speed.parallel == "fsdp" and world_size > 1:
+        gather = torch.bfloat16 if cfg.speed.fsdp_gather == "bf16" else None
         try:
-            parallel.shard_(method, backbones.blocks(method), device, copies=cfg.speed.fsdp_copies)
+            parallel.shard_(method, backbones.blocks(method), device, copies=cfg.speed.fsdp_copies, gather=gather)
         except ValueError as error:
             raise config.UsageError(f"speed.fsdp_copies: {error}") from None
     if cfg.speed.compiles_on(device.type):
