@@ -20,10 +20,12 @@ thread of DALI's waits for it), and survives an image that it cannot decode: tha
 
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -284,8 +286,17 @@ def _fits() -> bool:
     return fitting
 
 
+def settled(form: Form | Literal["auto"], gpu: bool) -> Form:
+    """The form that is taken: on a GPU "operators" for "auto", until docs/gpu.md holds measured rates of all three."""
+    if form != "auto":
+        return form
+    return "fused" if not gpu and _fits() else "operators"
+
+
 class Graph:
     """A recipe's pixels on one device. ``submit`` a batch, ``take`` its views, in the same order.
+
+    One thread may submit while another takes. DALI's executor has no lock for the runs that it has under way.
 
     `device_id` is the GPU, or None for the CPU, where the fused form hands out `pixels` other than u8 normalised, with
     ImageNet's mean and std; what else comes is u8. A GPU's JPEG engines decode the share `hw_decoder_load`; None: the
@@ -305,15 +316,15 @@ class Graph:
         largest: tuple[int, int] | None = None,
         pixels: Pixels = "uint8",
     ):
-        if form == "auto":  # on a GPU until docs/gpu.md holds measured rates of all three
-            form = "fused" if device_id is None and _fits() else "operators"
-        self.form: Form = form
         gpu = device_id is not None
+        self.form = settled(form, gpu)
         # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
         self._decoding = (gpu and self.form != "fused", hw_decoder_load, largest)
         sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
         self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
+        self._submitting, self._running = Lock(), Lock()
+        self._started = deque[Any]()  # the pipeline of each run that is not yet taken: tuning may change it
         self._single: dali.Pipeline | None = None
         self._buffers: list[Buffers] = []  # of each kind, where the views are not DALI's
         self._under_way = deque[list[Tensor]]()  # of each run: what DALI's threads may still write into
@@ -324,6 +335,8 @@ class Graph:
                 self._buffers.append(Buffers((batch_size, cut.count, *shape), getattr(torch, pixels)))
         self._make = partial(self._pipeline, recipe.cuts, batch_size)
         self._pipe: Any = self._make()
+        # Held until DALI's threads have ended, whoever holds the pipeline longer than this: a traceback may.
+        weakref.finalize(self._pipe, self._under_way.clear).atexit = False
         self._tunes = 3 if self._decoding[0] and hw_decoder_load is None else 0  # attempts that are left
 
     def _pipeline(self, cuts: tuple[Cut, ...], batch_size: int) -> Any:
@@ -385,8 +398,23 @@ class Graph:
 
         `sizes` i32 (B, 2) are the images' heights and widths: a run fails where the decoder finds an image smaller.
         """
-        if self._tunes:
-            self._tune(images)
+        with self._submitting:
+            if self._pipe is None:  # closed, by another thread
+                return
+            if self._tunes:
+                self._tune(images)
+            self._feed(images, windows, params, sizes)
+            with self._running:
+                self._pipe.schedule_run()
+                self._started.append(self._pipe)
+
+    def _feed(
+        self,
+        images: Images,
+        windows: NDArray[np.float32],
+        params: NDArray[np.float32],
+        sizes: NDArray[np.int32],
+    ) -> None:
         feed = self._pipe.feed_input
         feed("image", list(images))
         if self.form == "fused":
@@ -414,7 +442,6 @@ class Graph:
                 dtype = np.int32 if _WINDOWS[name] == types.DALIDataType.INT32 else np.float32
                 for view, column in enumerate(np.stack(pair, -1).astype(dtype).swapaxes(0, 1)):
                     feed(f"{name}{view}", np.ascontiguousarray(column))
-        self._pipe.schedule_run()
 
     def _places(self, count: int) -> NDArray[np.int64]:
         """Memory for the views of a run of `count` images, as `_cut_all` reads it: i64 (count, kinds, 5)."""
@@ -437,7 +464,8 @@ class Graph:
         """
         views = self._under_way.popleft() if self._buffers else []
         try:
-            outputs = self._pipe.outputs(cuda_stream=stream)
+            with self._running:
+                outputs = self._started.popleft().outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise DecodeError(_reason(error)) from None
         if views:
@@ -450,15 +478,17 @@ class Graph:
 
     def close(self) -> None:
         """Ends what is under way and frees the memory; views that were taken stay valid."""
-        self._pipe = self._single = None  # waits for DALI's threads, before the memory goes that they write into
-        self._under_way.clear()
+        with self._submitting:
+            self._started.clear()
+            self._pipe = self._single = None
 
     __del__ = close
 
     def decode_one(self, image: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width of one stored image as this device decodes it. Raises DecodeError when it does not."""
         if self._single is None:
-            self._single = dali.Pipeline(batch_size=1, exec_dynamic=True, **self._settings)
+            # It lives until the graph is closed: one thread, not as many as decode the batches.
+            self._single = dali.Pipeline(batch_size=1, exec_dynamic=True, **{**self._settings, "num_threads": 1})
             with self._single:
                 self._single.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
         self._single.feed_input("image", [image])

@@ -4,7 +4,7 @@ A batch is a stretch of positions of an epoch; all that is random about it follo
 the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
 
     positions -> samples -> bytes, windows, targets      a few threads, `2 * prefetch` batches ahead
-              -> decode, cut, augment                    DALI, `prefetch` batches ahead
+              -> decode, cut, augment                    DALI, `prefetch` batches ahead, fed by one thread in turn
               -> Batch                                   when the trainer asks
 """
 
@@ -27,10 +27,9 @@ from torch import Tensor
 
 from . import colour
 from .batch import Batch, View
-from .graph import Decoded, DecodeError, Form, Graph
+from .graph import Decoded, DecodeError, Form, Graph, settled
 from .host import cores
 from .normalise import Pixels, normalise
-from .plan import Plan
 from .preparation import Order, Preparation, Prepared, StreamPreparation, Task, by_kind
 from .recipes import IMAGENET_MEAN, IMAGENET_STD, Recipe, describe
 from .samples import Samples
@@ -46,7 +45,7 @@ _MOST_THREADS = 1024  # more than this, a typing error, would abort the process
 class _Run:
     """A batch in DALI's hands. It may be taken out before its turn; `views` stays None where the run failed."""
 
-    prepared: Prepared
+    fed: Future[Prepared | None]  # None: a stream that cannot be read twice has ended
     taken: bool = False
     views: list[Any] | None = None
     failure: str = ""
@@ -128,6 +127,7 @@ class Loader:
                 f"{len(self.shards)} samples do not fill one batch of {batch_size} on {world_size} ranks: "
                 "lower batch_size, or keep incomplete batches with drop_last=False"
             )
+        form = settled(form, self.device.type == "cuda")
         self._build = partial(
             Graph,
             recipe,
@@ -147,7 +147,8 @@ class Loader:
             "shards": self.shards.fingerprint,
             "recipe": describe(recipe),
         }
-        task = Task(recipe, seed, self._global, rank, world_size, drop_last, plans=form == "triton")
+        pinned = self.device.type == "cuda"
+        task = Task(recipe, seed, self._global, rank, world_size, drop_last, form, pinned)
         self._prepare: Preparation
         if isinstance(self.shards, Stream):
             if self.shards.once and world_size > 1:
@@ -158,6 +159,7 @@ class Loader:
                 task, Samples(self.shards, seed, max_bad, recipe.masks), order if shuffle else None
             )
         self._pool: ThreadPoolExecutor | None = None
+        self._feeder: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._announced: tuple[list[int], int] | None = None
         self._built: Graph | None = None
@@ -226,14 +228,15 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads and frees the device's memory; batches handed out stay valid. Iterating restarts them."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._pool, self._feeder):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
         for event, _ in self._read:
             event.synchronize()
         self._read.clear()
         if self._built is not None:
             self._built.close()
-        self._pool = self._built = None
+        self._pool = self._feeder = self._built = None
         self._ahead.clear()
         self._runs.clear()
         self._front = self._epoch, self._position = self._prepare.restart(self._epoch, self._position)
@@ -245,10 +248,11 @@ class Loader:
         return self._built
 
     def _fill(self) -> None:
-        """Reads ahead and hands what is ready to DALI; waits only where nothing is in DALI's hands yet."""
-        if self._pool is None:
-            threads = 1 if isinstance(self.shards, Stream) else 2 * self._depth
-            self._pool, self._process = ThreadPoolExecutor(threads, thread_name_prefix="loader"), os.getpid()
+        """Has threads read ahead and feed DALI."""
+        if self._pool is None or self._feeder is None:
+            start = partial(ThreadPoolExecutor, initializer=_work_for, initargs=(self.device,))
+            self._pool = start(1 if isinstance(self.shards, Stream) else 2 * self._depth, "loader")
+            self._feeder, self._process = start(1, "loader_feeds"), os.getpid()
         self._announce()
         while True:
             # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
@@ -256,13 +260,9 @@ class Loader:
                 span = self._prepare.span(*self._front)
                 self._ahead.append(self._pool.submit(self._prepare, span))
                 self._front = span.after
-            if len(self._runs) >= self._depth or not self._ahead or (self._runs and not self._ahead[0].done()):
+            if len(self._runs) >= self._depth or not self._ahead:
                 return
-            prepared = self._ahead.popleft().result()
-            if prepared is None:  # the end of a stream that cannot be read twice
-                return
-            self._runs.append(_Run(prepared))
-            self._submit(prepared)
+            self._runs.append(_Run(self._feeder.submit(_feed, self._graph, self._ahead.popleft())))
 
     def _wanted(self, epoch: int) -> bool:
         return self._shuffle or isinstance(self.shards, Stream) or epoch == self._epoch
@@ -276,22 +276,19 @@ class Loader:
             self._announced = (order, ahead)
             self.shards.expect(order, ahead)
 
-    def _submit(self, prepared: Prepared) -> None:
-        if prepared.images:  # a rank's share of an epoch's end may be empty
-            self._graph.submit(prepared.images, prepared.windows, prepared.params, prepared.sizes)
-
     def _next(self) -> Batch:
         if self._pool is not None and self._process != os.getpid():  # threads do not survive a fork: it would hang
             raise RuntimeError("this loader was started before the process forked: make one in each process")
         try:
             with self._current_device():
                 self._fill()
-                if not self._runs:
-                    raise ReadError("standard input has ended: give the shards as files to read them once more")
                 run = self._runs.popleft()
-                prepared, views = run.prepared, self._take(run)
+                prepared = run.fed.result()
+                if prepared is None:
+                    raise ReadError("standard input has ended: give the shards as files to read them once more")
+                views = self._take(run)
                 if views is None:
-                    prepared, views = self._repair(run)
+                    prepared, views = self._repair(run, prepared)
                 batch = self._batch(prepared, views)
                 self._fill()
             self._epoch, self._position = prepared.span.after
@@ -302,14 +299,15 @@ class Loader:
 
     def _take(self, run: _Run) -> list[Any] | None:
         """The pixels of a run by kind, or None where it failed."""
-        if not run.taken:
+        prepared = run.fed.result()
+        if prepared is not None and not run.taken:
             run.taken = True
             try:
-                run.views = self._graph.take(self._stream()) if run.prepared.images else []
+                run.views = self._graph.take(self._stream()) if prepared.images else []
                 if (
                     self._graph.form == "triton"
                     and run.views
-                    and not np.array_equal(run.views[0].sizes, run.prepared.sizes)
+                    and not np.array_equal(run.views[0].sizes, prepared.sizes)
                 ):
                     run.views, run.failure = None, "an image has another size than its header says"
             except DecodeError as error:
@@ -323,12 +321,12 @@ class Loader:
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
 
-    def _repair(self, run: _Run) -> tuple[Prepared, list[Any]]:
+    def _repair(self, run: _Run, prepared: Prepared) -> tuple[Prepared, list[Any]]:
         """The same batch without the samples that the device cannot decode."""
+        assert self._feeder is not None
         for later in self._runs:  # later runs come out first
             self._take(later)
         while True:
-            prepared = run.prepared
             reasons = map(self._refusal, prepared.images, prepared.sizes.tolist())
             faults = {k: reason for k, reason in enumerate(reasons) if reason}
             again = self._prepare.again(prepared, faults) if faults else None
@@ -336,11 +334,10 @@ class Loader:
                 raise RuntimeError(
                     f"a batch failed, but each of its images can be decoded ({prepared.index.tolist()}): {run.failure}"
                 )
-            run = _Run(again)
-            self._submit(run.prepared)
+            prepared, run = again, _Run(self._feeder.submit(_submit, self._graph, again))
             views = self._take(run)
             if views is not None:
-                return run.prepared, views
+                return prepared, views
 
     def _refusal(self, image: NDArray[np.uint8], size: list[int]) -> str | None:
         try:
@@ -353,16 +350,16 @@ class Loader:
 
     def _batch(self, prepared: Prepared, pixels_by_kind: list[Any]) -> Batch:
         views = {}
-        windows, params = (by_kind(self.recipe, x) for x in (prepared.windows, prepared.params))
-        if prepared.plan_of_views is not None and prepared.images:
-            pixels_by_kind = self._cut(prepared.plan_of_views, *pixels_by_kind)
+        windows = by_kind(self.recipe, prepared.windows)
+        if prepared.planned and prepared.images:
+            pixels_by_kind = self._cut(prepared.planned, *pixels_by_kind)
         for k, cut in enumerate(self.recipe.cuts):
             if prepared.images:
                 pixels = torch.from_dlpack(pixels_by_kind[k])
             else:
                 pixels = torch.empty(0, cut.count, cut.size, cut.size, 3, dtype=torch.uint8, device=self.device)
             if self._graph.form == "operators":
-                drawn = self._on_device(params[cut.kind])
+                drawn = self._on_device(prepared.drawn[cut.kind])
                 pixels = colour.apply(pixels, drawn, cut.augmentations, padded=cut.padded)
             if pixels.dtype != self._dtype:  # the fused form on a CPU has normalised them
                 compiled = self.device.type == "cuda"
@@ -376,11 +373,11 @@ class Loader:
             torch.from_numpy(prepared.index),
         )
 
-    def _cut(self, plan: Plan, images: Decoded) -> list[Tensor]:
+    def _cut(self, planned: dict[str, Tensor], images: Decoded) -> list[Tensor]:
         """The triton form's views by kind, queued; the images are held until the device has read them."""
         from .triton_views import cut_batch  # triton loads where it is used
 
-        views = cut_batch(self.recipe.cuts, images.addresses, images.sizes, plan, self.device)
+        views = cut_batch(self.recipe.cuts, images.addresses, planned, self.device)
         if self.device.type == "cuda":
             while self._read and self._read[0][0].query():
                 self._read.popleft()
@@ -389,9 +386,25 @@ class Loader:
             self._read.append((event, images))
         return views
 
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _work_for(device: torch.device) -> None:
+    """What a thread needs before it pins memory for a device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _feed(graph: Graph, preparing: Future[Prepared | None]) -> Prepared | None:
+    return _submit(graph, preparing.result())
+
+
+def _submit(graph: Graph, prepared: Prepared | None) -> Prepared | None:
+    """Starts DALI's run of a batch."""
+    if prepared is not None and prepared.images:  # a rank's share of an epoch's end may be empty
+        graph.submit(prepared.images, prepared.windows, prepared.params, prepared.sizes)
+    return prepared
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

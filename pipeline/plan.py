@@ -32,6 +32,7 @@ COLUMNS = 19
 class Plan:
     """What the kernels read of a batch besides its images, as the host plans it."""
 
+    widths: NDArray[np.int32]  # (B,): of the images
     views: NDArray[np.int32]  # (B, T, COLUMNS)
     factors: NDArray[np.float32]  # (B, T, 4): of the operations in turn
     spans: NDArray[np.int32]  # (n, 2): of each row and column, the first source pixel and what rounds its sum
@@ -44,7 +45,7 @@ def plan(
 ) -> Plan:
     """The plan of a batch: windows f32 (B, T, 4), parameters f32 (B, T, P), and `sizes` i32 (B, 2) of the images."""
     sides = np.array([cut.size for cut in cuts for _ in range(cut.count)], dtype=np.int64)
-    return Plan(*_plan(sides, windows, params, sizes))
+    return Plan(np.ascontiguousarray(sizes[:, 1]), *_plan(sides, windows, params, sizes))
 
 
 @kernel

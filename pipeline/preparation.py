@@ -3,19 +3,22 @@
 Nothing here knows the loader, so that none of its threads keeps one alive.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, cycle, islice
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from . import draws
 from . import order as orders
+from .graph import Form
 from .masks import cut_masks
-from .plan import Plan, plan
+from .plan import plan
 from .recipes import Recipe
 from .samples import Samples
 from .shards import ShardError
@@ -38,7 +41,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the host knows of a batch before its pixels."""
+    """What the host knows of a batch before its pixels. Tensors are pinned where a GPU will have copies of them."""
 
     span: Span
     index: NDArray[np.int64]  # (B,)
@@ -46,10 +49,11 @@ class Prepared:
     sizes: NDArray[np.int32]  # (B, 2): of the stored images, as their headers say
     windows: NDArray[np.float32]  # (B, T, 4)
     params: NDArray[np.float32]  # (B, T, P)
-    plan_of_views: Plan | None  # of the triton form
-    targets: dict[str, NDArray[Any]]
-    label: NDArray[np.int64]  # (B,)
-    masks: dict[str, NDArray[np.uint8]]  # by kind: (B, V, S, S), where the recipe has them
+    drawn: dict[str, Tensor]  # by kind: the parameters (B, V, P), where torch is to colour the views
+    planned: dict[str, Tensor]  # a `Plan` by the names of its fields, of the triton form
+    targets: dict[str, Tensor]
+    label: Tensor  # i64 (B,)
+    masks: dict[str, Tensor]  # by kind: u8 (B, V, S, S), where the recipe has them
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Task:
     rank: int
     ranks: int
     drop_last: bool
-    plans: bool
-    """Whether the host plans views for the kernels of the triton form."""
+    form: Form
+    pinned: bool
+    """Whether what a GPU reads is put where it can be copied from without the host waiting."""
 
     def share(self, size: int) -> tuple[int, int]:
         """This rank's part of a batch of `size`: from where, to where."""
@@ -160,9 +165,24 @@ class Preparation:
         if recipe.masks:  # before the targets: windows may move
             redraw = partial(self._redraw, span.epoch, index, sizes)
             cut = cut_masks(recipe.cuts, masks, windows, params, redraw)
-        targets = _targets(recipe, windows) if recipe.targets else {}
-        planned = plan(recipe.cuts, windows, params, sizes) if self._task.plans else None
-        return Prepared(span, index, images, sizes, windows, params, planned, targets, label.astype(np.int64), cut)
+        planned = vars(plan(recipe.cuts, windows, params, sizes)) if self._task.form == "triton" else {}
+        return Prepared(
+            span,
+            index,
+            images,
+            sizes,
+            windows,
+            params,
+            drawn=self._tensors(by_kind(recipe, params) if self._task.form == "operators" else {}),
+            planned=self._tensors(planned),
+            targets=self._tensors(_targets(recipe, windows) if recipe.targets else {}),
+            label=self._tensors({"label": label.astype(np.int64)})["label"],
+            masks=self._tensors(cut),
+        )
+
+    def _tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: tensor.pin_memory() for name, tensor in found.items()} if self._task.pinned else found
 
     def _redraw(self, epoch: int, index: NDArray[Any], sizes: NDArray[Any], attempt: int) -> NDArray[np.float32]:
         return draws.draw(self._distributions, self._task.seed, epoch, index, sizes, attempt)[0]
@@ -224,7 +244,7 @@ class StreamPreparation(Preparation):
         places = [next(spare) if k in faults else k for k in range(len(prepared.images))]
         images = [prepared.images[k] for k in places]
         return self._prepared(
-            prepared.span, prepared.index[places], images, prepared.sizes[places], prepared.label[places]
+            prepared.span, prepared.index[places], images, prepared.sizes[places], prepared.label.numpy()[places]
         )
 
     def _batches(self, first: int) -> Iterator[tuple[Span, list[Sample]]]:

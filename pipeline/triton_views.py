@@ -14,8 +14,7 @@ is summed in another order, or a multiply and an add are fused.
 Where there is no GPU, Triton's interpreter runs the kernels on the host: slow, and only for tests.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from . import plan as columns
 from .parameters import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION
-from .plan import RADIUS, Plan
+from .plan import RADIUS
 
 if TYPE_CHECKING:
     from .recipes import Cut
@@ -294,16 +293,20 @@ def _blur(
 
 
 def cut_batch(
-    cuts: "Sequence[Cut]", addresses: NDArray[np.int64], sizes: NDArray[np.int32], planned: Plan, device: torch.device
+    cuts: "Sequence[Cut]", addresses: NDArray[np.int64], planned: Mapping[str, Tensor], device: torch.device
 ) -> list[Tensor]:
     """The views u8 (B, V, S, S, 3) of each kind on `device`, queued on its current stream.
 
-    `addresses` i64 (B,) are those of decoded images u8 (H, W, 3) without gaps, `sizes` i32 (B, 2) those that
-    were planned with. Whoever owns the images keeps them until the stream has passed what is queued here.
+    `addresses` i64 (B,) are those of decoded images u8 (H, W, 3) without gaps, of the sizes that were planned with;
+    `planned` holds the fields of a `Plan` on the host, pinned for a GPU. Whoever owns the images keeps them until the
+    stream has passed what is queued here.
     """
-    samples, total = planned.views.shape[:2]
-    images, widths = _on(device, addresses), _on(device, np.ascontiguousarray(sizes[:, 1]))
-    views, factors, spans, weights, gaussians = (_on(device, getattr(planned, f.name)) for f in fields(planned))
+    where = torch.from_numpy(addresses)
+    images = (where if device.type == "cpu" else where.pin_memory()).to(device, non_blocking=True)
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in planned.items()}
+    names = ("widths", "views", "factors", "spans", "weights", "gaussians")
+    widths, views, factors, spans, weights, gaussians = (on_device[name] for name in names)
+    samples, total = views.shape[:2]
     finished, first = [], 0
     for cut in cuts:
         count, side = cut.count, cut.size
@@ -317,16 +320,10 @@ def cut_batch(
         _cut[grid](images, widths, views, factors, spans, weights, packed, sums, *which, **settings)
         part = triton.next_power_of_2(blocks)
         _paint[grid](packed, sums, views, factors, out, *which, blocks, SUMS=part, **settings)
-        if planned.views[:, first : first + count, RADIUS].any():
+        if planned["views"][:, first : first + count, RADIUS].any():  # on the host
             along, widest = torch.empty_like(packed), gaussians.shape[2]
             _blur[grid](packed, views, gaussians, along, *which, widest, LAST=False, **settings)
             _blur[grid](along, views, gaussians, out, *which, widest, LAST=True, **settings)
         finished.append(out)
         first += count
     return finished
-
-
-def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
-    """The array on the device, copied without the host waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

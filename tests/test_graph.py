@@ -197,13 +197,14 @@ def test_a_failing_run_fails_alone(form: str) -> None:
 
 
 def test_an_image_is_tried_alone() -> None:
-    g = Graph(still_recipe(), 4)
+    g = Graph(still_recipe(), 4, num_threads=3)
     data = encode(smooth_image(0, 60, 80), "JPEG")
     assert g.decode_one(np.frombuffer(data, np.uint8)) == (60, 80)
     for bad in (data[: len(data) // 2], data[:100], b"<html>", bytes(1000)):
         with pytest.raises(DecodeError):
             g.decode_one(np.frombuffer(bad, np.uint8))
     assert g.decode_one(np.frombuffer(data, np.uint8)) == (60, 80)
+    assert (g._pipe.num_threads, g._single.num_threads) == (3, 1)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["loca", "vicregl", "vicregl_resnet50", "plain", "segmentation"])
@@ -254,8 +255,10 @@ def test_dali_knows_what_the_gpus_graph_asks_of_it(form: str, nodes: int) -> Non
     for operator in g._pipe._ops:
         spec, text = operator.spec, str(operator.spec)
         name, device = _after("OpSpec for ", text).rstrip(":"), _after("device: ", text)
-        decoders += [device] if name.startswith("decoders__Image") else []
         schema = graph.backend.GetSchema(name)
+        if name.startswith("decoders__Image"):
+            decoders.append(device)
+            assert not schema.HasArgument("num_threads")  # or docs/gpu.md would say how many it should have
         arguments = {line.split(":")[0].strip() for line in text.partition("Arguments:")[2].splitlines() if ":" in line}
         known = {"device", "preserve_name"} | {a for a in arguments if a.startswith("_") or schema.HasArgument(a)}
         assert arguments <= known, f"{name} has no {arguments - known}"
@@ -298,6 +301,45 @@ def test_the_share_of_the_jpeg_engines_is_found_out(
     assert (float(_after("hw_decoder_load: ", decoder(g))) if taken else None) == taken
     assert [_after(f"preallocate_{side}_hint: ", decoder(g)) for side in ("height", "width")] == ["375", "500"]
     assert len(g._pipe._graph_outputs) == (1 if form == "triton" else len(still_recipe().cuts))
+
+
+def test_runs_under_way_stay_those_that_were_submitted_when_tuning_changes_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first batch cannot be timed, the second is while the first is still in the old pipeline's hands."""
+    recipe, tried = still_recipe(), []
+    windows, params = drawn(recipe, [(64, 70)])
+    images = [stored(encode(smooth_image(k, 64, 70))) for k in range(2)]
+
+    def seconds(self: Graph, share: float, batch: list[NDArray[np.uint8]]) -> float:
+        tried.append(share)
+        if len(tried) == 1:
+            raise RuntimeError("damaged")
+        return 1.0 - share
+
+    monkeypatch.setattr(Graph, "_seconds", seconds)
+    g = Graph(recipe, 1, form="operators")
+    g._tunes, before = 3, g._pipe
+    for image in images:
+        g.submit(image, windows, params, np.array([[64, 70]], np.int32))
+    assert g._pipe is not before
+    found = [[torch.from_dlpack(kind).numpy() for kind in g.take()] for _ in images]
+    for image, batch in zip(images, found, strict=True):
+        wanted = views("operators", recipe, image, windows, params)
+        assert all(np.array_equal(a, b) for a, b in zip(batch, wanted, strict=True))
+
+
+def test_memory_that_dali_may_write_into_lives_as_long_as_its_pipeline() -> None:
+    """A traceback of an interrupted run holds the pipeline beyond `close`."""
+    recipe = still_recipe()
+    windows, params = drawn(recipe, [(64, 70)])
+    g = Graph(recipe, 1)
+    held, memory = g._pipe, g._under_way
+    g.submit(stored(encode(smooth_image(0, 64, 70))), windows, params, np.array([[64, 70]], np.int32))
+    g.close()
+    assert len(memory) == 1
+    del held
+    assert not memory
 
 
 def test_a_batch_is_timed_and_nothing_is_tuned_that_is_given_or_on_a_cpu() -> None:

@@ -8,15 +8,19 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from loaders import RECIPE, N, epochs, facts, loader
 from mapimages import smooth_image, write_set
 
 from pipeline import Loader, ShardSet, recipes
 from pipeline.graph import Graph
+from pipeline.samples import Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +122,47 @@ def test_a_dropped_loader_leaves_no_thread(shards: ShardSet) -> None:
             break
         time.sleep(0.05)
     assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize("form", ["fused", "operators"])
+def test_the_trainers_thread_neither_feeds_nor_pins(
+    form: str, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a GPU, but for pinning, which needs one: the same batches, made in threads of the loader's."""
+    wanted = epochs(loader(shards, form=form), 2)
+    feed, found = Graph._feed, []
+
+    def note(what: str, result: Any) -> Any:
+        found.append((what, threading.current_thread().name.rstrip("_0123456789")))
+        return result
+
+    monkeypatch.setattr(Graph, "_feed", lambda *batch: note("feed", feed(*batch)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: note("pin", tensor))
+    source = loader(shards, form=form)
+    source._prepare._task = replace(source._prepare._task, pinned=True)
+    assert epochs(source, 2) == wanted
+    source.close()
+    assert set(found) == {("feed", "loader_feeds"), ("pin", "loader")}
+    drawn, targets = len(RECIPE.cuts) * (form == "operators"), len(next(iter(source)).targets)
+    assert found.count(("pin", "loader")) >= 12 * (drawn + targets + 1)
+
+
+def test_closing_does_not_wait_for_bytes_that_do_not_come(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, source = facts(loader(shards)), loader(shards)
+    first, load, arrive = source._prepare.positions(0, 0, 4), Samples.load, threading.Event()
+
+    def slow(samples: Samples, epoch: int, positions: Any) -> Any:
+        if not np.array_equal(positions, first):
+            arrive.wait(60)
+        return load(samples, epoch, positions)
+
+    monkeypatch.setattr(Samples, "load", slow)
+    batch = next(iter(source))
+    start = time.monotonic()
+    source.close()
+    assert time.monotonic() - start < 20
+    arrive.set()
+    assert facts([batch, *source]) == wanted
 
 
 PROGRAM = """

@@ -43,7 +43,8 @@ def both(
     for b, image in enumerate(images):
         cutting.cut_image(tuple(kind[b] for kind in wanted), image, windows[b], params[b])
     addresses = np.array([image.ctypes.data for image in images])
-    found = cut_batch(cuts, addresses, sizes, plan(cuts, windows, params, sizes), torch.device("cpu"))
+    planned = {name: torch.from_numpy(array) for name, array in vars(plan(cuts, windows, params, sizes)).items()}
+    found = cut_batch(cuts, addresses, planned, torch.device("cpu"))
     return [(a, b.numpy()) for a, b in zip(wanted, found, strict=True)]
 
 
