@@ -31,6 +31,25 @@ def test_a_vit_computes_the_same_in_timm(tmp_path: Path, name: str) -> None:
             torch.testing.assert_close(theirs.forward_features(images), ours(images), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
+def test_pytorchs_own_exporters_take_what_timm_loads(tmp_path: Path) -> None:
+    """As docs/training.md has it: torch.export, and ONNX where its packages are installed."""
+    torch.manual_seed(0)
+    export.export(vit("vit_pico_patch8", size=32), tmp_path, MEAN, STD)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(image)
+    torch.export.save(torch.export.export(model, (image,)), tmp_path / "backbone.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "backbone.pt2").module()(image), wanted)
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(model, (image,), tmp_path / "backbone.onnx", dynamo=True, verbose=False)
+    graph = onnx.load(tmp_path / "backbone.onnx")
+    found = onnx.reference.ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: image.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
+
+
 def test_a_resnet_computes_the_same_in_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = convnet("resnet50").eval()

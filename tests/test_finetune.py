@@ -377,7 +377,11 @@ def test_a_sweep_over_subsets(run: Callable[..., dict[str, Any]], sets: tuple[st
     [
         (["--fraction", "1/99"], "random:vit_pico_patch8", "less than one"),
         (["--fraction", "2"], "random:vit_pico_patch8", r"lie in \(0, 1\]"),
+        (["--fraction", "1/2", "--subset", "-1"], "random:vit_pico_patch8", "--subset -1: a seed"),
         (["--seeds", "0"], "random:vit_pico_patch8", "--seeds"),
+        (["--subset", "3"], "random:vit_pico_patch8", "--fraction, as 1/32"),
+        (["--method", "loca"], "random:vit_pico_patch8", "--method: this program decides it"),
+        (["--lr", "1e-4", "nan"], "random:vit_pico_patch8", "--lr nan: it must lie between"),
         (["--finetune.stride", "64"], "random:vit_pico_patch8", "stride is 64.*gaps"),
         ([], "random:vit_pica_patch8", "unknown backbone 'vit_pica_patch8'"),
         (["--finetune.views.size", "36"], "random:vit_pico_patch8", "views.size is 36: .* multiple of 8"),
@@ -392,6 +396,13 @@ def test_what_cannot_be_meant_is_one_sentence(
 
     error = run(tmp_path / "out", *more, what=what, code=2)["error"]
     assert re.search(reason, error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["1/0", "few"])
+def test_a_share_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(["WHAT", "--train", "x", "--val", "y", "--out", "z", "--fraction", text])
+    assert ended.value.code == 2 and f"'{text}' is no share" in capsys.readouterr().err
 
 
 PRESET_CLASSES = {

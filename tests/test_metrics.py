@@ -3,6 +3,8 @@
 import io
 import resource
 import struct
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,6 +69,18 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     said.close()
     last = screen.getvalue().split("\r")[-1]
     assert " 75% |" in last and "step 3/4  epoch 1  loss 2.5  0:00 h left" in last
+
+
+@pytest.mark.parametrize(("terminal", "fewest", "most"), [(False, 1, 3), (True, 4, 99)])
+def test_a_count_fills_no_log(
+    terminal: bool, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's output is read afterwards: not a line for every tenth of a second."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for _ in console.counting("scoring", range(5)):
+        time.sleep(0.11)
+    assert fewest <= capsys.readouterr().err.count("scoring") <= most
+    assert not [*console.counting(None, "")] and not capsys.readouterr().err
 
 
 def test_a_log_that_cannot_be_rewritten_stays_whole(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ PICTURE, MASK = pair(0)
         ("timm:test_vit", [(PICTURE, MASK)], "one training image is too few"),
         ("timm:test_vit", [(PICTURE, np.full_like(MASK, VOID))] * 2, "no labelled pixel"),
         ("timm:nothing", [(PICTURE, MASK)] * 2, "no model 'nothing'"),
-        ("nowhere", [(PICTURE, MASK)] * 2, "nowhere: not a readable checkpoint"),
+        ("nowhere", [(PICTURE, MASK)] * 2, "nowhere: not a readable checkpoint .there is no such file"),
         ("released:nowhere", [(PICTURE, MASK)] * 2, "released:nowhere: .*No such file"),
     ],
 )

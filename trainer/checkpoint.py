@@ -103,12 +103,13 @@ def load(path: Path) -> Payload:
     if path.is_dir():
         payload = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if payload is None:
-            raise ValueError(f"{path}: holds no readable checkpoint")
+            raise ValueError(f"{path}: holds no readable checkpoint; name the folder of a run that has one")
         return payload
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
     except Exception as error:  # a torn file fails in a dozen ways
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+        why = type(error).__name__ if path.exists() else "there is no such file or folder"
+        raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
         raise ValueError(f"{path}: not a checkpoint of format {FORMAT} (found {found})")

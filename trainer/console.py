@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,13 @@ def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: f
             f"  python -m trainer.export {folder} exported                     # for timm.create_model",
         ]
     )
+
+
+def counting(title: str | None, images: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar that counts images, none without a title; it is rewritten seldom where there is no terminal."""
+    pause = 0.1 if sys.stderr.isatty() else PAUSE
+    options |= {"mininterval": pause, "maxinterval": max(10.0, pause), "disable": not title}
+    return tqdm(images, title, unit=" images", **options)
 
 
 @contextmanager

@@ -19,6 +19,15 @@ from trainer.segmentation import frozen
 from trainer.stored import fingerprint
 
 
+def options(rest: list[str], *decided: str) -> dict[str, Any]:
+    """The settings of run.py in `rest`. Raises UsageError for one that a program decides: also those of `decided`."""
+    found = config.options(rest)
+    for name in ("method", "shards", "init", *decided):
+        if name in found:
+            raise config.UsageError(f"--{name}: this program decides it; leave it out")
+    return found
+
+
 def settings(method: str, what: str) -> dict[str, Any]:
     """The settings of `method` that a backbone decides, by dotted name: what it is called, how its images are prepared.
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pipeline import Batch, Loader, ShardSet, host, recipes
 from trainer import checkpoint, config, heads
 from trainer.backbones import normalise
 from trainer.command import check, command
+from trainer.console import counting
 from trainer.stored import arrays, fingerprint, keep
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
@@ -98,7 +98,7 @@ def stored(
     if (start := int(found["filled"][0])) < count:
         loader = Loader(shards, recipe, batch_size, device=device, shuffle=images is not None, drop_last=False)
         loader.load_state_dict({**loader.state_dict(), "position": start})
-        bar = tqdm(total=count, initial=start, desc=title, unit=" images", disable=title is None)
+        bar = counting(title, total=count, initial=start)
         try:
             for step, batch in enumerate(loader, 1):
                 x, y = (part[: count - start] for part in features(backbone, [batch], mean=mean, std=std))

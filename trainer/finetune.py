@@ -52,7 +52,7 @@ class Job:
 @command("trainer.finetune")
 def main(argv: list[str]) -> None:
     options, rest = arguments(argv)
-    more = config.options(rest)
+    more = downstream.options(rest, "finetune.classes", "optim.final_lr", "optim.lr_batch")
     train, val = Labelled(options.train), Labelled(options.val)
     names = class_names(train, val)
     settings = more | {"finetune.classes": len(names), "shards": options.train, "method": "finetune"}
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     settings |= downstream.settings("finetune", options.what)
     first, begin = config.resolve(settings), downstream.origin(options.what)
     lrs = options.lr or [first.run.optim.lr]
-    subsets = options.subset if options.fraction else [None]
+    subsets = (options.subset or [0]) if options.fraction else [None]
     every = list(product(subsets, range(first.run.seed, first.run.seed + options.seeds)))
     together = len(lrs) * len(every) > 1
     results: dict[str, dict[str, Any]] = {}
@@ -138,6 +138,14 @@ def table(results: dict[str, dict[str, Any]], figures: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def share(text: str) -> Fraction:
+    """The type of --fraction."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: say 1/32, for example") from None
+
+
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -150,11 +158,17 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", help="a preset, finetune_NAME for each of LOCA's data sets, or a file")
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates to try (default: the preset's)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of the best one, with seeds one after another")
-    parser.add_argument("--fraction", type=Fraction, help="share of the training images, as 1/32")
-    parser.add_argument("--subset", type=int, nargs="+", default=[0], metavar="SEED", help="which ones (default: 0)")
+    parser.add_argument("--fraction", type=share, help="share of the training images, as 1/32")
+    parser.add_argument("--subset", type=int, nargs="+", metavar="SEED", help="which ones (default: 0)")
     options, rest = parser.parse_known_args(argv)
-    if options.seeds < 1 or any(not 0 < lr < 1 for lr in options.lr or []):
-        raise ValueError("--seeds must be positive, --lr between 0 and 1")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: it must be positive")
+    if odd := [lr for lr in options.lr or [] if not 0 < lr < 1]:
+        raise ValueError(f"--lr {odd[0]:g}: it must lie between 0 and 1")
+    if options.subset and not options.fraction:
+        raise ValueError("--subset chooses among images: say how many with --fraction, as 1/32")
+    if min(options.subset or [0]) < 0:
+        raise ValueError(f"--subset {min(options.subset)}: a seed must not be negative")
     if options.fraction is not None and not 0 < options.fraction <= 1:
         raise ValueError(f"--fraction {options.fraction}: it must lie in (0, 1]")
     return options, rest

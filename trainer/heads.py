@@ -40,7 +40,7 @@ def segment(options: argparse.Namespace, rest: list[str], out: Path) -> None:
     given = {"method": "heads", "shards": options.train, "out": str(out / f"heads_{options.recipe}")}
     given |= downstream.settings("heads", options.what)
     given |= {"heads.classes": len(names)} | _recipe(options.recipe, given["heads.backbone"])
-    given |= config.options(rest)
+    given |= downstream.options(rest, "heads.classes", "heads.scales", "optim.lr_batch")
     first = config.resolve(given)
     cfg = first.run
     lrs = _lrs(options.lr or [cfg.optim.lr])
@@ -76,7 +76,7 @@ def classify(options: argparse.Namespace, rest: list[str], out: Path) -> None:
     size = options.size or 224
     given |= {"linear.classes": classes, "linear.views.size": size}
     given |= downstream.settings("linear", options.checkpoint)
-    given |= config.options(rest)
+    given |= downstream.options(rest, "linear.classes", "linear.scales", "linear.decays", "optim.lr_batch")
     lrs = _lrs(options.lr or list(LEARNING_RATES))
     cfg = config.resolve(given).run
     decays = options.wd or [cfg.optim.weight_decay]

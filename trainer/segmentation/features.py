@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.host import cores
 from trainer.backbones import stride
+from trainer.console import counting
 from trainer.segmentation.frozen import Frozen
 from trainer.segmentation.labelled import Labelled, class_shares, fitted
 from trainer.stored import arrays, fingerprint, keep
@@ -85,7 +85,7 @@ def extract(
 
     order = np.lexsort((sides[:, 1], sides[:, 0])).tolist()  # images of one size make a batch
     filled = int(found["filled"][0])
-    with tqdm(total=len(order), initial=filled, desc=show, unit=" images", disable=not show) as bar:
+    with counting(show, total=len(order), initial=filled) as bar:
         try:
             for step, (batch, loaded) in enumerate(_ahead(load, _batches(order[filled:], sides)), 1):
                 pixels = torch.stack([picture for picture, _ in loaded]).to(device)

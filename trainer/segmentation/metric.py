@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
+from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled
 
 Scores = Callable[[int], Tensor]  # the j-th image -> scores (C, rows, columns) of any grid that covers it
@@ -124,7 +124,7 @@ def evaluate(
 ) -> dict[str, Confusion]:
     """The confusion matrix of each predictor over `images`, numbers in the set, at label size; `show` titles a bar."""
     found = {name: Confusion(classes, device) for name in predictors}
-    for j, i in enumerate(tqdm(images, show, unit=" images", disable=not show)):
+    for j, i in enumerate(counting(show, images)):
         truth = data.mask(int(i)).to(device)
         for name, scores in predictors.items():
             found[name].add(label_map(scores(j).to(device), *truth.shape), truth)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer import parallel
 from trainer.backbones import normalise, stride
+from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled, fitted
 from trainer.segmentation.metric import Confusion, label_map, localised, mean_average_precision
 
@@ -61,7 +61,7 @@ def score(method: Any, data: Labelled, device: torch.device, *, show: str | None
     classes = method.cfg.classes
     found = [Figures(len(data), classes, device) for _ in getattr(method, "heads", [None])]
     mine = range(parallel.rank(), len(data), parallel.world_size())
-    for i in tqdm(mine, show, unit=" images", disable=not show):
+    for i in counting(show, mine):
         truth = data.mask(i).to(device)
         each = logits(method, data.image(i)).unflatten(0, (-1, classes))
         for figures, scores in zip(found, each, strict=True):
