@@ -147,6 +147,9 @@ class ShardSet:
 
         In the order in which they are stored, numbered again. Raises ValueError for a name of no image, or of two.
         """
+        names = names if isinstance(names, str) else [*names]
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names must be a list of texts, not {names!r:.60}")
         wanted = {split_name(name)[0] for name in names}
         places: dict[str, int] = {}
         for i in range(len(self)):

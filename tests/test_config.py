@@ -113,6 +113,9 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--config", "loca_600ep"], "no such preset; presets are finetune, .*, loca, loca_b16_1k_600ep, "),
         (["--shards", "a-0.tar", "a-1.tar"], "'a-1.tar' is no option.*a pattern: put it in quotes"),
         (["--batch_size", "0"], "positive"),
+        (["--stop_after", "none"], "stop_after is 'none': it must be a number or null"),
+        (["--data.order", "any"], r"data\.order is 'any': it must be one of global, block or null"),
+        (["--log.tensorboard", "maybe"], r"log\.tensorboard is 'maybe': it must be true or false"),
         (["--log.keep_last", "0"], r"log\.keep_last"),
         (["--optim.lr_batch", "0"], r"optim\.lr_batch"),
         (["--probe.train", "x"], "belong together"),
@@ -228,3 +231,16 @@ def test_what_is_not_there_is_found_before_torch_is_imported(tmp_path: Path, opt
     config.check_paths({option: f"{tmp_path}/x-{{00..07}}.tar", "config": str(file)})
     code = "import sys; from trainer import config; config.check_paths({}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_file_of_names(tmp_path: Path) -> None:
+    """Blank lines and the ends of lines of another system are no names."""
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"a.jpg\r\n\r\nb \n")
+    assert config.names_in(str(path)) == ["a.jpg", "b"]
+    for content, why in ((b"\n \n", "holds no name"), (b"\xb5\xff", "it is no text")):
+        path.write_bytes(content)
+        with pytest.raises(config.UsageError, match=f"names.txt: .*{why}"):
+            config.names_in(str(path))
+    with pytest.raises(config.UsageError, match="Is a directory"):
+        config.names_in(str(tmp_path))

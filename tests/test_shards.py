@@ -361,6 +361,9 @@ def test_a_listed_part_of_a_set_is_a_set(tmp_path: Path) -> None:
         whole.only(["image-00099", "image-00001"])
     with pytest.raises(ValueError, match=r"no image of .* is listed"):
         whole.only([])
+    for names in ("image-00003", [3]):
+        with pytest.raises(ValueError, match="must be a list of texts"):
+            whole.only(names)  # type: ignore[arg-type, list-item]
 
 
 def test_a_list_of_names_tells_folders_apart_where_it_must(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     for arguments in (
         ["--shards", str(tmp_path / "no.tar")],
         ["--shards", str(tar), "--out", str(tmp_path / "no" / "x.png")],
+        ["--shards", str(tar), "--out", "no.picture"],
     ):
         assert show.main(["--recipe", "plain", *arguments]) == 2
         error = capsys.readouterr().err

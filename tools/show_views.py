@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
     args = parse_args(parser, argv)
     try:
+        if args.out.suffix.lower() not in {".html", *Image.registered_extensions()}:
+            raise ValueError(f"--out {args.out}: name a picture, as views.png or views.jpg, or an .html")
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
         save(page, args.out)
     except (ValueError, OSError) as error:

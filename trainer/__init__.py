@@ -30,6 +30,9 @@ def train(
     from trainer.interrupt import SIGNALS
 
     named = {"method": method, "shards": shards, "out": out}
+    for key, value in named.items():
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise config.UsageError(f"{key} is {value!r}: it must be text or a path")
     options = config.flat(settings) | {key: str(value) for key, value in named.items() if value is not None}
     config.check_paths(options)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -107,8 +107,8 @@ def load(path: Path) -> Payload:
         return payload
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
-    except Exception as error:  # a torn file fails in a dozen ways
-        why = type(error).__name__ if path.exists() else "there is no such file or folder"
+    except Exception:  # a torn file fails in a dozen ways
+        why = "it is damaged, or something else" if path.exists() else "there is no such file or folder"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jsonargparse
 import yaml
@@ -157,7 +158,8 @@ class Run:
     method: str = "loca"
     """what is trained: a file in trainer/methods"""
     shards: str | None = None
-    """directory, brace pattern or list of tars; without it, photographs that scikit-image brings along"""
+    """directory, DIRECTORY:SPLIT, brace pattern in quotes, or address; without it, photographs that scikit-image brings
+    along"""
     out: str | None = None
     """folder of this run, runs/METHOD by default. The same command again resumes from its last checkpoint, and so does
     --out alone, with the settings of its config.yaml"""
@@ -279,7 +281,10 @@ def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dic
         _check(parsed, kinds)
         objects = parser.instantiate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).replace("Parser key ", "").split())) from None
+        said = " ".join(str(error).replace("Parser key ", "").split())
+        key = said.partition('"')[2].partition('"')[0]
+        wanted = _wanted(kinds[key]) if said.startswith('"') and key in kinds else ""
+        raise UsageError(f"{key} is {values[key]!r}: it must be {wanted}" if wanted else said) from None
     del parsed["config"], parsed["print_config"]
     text = parser.dump(parsed, skip_unset=False)
     run = Run(**{f.name: objects[f.name] for f in dataclasses.fields(Run)})
@@ -380,6 +385,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return flat(tree)
 
 
+def names_in(path: str) -> list[str]:
+    """The names in a file of `only`, one a line. Raises UsageError."""
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"--only {path}: cannot be read ({why})") from None
+    if not any(names):
+        raise UsageError(f"--only {path}: holds no name; name images, one a line")
+    return [name for name in names if name]
+
+
 def load_yaml(text: str) -> Any:
     """What a YAML text holds. Raises ValueError or YAMLError.
 
@@ -410,6 +427,17 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{f.name}"
         found |= _leaves(f.type, f"{name}.") if dataclasses.is_dataclass(f.type) else {name: f.type}
     return found
+
+
+def _wanted(kind: Any) -> str:
+    """A simple type in words; nothing for another."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        parts = [_wanted(part) for part in get_args(kind)]
+        return " or ".join(parts) if all(parts) else ""
+    return words.get(kind, "")
 
 
 def _nearest(name: str, choices: list[str]) -> str:

@@ -240,7 +240,11 @@ def main(argv: list[str]) -> None:
     if args.head == "sgd":
         heads.classify(args, rest, args.out or run / "linear")
         return
-    heads.refuse(rest)
+    heads.refuse(args, rest, "lr", "wd", "out")
+    if args.checkpoint.startswith(("timm:", "released:", "random:")):
+        raise ValueError(f"{args.checkpoint}: name a run's folder or a checkpoint; only --head sgd takes others")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: it must be positive")
     method: Any = checkpoint.restore(checkpoint.load(path))
     size = trained_size(method) if args.size is None else args.size
     train, val = labelled(args.train), labelled(args.val)

@@ -27,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates, a head each (--head sgd)")
 
 
-def refuse(rest: list[str]) -> None:
-    """Raises UsageError for words that are options of run.py alone, or none."""
+def refuse(options: argparse.Namespace, rest: list[str], *own: str) -> None:
+    """Raises UsageError for options that mean nothing without ``--head sgd``: `own` ones, and run.py's in `rest`."""
+    for name in own:
+        if getattr(options, name) is not None:
+            raise config.UsageError(f"--{name} belongs to --head sgd")
     for name in config.options(rest):
         raise config.UsageError(f"unknown option --{name}: settings of run.py belong to --head sgd")
 
@@ -80,6 +83,8 @@ def classify(options: argparse.Namespace, rest: list[str], out: Path) -> None:
     lrs = _lrs(options.lr or list(LEARNING_RATES))
     cfg = config.resolve(given).run
     decays = options.wd or [cfg.optim.weight_decay]
+    if min(decays) < 0:
+        raise ValueError(f"--wd {min(decays):g}: it must not be negative")
     given |= {"optim.lr": lrs[0], "optim.lr_batch": cfg.batch_size}
     given |= {"linear.scales": [lr / lrs[0] for lr in lrs], "linear.decays": decays}
     method = _trained(given, options)

@@ -125,7 +125,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     try:
         shards = ShardSet(cfg.shards or demo.shards(), cache=cfg.cache.folder, cache_size=cfg.cache.size)
         if cfg.only:
-            shards = shards.only(Path(cfg.only).read_text(encoding="utf-8").splitlines())
+            shards = shards.only(config.names_in(cfg.only))
         if len(shards) < world_size * micro_batch:
             few = f"batch_size {cfg.batch_size} is more than the {len(shards):,} images there are"
             raise ValueError(f"{few}: lower it, or raise speed.accumulate")

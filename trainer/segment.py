@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if options.head == "sgd":
         heads.segment(options, rest, options.out or folder(options.what))
         return
-    heads.refuse(rest)
+    heads.refuse(options, rest, "lr")
     if options.memory < 1 or (options.size is not None and options.size < 1):
         raise ValueError("--size and --memory must be positive")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: as many digits as the features are kept with

@@ -124,7 +124,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def place(text: str) -> Place:
     """A folder or file, or the address of one."""
-    return Address(text.rstrip("/")) if is_address(text) else Path(text)
+    if is_address(text):
+        return Address(text.rstrip("/"))
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: addresses begin with s3://, gs://, az://, http:// or https://")
+    return Path(text)
 
 
 def inside(out: Place, source: Place) -> bool:

@@ -64,7 +64,8 @@ def extract(
     try:
         tried = frozen(torch.zeros(1, 2 * multiple, 2 * multiple, 3, dtype=torch.uint8, device=device))
     except (AssertionError, IndexError) as error:  # timm's and ours
-        raise ValueError(f"layers {' '.join(map(str, frozen.layers))}: {error}") from None
+        numbers = " ".join(map(str, frozen.layers))
+        raise ValueError(f"--layers {numbers}: the backbone has not so many ({error})") from None
     cell = 2 * multiple // tried.shape[2]  # of several layers the finest counts
     sides = np.array([fitted(*data.size(int(i)), short_side, multiple) for i in images])
     grids = sides // cell
