@@ -336,7 +336,7 @@ def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.Cap
         ([str(tmp_path), *bare, "--untrained", "0"], r"bare.*without a class"),
         ([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"], r"nowhere: not a readable checkpoint"),
         ([str(tmp_path), *bare, "b.tar"], r"'b.tar' is no option: .* put it in quotes"),
-        ([str(tmp_path), *bare, "--seed", "1"], r"--seed: settings of run.py belong to --head sgd"),
+        ([str(tmp_path), *bare, "--seed", "1"], r"--seed.: settings of run.py belong to --head sgd"),
         ([str(tmp_path), *bare, "--lr", "0.1"], r"--lr belongs to --head sgd"),
         (["timm:test_vit", *bare], r"timm:test_vit: name a run's folder or a checkpoint"),
         ([str(tmp_path), *bare, "--device", "tpu"], r"--device tpu: .*tpu"),

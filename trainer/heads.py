@@ -33,7 +33,7 @@ def refuse(options: argparse.Namespace, rest: list[str], *own: str) -> None:
         if getattr(options, name) is not None:
             raise config.UsageError(f"--{name} belongs to --head sgd")
     for name in config.options(rest):
-        raise config.UsageError(f"unknown option --{name}: settings of run.py belong to --head sgd")
+        raise config.UsageError(f"unknown option '--{name}': settings of run.py belong to --head sgd")
 
 
 def segment(options: argparse.Namespace, rest: list[str], out: Path) -> None:
