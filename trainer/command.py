@@ -26,8 +26,9 @@ def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list
             except Stopped:
                 return stop_code()
             except (OSError, ValueError, UsageError, RunError) as error:
-                of_file = isinstance(error, OSError) and error.filename and error.strerror
-                said = f"{error.filename}: {error.strerror}" if of_file else str(error)
+                said = str(error)
+                if isinstance(error, OSError) and error.filename and error.strerror:
+                    said = f"{error.filename}: {error.strerror}"
                 print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
                 return 1 if isinstance(error, RunError) else 2
             return 0
