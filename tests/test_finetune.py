@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partialmethod
 from pathlib import Path
@@ -29,7 +29,7 @@ from trainer.cost import synthetic
 from trainer.methods import finetune, loca
 from trainer.segmentation import sliding
 from trainer.segmentation.labelled import VOID, Labelled
-from trainer.segmentation.metric import Confusion, localised, mean_average_precision
+from trainer.segmentation.metric import Confusion, average_precision, localised
 
 SMALL = """--steps 7 --batch_size 8 --log.every 1 --log.tensorboard false --log.keep_last 9 --data.num_threads 1
     --finetune.views.size 32 --finetune.views.short_side 40 --finetune.stride 16 --optim.lr 1e-3""".split()
@@ -177,6 +177,35 @@ def test_the_loss_is_the_cross_entropy_of_labelled_pixels() -> None:
     assert metrics["pixel_accuracy"].item() == pytest.approx(np.mean(right), abs=2e-3)
 
 
+def test_the_multi_label_loss_is_that_of_a_layer_on_the_mean_patch() -> None:
+    torch.manual_seed(0)
+    method = finetune.Method(replace(small(), objective="multilabel")).eval()
+    batch = synthetic(finetune.views(method.cfg), 2, "cpu")
+    view = batch.views["image"]
+    mask = torch.full((2, 1, 32, 32), VOID, dtype=torch.uint8)
+    mask[0, 0, 3, 5], mask[1, 0, :9], mask[1, 0, 20] = 2, 0, 1
+    object.__setattr__(view, "mask", mask)
+    loss, metrics = method(batch, torch.zeros(()))
+    with torch.no_grad():
+        p = method.head(method.encoder(view.tensor()[:, 0]).mean(1)).sigmoid()
+    present = [[0, 0, 1], [1, 1, 0]]
+    terms = [-math.log(p[b, c] if present[b][c] else 1 - p[b, c]) for b in range(2) for c in range(3)]
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5) and not metrics
+
+
+@pytest.mark.slow
+def test_multi_label_classification_end_to_end(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    more = ["--finetune.objective", "multilabel", "--lr", "1e-6", "1e-3"]
+    found = run(tmp_path, *more)
+    assert "miou" not in found and "localisation_miou" not in found
+    assert found["multilabel_map"] == found["all"][f"lr_{found['lr']:g}_seed_0"] == max(found["all"].values()) <= 100
+    assert found["multilabel_map"] == pytest.approx(
+        np.mean([ap for ap in found["per_class"].values() if ap is not None])
+    )
+    log = lines(tmp_path / "lr_0.001_seed_0")
+    assert log[-1]["loss"] < log[0]["loss"] < 1 and "pixel_accuracy" not in log[0]
+
+
 @pytest.mark.slow
 def test_the_step_is_one_graph(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +320,7 @@ def test_right_shapes_of_permuted_classes_are_all_right() -> None:
     assert total.miou == 1.0 and plain.miou < 0.5
 
 
-def average_precision(score: list[float], truth: list[bool]) -> float:
+def by_thresholds(score: list[float], truth: list[bool]) -> float:
     """For each threshold, from all images above it."""
     total, before = 0.0, 0.0
     for threshold in sorted(set(score), reverse=True):
@@ -302,17 +331,15 @@ def average_precision(score: list[float], truth: list[bool]) -> float:
     return total
 
 
-def test_mean_average_precision() -> None:
+def test_average_precision() -> None:
     rng = np.random.default_rng(2)
     scores = rng.integers(0, 12, (40, 6)) / 12  # with ties
     present = rng.random((40, 6)) < [0.5, 0.2, 0.9, 0.05, 0.0, 1.0]
-    each = [average_precision(scores[:, c].tolist(), present[:, c].tolist()) for c in range(6) if present[:, c].any()]
-    assert len(each) == 5  # a class without an image is left out
-    found = mean_average_precision(torch.from_numpy(scores), torch.from_numpy(present))
-    assert found == pytest.approx(np.mean(each))
+    wanted = [by_thresholds(scores[:, c].tolist(), present[:, c].tolist()) for c in (0, 1, 2, 3, 5)]
+    found = average_precision(torch.from_numpy(scores), torch.from_numpy(present))
+    assert found[[0, 1, 2, 3, 5]].tolist() == pytest.approx(wanted) and found[4].isnan()  # no image has the class
     perfect = torch.from_numpy(present)
-    assert mean_average_precision(perfect.float(), perfect) == 1.0
-    assert math.isnan(mean_average_precision(torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.bool)))
+    assert average_precision(perfect.float(), perfect)[[0, 1, 2, 3, 5]].tolist() == [1.0] * 5
 
 
 def test_a_class_is_present_as_surely_as_in_its_surest_pixel() -> None:

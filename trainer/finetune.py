@@ -78,21 +78,22 @@ def main(argv: list[str]) -> None:
         results[job.name] = one(own, begin, val, names, options.out / f"start_{seed}.pt")
         return results[job.name]
 
-    sweep = [done(lr, *every[0])["miou"] for lr in lrs]
+    multilabel = first.method.objective == "multilabel"
+    figures = ("multilabel_map",) if multilabel else ("miou", "localisation_miou", "multilabel_map")
+    sweep = [done(lr, *every[0])[figures[0]] for lr in lrs]
     best = lrs[int(np.argmax(sweep))]
     repeated = [done(best, *some) for some in every]
     if downstream.rank() > 0:
         return
     for path in options.out.glob("start_*.pt"):
         path.unlink()
-    figures = ("miou", "localisation_miou", "multilabel_map")
     if together:
         print(table(results, figures))
     spread = {f"{name}_std": float(np.std([r[name] for r in repeated], ddof=1)) for name in figures if len(every) > 1}
     summary: dict[str, Any] = {name: float(np.mean([r[name] for r in repeated])) for name in figures} | spread
     summary |= {"lr": best, "chosen_on": "val" if len(lrs) > 1 else None, "runs": len(every)}
     summary |= {"fraction": str(options.fraction) if options.fraction else None, "images": len(val)}
-    summary |= {"per_class": repeated[0]["per_class"], "all": {name: r["miou"] for name, r in results.items()}}
+    summary |= {"per_class": repeated[0]["per_class"], "all": {name: r[figures[0]] for name, r in results.items()}}
     print(json.dumps(summary))
 
 

@@ -7,7 +7,7 @@ Letters: B images, C classes, D width.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +16,26 @@ from torch import Tensor, nn
 from pipeline import Batch, Recipe, recipes
 from trainer import method
 from trainer.backbones import feature_map, named, normalise, vit_shape
+from trainer.methods._downstream import Pretrained, check_segmentation, pixel_loss
 from trainer.segmentation.labelled import VOID
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Pretrained):
     """The defaults are LOCA's fine-tuning on ADE20k; what it leaves open is Segmenter's."""
 
-    backbone: str = "vit_base_patch16"
-    """vit_SIZE_patchP, convnext_SIZE, resnet50 or timm:NAME"""
-    cls_token: bool = False
-    """whether the ViT has one; it takes part in attention, and is not classified"""
     classes: int = 150
+    objective: Literal["segmentation", "multilabel"] = "segmentation"
+    """the class of each pixel; or which classes are in the crop, from the mean patch (LOCA's Table 9)"""
     drop_path: float = 0.1
     """of the last block, falling linearly to 0 at the first"""
-    mean: tuple[float, float, float] = recipes.IMAGENET_MEAN
-    std: tuple[float, float, float] = recipes.IMAGENET_STD
-    """of the pixels that the backbone was trained with, in the unit range"""
     stride: int | None = None
     """pixels from one window to the next, where images are scored; null: a window's, which is a crop's of training"""
     views: recipes.Segmentation = field(default_factory=recipes.Segmentation)
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that mean nothing."""
-        if not 1 <= self.classes <= VOID:
-            raise ValueError(f"classes is {self.classes}: label maps hold 1 to {VOID}")
-        if self.stride is not None and not 1 <= self.stride <= self.views.size:
-            raise ValueError(f"stride is {self.stride}: windows of {self.views.size} would leave gaps")
+        check_segmentation(self.classes, self.stride, self.views.size)
         if self.backbone.startswith("vit") and self.views.size % (patch := vit_shape(self.backbone).patch):
             raise ValueError(f"views.size is {self.views.size}: {self.backbone} needs a multiple of {patch}")
         views(self)
@@ -54,7 +47,7 @@ def views(cfg: Config) -> Recipe:
 
 
 class Method(method.Method):
-    """Logits are interpolated to the crop's size; the loss is the mean cross-entropy of its labelled pixels."""
+    """The loss is the mean cross-entropy of the labelled pixels, or, of classes in the crop, the binary one."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -74,12 +67,13 @@ class Method(method.Method):
         assert view.mask is not None  # the recipe asks for it
         truth = view.mask.flatten(0, 1).long()
         logits = self.logits(normalise(view.pixels, self.mean, self.std))
+        if self.cfg.objective == "segmentation":
+            loss, right = pixel_loss(logits, truth)
+            return loss, {"pixel_accuracy": right}
+        present = truth.new_zeros(len(truth), VOID + 1).scatter_(1, truth.flatten(1), 1)[:, : self.cfg.classes]
         with torch.autocast(progress.device.type, enabled=False):
-            whole = F.interpolate(method.fp32(logits), truth.shape[1:], mode="bilinear")
-            count = (truth != VOID).sum().clamp(min=1)
-            loss = F.cross_entropy(whole, truth, ignore_index=VOID, reduction="sum") / count
-            right = (whole.argmax(1) == truth).sum() / count
-        return loss, {"pixel_accuracy": right.detach()}
+            pooled = method.fp32(logits).mean((2, 3))  # what the linear layer says of the mean patch
+            return F.binary_cross_entropy_with_logits(pooled, present.float()), {}
 
     def logits(self, pixels: Tensor) -> Tensor:
         """f32 (B, 3, H, W), normalised -> (B, C, rows, columns) of the patch grid."""

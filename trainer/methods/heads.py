@@ -9,29 +9,19 @@ Letters: B images, C classes, D channels, K heads.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Recipe, recipes
 from trainer.backbones import BatchNorm, feature_map, named, normalise, stride
-from trainer.method import fp32
-from trainer.methods._frozen import Frozen, normal_
-from trainer.segmentation.labelled import VOID
+from trainer.methods._downstream import Frozen, Pretrained, check_segmentation, normal_, pixel_loss
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Pretrained):
     """The defaults are DINOv3's linear evaluation on ADE20k."""
 
-    backbone: str = "vit_base_patch16"
-    """vit_SIZE_patchP, convnext_SIZE, resnet50 or timm:NAME"""
-    cls_token: bool = False
-    """whether the ViT has one"""
     size: int | None = None
     """side of the images that a ViT's positions are for; null: 224, or what timm has"""
-    mean: tuple[float, float, float] = recipes.IMAGENET_MEAN
-    std: tuple[float, float, float] = recipes.IMAGENET_STD
-    """of the pixels that the backbone was trained with, in the unit range"""
     layers: list[int] = field(default_factory=lambda: [-1])
     """blocks of a ViT or stages of a convolutional network whose maps are joined, at the finest one's stride"""
     norm: bool = True
@@ -51,10 +41,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that mean nothing."""
-        if not 1 <= self.classes <= VOID:
-            raise ValueError(f"classes is {self.classes}: label maps hold 1 to {VOID}")
-        if self.stride is not None and not 1 <= self.stride <= self.views.size:
-            raise ValueError(f"stride is {self.stride}: windows of {self.views.size} would leave gaps")
+        check_segmentation(self.classes, self.stride, self.views.size)
         if not self.scales or min(self.scales) < 0:
             raise ValueError(f"scales are {self.scales}: a share of the learning rate for each head, at least one")
         views(self)
@@ -97,13 +84,9 @@ class Method(Frozen):
         assert view.mask is not None  # the recipe asks for it
         truth = view.mask.flatten(0, 1).long()
         features = self.features(normalise(view.pixels, self.mean, self.std))
-        count = (truth != VOID).sum().clamp(min=1)
         loss, metrics = torch.zeros((), device=progress.device), {}
         for scale, head in zip(self.cfg.scales, self.heads, strict=True):
-            logits = head(features)
-            with torch.autocast(progress.device.type, enabled=False):
-                whole = F.interpolate(fp32(logits), truth.shape[1:], mode="bilinear")
-                own = F.cross_entropy(whole, truth, ignore_index=VOID, reduction="sum") / count
+            own, _ = pixel_loss(head(features), truth)
             loss = loss + own
             metrics[f"loss_{scale:g}"] = own.detach()
         return loss, metrics

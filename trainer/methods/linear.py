@@ -17,20 +17,13 @@ from torch import Tensor, nn
 from pipeline import Batch, Recipe, recipes
 from trainer.backbones import feature_map, named, normalise
 from trainer.method import fp32
-from trainer.methods._frozen import Frozen, normal_
+from trainer.methods._downstream import Frozen, Pretrained, normal_
 
 
 @dataclass(frozen=True)
-class Config:
-    backbone: str = "vit_base_patch16"
-    """vit_SIZE_patchP, convnext_SIZE, resnet50 or timm:NAME"""
-    cls_token: bool = False
-    """whether the ViT has one; the mean is over patches alone"""
+class Config(Pretrained):
     size: int | None = None
     """side of the images that a ViT's positions are for; null: 224, or what timm has"""
-    mean: tuple[float, float, float] = recipes.IMAGENET_MEAN
-    std: tuple[float, float, float] = recipes.IMAGENET_STD
-    """of the pixels that the backbone was trained with, in the unit range"""
     classes: int = 1000
     scales: list[float] = field(default_factory=lambda: [1.0])
     """a head for each, and for each weight decay: its share of the learning rate"""

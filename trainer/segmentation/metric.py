@@ -75,22 +75,22 @@ def localised(matrix: Tensor) -> Tensor:
     return torch.zeros_like(matrix).index_add_(1, best, matrix)
 
 
-def mean_average_precision(scores: Tensor, present: Tensor) -> float:
-    """The mean over classes of the average precision of images (n, C) by scores; `present` bool (n, C) is the truth.
+def average_precision(scores: Tensor, present: Tensor) -> Tensor:
+    """The average precision f64 (C,) of images (n, C) by scores; `present` bool (n, C) is the truth.
 
-    Average precision is the sum over thresholds of precision times the gain in recall, equal scores together. Classes
-    that no image has are left out; NaN where that is all of them.
+    It is the sum over thresholds of precision times the gain in recall, equal scores together; NaN for a class that no
+    image has. The mean over classes is the mAP.
     """
-    found = []
-    for score, truth in zip(scores.double().T, present.T, strict=True):
+    found = torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
+    for c, (score, truth) in enumerate(zip(scores.double().T, present.T, strict=True)):
         if not truth.any():
             continue
         order = score.argsort(descending=True)
         last = torch.cat([score[order].diff() != 0, truth.new_ones(1)])  # of its score
         hits = truth[order].double().cumsum(0)[last]
         precision = hits / (last.nonzero()[:, 0] + 1)
-        found.append((precision * torch.cat([hits[:1], hits.diff()])).sum() / hits[-1])
-    return torch.stack(found).mean().item() if found else math.nan
+        found[c] = (precision * torch.cat([hits[:1], hits.diff()])).sum() / hits[-1]
+    return found
 
 
 def label_map(scores: Tensor, height: int, width: int, strip: int = 1 << 24) -> Tensor:

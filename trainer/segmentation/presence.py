@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.segmentation.features import Features
-from trainer.segmentation.metric import mean_average_precision
+from trainer.segmentation.metric import average_precision
 from trainer.segmentation.probes import PENALTIES
 
 
@@ -71,5 +71,5 @@ def multilabel(train: Features, val: Features, seed: int = 0) -> dict[str, float
 
 def precision(weight: Tensor, images: Images) -> float:
     """mAP of a linear layer; 0 where no image has a class."""
-    found = mean_average_precision(images.x @ weight[:-1] + weight[-1], images.present)
+    found = average_precision(images.x @ weight[:-1] + weight[-1], images.present).nanmean().item()
     return 0.0 if np.isnan(found) else found

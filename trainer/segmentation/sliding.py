@@ -1,5 +1,6 @@
 """A trained segmentation on whole images: resized, seen through overlapping windows, scored at the labels' own size."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,54 +13,63 @@ from trainer import parallel
 from trainer.backbones import normalise, stride
 from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled, fitted
-from trainer.segmentation.metric import Confusion, label_map, localised, mean_average_precision
+from trainer.segmentation.metric import Confusion, average_precision, label_map, localised
 
 WINDOWS = 8  # in one pass
 
 
 class Figures:
-    """What a set's predictions are worth; all in one pass over the images, which the ranks share."""
+    """What a set's predictions are worth; all in one pass over the images, which the ranks share.
 
-    def __init__(self, count: int, classes: int, device: torch.device) -> None:
+    Trained for `multilabel`, which classes are in an image, they are worth an average precision and no more.
+    """
+
+    def __init__(self, count: int, classes: int, device: torch.device, *, multilabel: bool = False) -> None:
         self.segmentation, self.localisation = Confusion(classes, device), Confusion(classes, device)
         self.scores = torch.zeros(count, classes, device=device)
         self.present = torch.zeros(count, classes, dtype=torch.int64, device=device)
+        self._multilabel = multilabel
 
     def add(self, i: int, scores: Tensor, truth: Tensor) -> None:
         """Counts image `i`: logits (C, h, w) of any size and its label map (H, W).
 
-        A class is present in the image as surely as it is in the most certain pixel.
+        Of a segmentation, a class is in the image as surely as it is in the most certain pixel.
         """
-        classes = len(scores)
-        image = Confusion(classes, scores.device)
+        self.present[i] = truth[truth != VOID].long().bincount(minlength=len(scores)) > 0
+        if self._multilabel:
+            self.scores[i] = scores.mean((1, 2))
+            return
+        self.scores[i] = scores.softmax(0).amax((1, 2))
+        image = Confusion(len(scores), scores.device)
         image.add(label_map(scores, *truth.shape), truth)
         self.segmentation.matrix += image.matrix
         self.localisation.matrix += localised(image.matrix)
-        self.scores[i] = scores.softmax(0).amax((1, 2))
-        self.present[i] = truth[truth != VOID].long().bincount(minlength=classes) > 0
 
     def gather_(self) -> None:
         """Adds what the other ranks have counted."""
         for part in (self.segmentation.matrix, self.localisation.matrix, self.scores, self.present):
             parallel.sum_over_ranks_(part)
 
-    def result(self, names: list[str]) -> dict[str, object]:
-        """In percent: mIoU, pixel accuracy and each class's IoU (None: it does not occur), and what else there is."""
-        each = [None if np.isnan(iou) else 100 * iou for iou in self.segmentation.iou.tolist()]
-        return {
-            "miou": 100 * self.segmentation.miou,
-            "pixel_accuracy": 100 * self.segmentation.pixel_accuracy,
-            "localisation_miou": 100 * self.localisation.miou,
-            "multilabel_map": 100 * mean_average_precision(self.scores, self.present > 0),
-            "per_class": dict(zip(names, each, strict=True)),
-        }
+    def result(self, names: list[str]) -> dict[str, Any]:
+        """In percent, first the figure that a choice goes by; `per_class` IoU or average precision, None for none."""
+        precision = average_precision(self.scores, self.present > 0)
+        found: dict[str, Any] = {}
+        if not self._multilabel:
+            found["miou"] = 100 * self.segmentation.miou
+            found["pixel_accuracy"] = 100 * self.segmentation.pixel_accuracy
+            found["localisation_miou"] = 100 * self.localisation.miou
+        found["multilabel_map"] = 100 * precision.nanmean().item()
+        each = precision if self._multilabel else self.segmentation.iou
+        percent = [None if math.isnan(value) else 100 * value for value in each.tolist()]
+        return found | {"per_class": dict(zip(names, percent, strict=True))}
 
 
 def score(method: Any, data: Labelled, device: torch.device, *, show: str | None = None) -> list[Figures]:
     """The figures of each head of a method, `finetune` or `heads`, on a whole set; `show` titles a bar."""
     method = method.to(device).eval()
     classes = method.cfg.classes
-    found = [Figures(len(data), classes, device) for _ in getattr(method, "heads", [None])]
+    multilabel = getattr(method.cfg, "objective", "segmentation") == "multilabel"
+    found = [Figures(len(data), classes, device, multilabel=multilabel) for _ in getattr(method, "heads", [None])]
     mine = range(parallel.rank(), len(data), parallel.world_size())
     for i in counting(show, mine):
         truth = data.mask(i).to(device)
