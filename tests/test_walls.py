@@ -32,7 +32,7 @@ def test_kernels_know_neither_torch_nor_dali(module: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{module}.py", "torch", "nvidia", "trainer")
 
 
-@pytest.mark.parametrize("module", ["recipes", "shards", "specs", "tables"])
+@pytest.mark.parametrize("module", ["cuts", "recipes", "shards", "specs", "tables"])
 def test_descriptions_know_neither_torch_nor_dali(module: str) -> None:
     assert not reaches(ROOT / "pipeline" / f"{module}.py", "torch", "nvidia", "trainer")
 

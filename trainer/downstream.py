@@ -4,7 +4,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,15 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
     with ranks(), parallel.agreed():  # rank 0 has written its last checkpoint when it comes here
         pass
     return checkpoint.restore(checkpoint.load(out))
+
+
+def table(results: dict[str, dict[str, Any]], figures: Sequence[str]) -> str:
+    """A line for each training or head, with its figures."""
+    width = max(map(len, results))
+    lines = [f"{'':{width}}" + "".join(f" {name:>18}" for name in figures)]
+    for name, found in results.items():
+        lines.append(f"{name:{width}}" + "".join(f" {found[figure]:18.2f}" for figure in figures))
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     for path in options.out.glob("start_*.pt"):
         path.unlink()
     if together:
-        print(table(results, figures))
+        print(downstream.table(results, figures))
     spread = {f"{name}_std": float(np.std([r[name] for r in repeated], ddof=1)) for name in figures if len(every) > 1}
     summary: dict[str, Any] = {name: float(np.mean([r[name] for r in repeated])) for name in figures} | spread
     summary |= {"lr": best, "chosen_on": "val" if len(lrs) > 1 else None, "runs": len(every)}
@@ -128,15 +128,6 @@ def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
         text = "".join(f"{data.shards.key(i)}\n" for i in order[:count].tolist())
         host.write_atomic(path, lambda file: file.write(text.encode()))
     return path
-
-
-def table(results: dict[str, dict[str, Any]], figures: tuple[str, ...]) -> str:
-    """A line for each training."""
-    width = max(map(len, results))
-    lines = [f"{'':{width}}" + "".join(f" {name:>18}" for name in figures)]
-    for name, found in results.items():
-        lines.append(f"{name:{width}}" + "".join(f" {found[figure]:18.2f}" for figure in figures))
-    return "\n".join(lines)
 
 
 def share(text: str) -> Fraction:

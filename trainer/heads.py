@@ -135,10 +135,7 @@ def _report(out: Path, results: dict[str, dict[str, Any]], figure: str, more: di
     if downstream.rank() > 0:
         return
     numbers = [name for name, value in results[next(iter(results))].items() if isinstance(value, float)]
-    width = max(map(len, results))
-    print(f"{'':{width}}" + "".join(f" {name:>18}" for name in numbers))
-    for name, found in results.items():
-        print(f"{name:{width}}" + "".join(f" {found[number]:18.2f}" for number in numbers))
+    print(downstream.table(results, numbers))
     best = max(results, key=lambda name: results[name][figure])
     summary = {"head": "sgd", figure: results[best][figure], "best": best}
     summary |= {"chosen_on": "val" if len(results) > 1 else None, **more, "heads": results}

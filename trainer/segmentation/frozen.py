@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import checkpoint, released
-from trainer.backbones import ResNet, feature_map, timm_backbone
+from trainer.backbones import ResNet, feature_map, normalise, timm_backbone
 from trainer.method import Method
 
 
@@ -27,8 +27,7 @@ class Frozen(NamedTuple):
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """u8 (B, H, W, 3) -> f32 (B, D, rows, columns)."""
-        x = pixels.permute(0, 3, 1, 2).float() / 255
-        x = (x - x.new_tensor(self.mean)[:, None, None]) / x.new_tensor(self.std)[:, None, None]
+        x = normalise(pixels[:, None], self.mean, self.std)
         return feature_map(self.backbone, x, self.layers, norm=self.norm)
 
 
