@@ -1,6 +1,7 @@
 """gpu_check without a GPU: its checks do run, and whatever becomes of one, the others are run and reported."""
 
 import argparse
+import ast
 import json
 import runpy
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 from mapimages import smooth_image, write_set
 
-PROGRAM = Path(__file__).resolve().parents[1] / "tools" / "gpu_check.py"
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "tools" / "gpu_check.py"
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,42 @@ def test_missing_packages_are_named_before_anything_is_imported(program: dict[st
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "gpu_check: missing packages: pip install nvidia-dali-cuda130 timm"
+
+
+def foreign(path: Path, seen: set[Path]) -> set[str]:
+    """The packages that importing a file imports: those of functions and of type checkers left out."""
+    if path in seen or not path.exists():
+        return set()
+    seen.add(path)
+    found, left = set(), list(ast.parse(path.read_text()).body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+            left += node.body
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, [package, node.module]))
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            top, *_ = parts = name.split(".")
+            if top in ("pipeline", "trainer", "tools"):
+                for length in range(1, len(parts) + 1):
+                    place = ROOT.joinpath(*parts[:length])
+                    found |= foreign(place / "__init__.py", seen) | foreign(place.with_suffix(".py"), seen)
+            elif top not in sys.stdlib_module_names:
+                found.add(top)
+    return found
+
+
+def test_what_is_imported_is_asked_for_first(program: dict[str, Any]) -> None:
+    """Else a bare machine sees a traceback where it should see what to install."""
+    found = foreign(PROGRAM, set())
+    brought = {"triton", "llvmlite"}  # by torch and numba
+    assert {"torch", "jsonargparse", "numba", "nvidia"} <= found
+    assert found <= {name.partition(".")[0] for name in program["MODULES"]} | brought
 
 
 def test_a_failing_check_keeps_its_figures(

@@ -35,14 +35,21 @@ def predict(environment: dict[str, str], *words: object) -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_step_on_an_h100_has_no_wrong_device_and_the_kernels_no_spills(sees_h100: dict[str, str]) -> None:
-    """In one process, because each start costs seconds: both methods' steps, small, and the machine code of the views.
-
-    The ceilings are what is reached (docs/gpu.md), a little rounded up.
-    """
-    made, *steps = predict(sees_h100, "--views", "--step", PRESETS / "loca_demo.yaml", PRESETS / "vicregl_demo.yaml")
+def test_a_step_on_an_h100_has_no_wrong_device(sees_h100: dict[str, str], tmp_path: Path) -> None:
+    """Both methods' steps in one process, because each start costs seconds; of two blocks, because each block does."""
+    small = []
+    for method in ("loca", "vicregl"):
+        small.append(tmp_path / f"{method}.yaml")
+        small[-1].write_text((PRESETS / f"{method}_demo.yaml").read_text().replace("nano", "pico"))
+    steps = predict(sees_h100, "--step", *small)
     assert all(step["gflop_per_image"] > 0 and step["gib"]["Total"] > 0 for step in steps)
     assert len(steps) == 2
+
+
+@pytest.mark.slow
+def test_the_views_kernels_have_no_spills(sees_h100: dict[str, str]) -> None:
+    """The ceilings are what is reached (docs/gpu.md), a little rounded up."""
+    (made,) = predict(sees_h100, "--views")
     for name, kernel in made["kernels"].items():
         assert kernel["spilled"] == 0 and kernel["registers"] <= 64, name  # so that 8 blocks of 128 threads share an SM
     assert len(made["kernels"]) == 4

@@ -71,7 +71,7 @@ def test_golden_losses(run: Callable[..., int], tmp_path: Path, method: str, req
     assert losses == pytest.approx(expected, rel=2e-4)  # processors round differently
 
 
-@pytest.mark.parametrize("method", ["loca", "vicregl"])
+@pytest.mark.parametrize("method", ["loca", pytest.param("vicregl", marks=pytest.mark.slow)])  # seconds of tracing
 def test_the_step_is_one_graph(
     run: Callable[..., int], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,11 +36,10 @@ MODULES = {
     "numpy": "numpy",
     "PIL": "pillow",
     "yaml": "pyyaml",
+    "jsonargparse": "jsonargparse[signatures]",
+    "tqdm": "tqdm",
 }
-SOME_NEED = {
-    "a_short_training": {"jsonargparse": "jsonargparse[signatures]", "tqdm": "tqdm"},
-    "marked_tests": {"pytest": "pytest", "hypothesis": "hypothesis"},
-}
+SOME_NEED = {"marked_tests": {"pytest": "pytest", "hypothesis": "hypothesis", "skimage": "scikit-image"}}
 
 
 def missing(modules: dict[str, str]) -> list[str]:
