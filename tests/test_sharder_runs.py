@@ -6,6 +6,7 @@ import multiprocessing
 import operator
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -410,6 +411,18 @@ def test_a_launcher_without_sense_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         make.run(source, tmp_path)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["ftp://host/x"], "addresses begin with s3://"), (["out", "b.tar"], "'b.tar': .*in quotes")],
+)
+def test_words_that_name_no_target_are_refused(source, words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        make.run(source, *words)
+    assert stopped.value.code == 2 and re.search(sentence, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_is_mapped_not_loaded(source, tmp_path):

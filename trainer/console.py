@@ -85,7 +85,8 @@ def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: f
     for name in last:
         values = [r[name] for r in records if isinstance(r.get(name), float) and math.isfinite(r[name])]
         if values and (name in PROBES or name.endswith(("loss", "accuracy"))):
-            changes.append(f"{name} {short(name, values[0])} -> {short(name, values[-1])}")
+            before = f"{short(name, values[0])} -> " if len(values) > 1 else ""
+            changes.append(f"{name} {before}{short(name, values[-1])}")
     lines += [f"  {change}" for change in changes]
     lines.append(f"  {folder}/: checkpoints/last, report.html, log.jsonl, config.yaml")
     if state != "done":
