@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mapimages import write_set
-from runs import TINY, assert_same_run, lines, on_ranks, start_ranks, status, workers
+from runs import PATIENCE, TINY, assert_same_run, lines, on_ranks, start_ranks, status, workers
 
 OPTIONS = ("--max-restarts=3", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60")
 WHOM = ("the launcher", "one worker", "the workers", "all")
@@ -43,7 +43,7 @@ def rehearse(folder: Path, stops: int, kills: int, *, seed: int = 0) -> str:
         TINY.replace("nano", "pico").replace("steps: 6", f"steps: {steps}").replace("y: 100", "y: 4")
     )
     argv = ["--config", str(config), "--shards", str(shards), "--data.num_threads", "1", "--out"]
-    on_ranks(*argv, str(folder / "undisturbed"), timeout=1200)
+    on_ranks(*argv, str(folder / "undisturbed"), timeout=4 * PATIENCE)
     out, process, told, starts = folder / "disturbed", None, [], 0
     for event in events:
         if process is None or process.poll() is not None:
@@ -51,7 +51,7 @@ def rehearse(folder: Path, stops: int, kills: int, *, seed: int = 0) -> str:
         if early := draws.random() < 0.2:  # perhaps before it trains
             time.sleep(draws.uniform(0, 20))
         else:
-            wanted, deadline = step_of(out) + draws.randint(1, 3), time.monotonic() + 300
+            wanted, deadline = step_of(out) + draws.randint(1, 3), time.monotonic() + PATIENCE
             while step_of(out) < wanted:
                 assert time.monotonic() < deadline, f"no step {wanted}"
                 assert process.poll() is None, process.returncode
@@ -66,7 +66,7 @@ def rehearse(folder: Path, stops: int, kills: int, *, seed: int = 0) -> str:
             send(process, out, whom, number)
             time.sleep(draws.uniform(0, 0.2))
         told.append(f"{'+'.join(n.name for n in numbers)} to {whom}{', early' * early}")
-        before, deadline = step_of(out), time.monotonic() + 200
+        before, deadline = step_of(out), time.monotonic() + PATIENCE
         while process.poll() is None and (event, whom) != (
             "kill",
             "one worker",
@@ -80,10 +80,10 @@ def rehearse(folder: Path, stops: int, kills: int, *, seed: int = 0) -> str:
             flush=True,
         )
     if process is not None and process.poll() is None:
-        process.wait(timeout=600)
+        process.wait(timeout=PATIENCE)
     while status(out) != "done":
         before = step_of(out)
-        assert start_ranks(*argv, str(out), options=OPTIONS, quiet=True).wait(timeout=600) == 0
+        assert start_ranks(*argv, str(out), options=OPTIONS, quiet=True).wait(timeout=PATIENCE) == 0
         starts += 1
         assert step_of(out) > before or status(out) == "done"
     assert_same_run(out, folder / "undisturbed")

@@ -15,6 +15,7 @@ import torch
 from trainer import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 900  # seconds for a run on several ranks to get anywhere: other programs may use the machine
 TINY = """
 steps: 6
 batch_size: 8
@@ -85,7 +86,7 @@ def start_ranks(
     return subprocess.Popen(launch, env=threads, stdout=pipe, stderr=pipe, text=True)
 
 
-def on_ranks(*argv: str, ranks: int = 2, timeout: float = 280) -> str:
+def on_ranks(*argv: str, ranks: int = 2, timeout: float = PATIENCE) -> str:
     """What it prints."""
     process = start_ranks(*argv, ranks=ranks)
     try:
@@ -116,7 +117,7 @@ def workers(out: Path) -> dict[int, int]:
 
 def wait_for(out: Path, step: int) -> None:
     """Returns when the run in `out` has logged `step`."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not (out / "log.jsonl").exists() or len(lines(out)) < step:
         assert time.monotonic() < deadline, "the run does not get there"
         time.sleep(0.05)

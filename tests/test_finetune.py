@@ -471,6 +471,7 @@ def test_a_presets_model_is_built_with_the_classes_of_its_layout(preset: str, mo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_ranks_share_the_work(sets: tuple[str, str], run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """The same figures as one process, but for rounding; through two trainings, each with a connection of its own."""
     more = ["--lr", "1e-3", "2e-3", "--steps", "3", "--finetune.drop_path", "0"]
@@ -483,7 +484,7 @@ def test_two_ranks_share_the_work(sets: tuple[str, str], run: Callable[..., dict
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

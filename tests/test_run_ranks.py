@@ -9,11 +9,12 @@ import skimage
 import torch
 from mapimages import sample, write_set, write_tar
 from PIL import Image
-from runs import TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_ranks, start_ranks
+from runs import PATIENCE, TINY, VICREGL, assert_same_run, final, kill_rank, lines, on_ranks, start_ranks
 from scenes import pair, write_pairs
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * PATIENCE)]
 
-@pytest.mark.slow
+
 def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards: Path) -> None:
     """Interrupted on two ranks, a run goes on with one: same samples, same losses as one rank from the start."""
     config = tmp_path / "two.yaml"
@@ -29,7 +30,6 @@ def test_two_ranks_and_then_one(run: Callable[..., int], tmp_path: Path, shards:
     assert changed == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_bad_samples_are_those_of_all_ranks(tmp_path: Path) -> None:
     """Each rank meets some; the log counts, and `max_bad` bounds, what they met together."""
     photograph = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png")
@@ -43,12 +43,11 @@ def test_bad_samples_are_those_of_all_ranks(tmp_path: Path) -> None:
     on_ranks(*argv, str(tmp_path / "two"))
     assert [line["bad_samples"] for line in lines(tmp_path / "two")][-1] == 4
     process = start_ranks(*argv, str(tmp_path / "few"), "--data.max_bad", "0.2")  # three of 16; each rank met two
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "run.py: 4 of 16 samples are bad, but max_bad allows 3" in errors
     assert final(tmp_path / "few")["step"] >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_the_run(tmp_path: Path, shards: Path, rank: int) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "out"
@@ -63,7 +62,6 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, shards: Path, rank: int) 
     assert "Signal 9 (SIGKILL)" in errors and f"rank      : {rank}" in errors
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) -> None:
     """It goes on from its last checkpoint and ends with the weights of a run that lost none, and was probed besides."""
     config, labelled = tmp_path / "tiny.yaml", str(write_set(tmp_path / "labelled", 12, 1))
@@ -78,7 +76,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) 
     process = start_ranks(*argv, str(tmp_path / "out"), options=("--max-restarts=1",))
     try:
         kill_rank(1, tmp_path / "out", 8)
-        printed, errors = process.communicate(timeout=150)
+        printed, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, errors[-3000:]
@@ -93,8 +91,6 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_learn_what_one_learns_and_go_on_as_more_and_fewer(
@@ -120,10 +116,9 @@ def test_ranks_learn_what_one_learns_and_go_on_as_more_and_fewer(
         torch.testing.assert_close(weight, many[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_copies_that_the_ranks_cannot_hold(tmp_path: Path, shards: Path) -> None:
     (config := tmp_path / "tiny.yaml").write_text(TINY)
     argv = ["--config", str(config), "--shards", str(shards), "--out", str(tmp_path / "out")]
     process = start_ranks(*argv, "--speed.parallel", "fsdp", "--speed.fsdp_copies", "3")
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "run.py: speed.fsdp_copies: 2 ranks cannot hold 3 copies" in errors
