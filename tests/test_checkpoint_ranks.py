@@ -69,6 +69,7 @@ def all_say_the_same(rank: int, world: int, port: str, folder: Path, cases: dict
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*trying the one before it")
 def test_a_damaged_checkpoint_ends_all_ranks_with_one_sentence(tmp_path: Path) -> None:
     """Where rank 0 ended alone, the others would wait for it in a broadcast until their patience ends."""

@@ -86,6 +86,7 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     colour._compiled.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_code")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 def test_any_number_of_forms_can_be_compiled() -> None:

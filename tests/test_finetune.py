@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from fractions import Fraction
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from scenes import NAMES, pair, write_pairs
 from torch import Tensor
 
 from pipeline import ShardSet, recipes
-from trainer import checkpoint, config, downstream, methods
+from trainer import checkpoint, config, downstream, methods, parallel
 from trainer import finetune as program
 from trainer.cost import synthetic
 from trainer.methods import finetune, loca
@@ -210,8 +210,7 @@ def test_multi_label_classification_end_to_end(run: Callable[..., dict[str, Any]
 def test_the_step_is_one_graph(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_, backend="eager"))
+    monkeypatch.setattr(parallel, "compile_", partial(parallel.compile_, backend="eager"))
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
@@ -428,7 +427,7 @@ def test_what_cannot_be_meant_is_one_sentence(
 @pytest.mark.parametrize("text", ["1/0", "few"])
 def test_a_share_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        finetune.main(["WHAT", "--train", "x", "--val", "y", "--out", "z", "--fraction", text])
+        program.main(["WHAT", "--train", "x", "--val", "y", "--out", "z", "--fraction", text])
     assert ended.value.code == 2 and f"'{text}' is no share" in capsys.readouterr().err
 
 

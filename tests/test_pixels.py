@@ -75,6 +75,7 @@ def test_normalised_batches_are_the_u8_ones(photos: ShardSet, name: str, form: s
         assert f"views['focal']: pixels {shape}, window float32" in repr(batch)
 
 
+@pytest.mark.slow
 def test_the_triton_form_normalises_too(photos: ShardSet) -> None:
     if torch.cuda.is_available():
         pytest.skip("with a GPU the kernels are compiled for it: gpu_check compares them")

@@ -5,7 +5,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,8 +78,7 @@ def test_the_step_is_one_graph(
     """Captured once, without a break, and never again; what a backend makes of the graph is not its business."""
     config = tmp_path / "compiled.yaml"
     config.write_text({"loca": TINY, "vicregl": VICREGL}[method].replace("nano", "pico"))
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_, backend="eager"))
+    monkeypatch.setattr(parallel, "compile_", partial(parallel.compile_, backend="eager"))
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()

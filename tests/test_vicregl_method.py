@@ -318,7 +318,8 @@ def ranks_agree_with_one_process(rank: int, world: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_the_gradient_of_one_process(world):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
