@@ -4,6 +4,8 @@ import copy
 import json
 import runpy
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mapimages
@@ -240,6 +242,21 @@ def test_all_rivals_have_a_name_together() -> None:
     assert rivals.chosen("all") == ["torchvision", "opencv", "simplejpeg", "simplejpeg-aa", "dali"]
     assert rivals.chosen(" dali, opencv") == ["dali", "opencv"]
     assert rivals.chosen("") == []
+
+
+def test_the_busiest_single_thread_is_the_one_that_feeds() -> None:
+    from benchmarking import meter
+
+    def feed() -> int:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+        return 4
+
+    with ThreadPoolExecutor(1, "loader_feeds") as feeder:
+        measured = meter.Meter("fed elsewhere", meter.repeat(lambda _: feeder.submit(feed).result()))
+        measured.turn(0.05)
+    assert 5.0 <= measured.feeding[0] < 6.5  # 20 ms for four images
 
 
 def test_the_verdict_says_what_a_rate_takes(results: dict) -> None:

@@ -1,5 +1,6 @@
 """Measuring in turns: all that is compared runs once per round, so that a machine's changes of speed touch it alike."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Meter:
     rates: list[float] = field(default_factory=list)  # images per second, one per turn
     cpu: list[float] = field(default_factory=list)  # CPU-seconds per 1,000 images, one per turn
     busy: list[float] = field(default_factory=list)  # cores kept busy, one per turn
-    feeding: list[float] = field(default_factory=list)  # ms an image of the one thread that asks for batches, per turn
+    feeding: list[float] = field(default_factory=list)  # ms an image of the busiest single thread, per turn
     latencies: list[float] = field(default_factory=list)  # seconds per batch, of all turns
 
     def turn(self, seconds: float) -> None:
@@ -35,7 +36,7 @@ class Meter:
         for _ in range(self.settle):
             next(self.steps)
         synchronize()
-        images, cpu, own, start = 0, machine.cpu_seconds(), time.thread_time(), time.perf_counter()
+        images, cpu, alone, start = 0, machine.cpu_seconds(), single_threads(), time.perf_counter()
         before = start
         while before - start < seconds * self.share or not images:
             images += next(self.steps)
@@ -44,7 +45,8 @@ class Meter:
             before = now
         synchronize()
         wall, cpu = time.perf_counter() - start, machine.cpu_seconds() - cpu
-        self.feeding.append(1e3 * (time.thread_time() - own) / images)
+        took = [seconds - alone.get(thread, 0.0) for thread, seconds in single_threads().items()]
+        self.feeding.append(1e3 * max(took) / images)
         self.rates.append(images / wall)
         self.cpu.append(1000 * cpu / images)
         self.busy.append(cpu / wall)
@@ -67,6 +69,13 @@ def rest() -> None:
         time.sleep(0.05)
         if machine.cpu_seconds() - before < 0.01:
             return
+
+
+def single_threads() -> dict[int, float]:
+    """CPU-seconds of the threads that stay one each on any machine: this one takes batches, others feed DALI."""
+    threads = [t for t in threading.enumerate() if t.name.startswith("loader_feeds")]
+    idents = [threading.get_ident(), *(t.ident for t in threads if t.ident is not None)]
+    return {ident: time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in idents}
 
 
 def synchronize() -> None:

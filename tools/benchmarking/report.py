@@ -38,7 +38,7 @@ def _needed(result: Result) -> str:
     wanted = result["wanted"] or 1000.0
     return (
         f"1,000 images take {cpu:.2f} CPU-seconds ({result['pixels']}): {wanted:,.0f} images/s need "
-        f"{wanted * cpu / 1e3:.1f} cores; the one thread that asks for batches, {feeding:.3f} ms an image, would bind "
+        f"{wanted * cpu / 1e3:.1f} cores; the busiest single thread, {feeding:.3f} ms an image, would bind "
         f"at {1e3 / max(feeding, 1e-6):,.0f} images/s."
     )
 
