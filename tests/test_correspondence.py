@@ -241,7 +241,8 @@ def test_locations_equal_exact_centres(w, grid):
 
 
 @pytest.mark.parametrize(
-    ("a_grid", "b_grid", "top"), [(7, 7, 20), (7, 3, 20), (3, 7, 4), (7, 7, 49), (3, 3, 1), (4, 1, 5)]
+    ("a_grid", "b_grid", "top"),
+    [(7, 7, 20), (7, 3, 20), (3, 7, 4), pytest.param(7, 7, 49, marks=pytest.mark.slow), (3, 3, 1), (4, 1, 5)],
 )
 def test_matches_equal_brute_force_with_all_ties(a_grid, b_grid, top):
     rng = np.random.default_rng(RNG_SEED)

@@ -88,7 +88,10 @@ def test_every_order_of_the_strongest_jitter(rule: str) -> None:
     agree(both((cut,), images, windows, params))
 
 
-@pytest.mark.parametrize(("interpolation", "antialias"), [("bilinear", False), ("bilinear", True), ("bicubic", True)])
+@pytest.mark.parametrize(
+    ("interpolation", "antialias"),
+    [("bilinear", False), ("bilinear", True), pytest.param("bicubic", True, marks=pytest.mark.slow)],
+)
 def test_windows_at_every_edge_of_odd_images(interpolation: str, antialias: bool) -> None:
     """One pixel, one row, one column, the whole, each corner, beyond the edge; mirrored or not; enlarged or shrunk."""
     h, w = 37, 53
