@@ -50,6 +50,7 @@ def call(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *
     return json.loads(printed.out.splitlines()[-1]) if code == 0 else printed.err
 
 
+@pytest.mark.slow
 def test_segmentation_with_two_learning_rates(
     sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

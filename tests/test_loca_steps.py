@@ -139,6 +139,7 @@ def halves_agree(rank: int, world: int, port: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_one_process_s_loss_and_gradient() -> None:
     mp.spawn(halves_agree, (2, free_port()), 2)
 
