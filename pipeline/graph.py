@@ -18,6 +18,8 @@ its buffers alive for as long as a result is held, on a GPU also until the devic
 thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
 """
 
+import ctypes
+import os
 import time
 import warnings
 import weakref
@@ -293,6 +295,18 @@ def settled(form: Form | Literal["auto"], gpu: bool) -> Form:
     return "fused" if not gpu and _fits() else "operators"
 
 
+_alive = weakref.WeakSet[Any]()  # pipelines
+
+
+def _keep() -> None:
+    """In a forked child, where DALI's threads are not: to end a pipeline there kills the process or hangs."""
+    for pipe in list(_alive):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipe))
+
+
+os.register_at_fork(after_in_child=_keep)
+
+
 class Graph:
     """A recipe's pixels on one device. ``submit`` a batch, ``take`` its views, in the same order.
 
@@ -324,6 +338,7 @@ class Graph:
         sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
         self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
         self._submitting, self._running = Lock(), Lock()
+        self._process = os.getpid()
         self._started = deque[Any]()  # the pipeline of each run that is not yet taken: tuning may change it
         self._single: dali.Pipeline | None = None
         self._buffers: list[Buffers] = []  # of each kind, where the views are not DALI's
@@ -357,6 +372,7 @@ class Graph:
             else:
                 outputs = _operators(image, cuts, "gpu" if gpu else "cpu", batch_size)
             pipe.set_outputs(*outputs)
+        _alive.add(pipe)
         return pipe
 
     def _tune(self, images: Images) -> None:
@@ -478,6 +494,8 @@ class Graph:
 
     def close(self) -> None:
         """Ends what is under way and frees the memory; views that were taken stay valid."""
+        if self._process != os.getpid():  # whoever held the lock when the process forked is not here to free it
+            return
         with self._submitting:
             self._started.clear()
             self._pipe = self._single = None
@@ -491,6 +509,7 @@ class Graph:
             self._single = dali.Pipeline(batch_size=1, exec_dynamic=True, **{**self._settings, "num_threads": 1})
             with self._single:
                 self._single.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
+            _alive.add(self._single)
         self._single.feed_input("image", [image])
         try:
             self._single.schedule_run()

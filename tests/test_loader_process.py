@@ -97,6 +97,37 @@ def test_a_started_loader_does_not_hang_in_a_fork(shards: ShardSet) -> None:
     assert len(list(source)) == 5  # here it goes on
 
 
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_a_forked_child_may_let_go_of_a_started_loader(how: str, tmp_path: Path) -> None:
+    """A DataLoader's worker does, when its garbage is collected: DALI's threads are not there to be joined."""
+    program = f"""if True:
+        import gc, os, signal, sys
+        from pathlib import Path
+        from loaders import loader
+        from mapimages import write_set
+        from pipeline import ShardSet
+        gc.disable()
+        source = loader(ShardSet(write_set(Path({str(tmp_path)!r}), 12, 2)))
+        batches = iter(source)
+        next(batches)
+        box = [source, batches]
+        box.append(box)  # garbage that only a collection finds
+        child = os.fork()
+        if child:
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.alarm(20)  # rather than hanging
+        if {how!r} == "closed":
+            source.close()
+        del source, batches, box
+        gc.collect()
+        os._exit(7)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 def test_threads_follow_the_cores_that_we_may_use(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("pipeline.loader.Graph", lambda *_, num_threads, **__: asked.append(num_threads))

@@ -46,26 +46,27 @@ def meter(name: str, task: Task) -> Meter:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ValueError(f"--against {name} needs {' and '.join(missing)}: pip install 'dense-ssl[bench]'")
-    return Meter(name, dali_graph.batches(task) if build is None else _sizes(task, build), settle=2)
+    return Meter(name, dali_graph.batches(task) if build is None else _sizes(task, name), settle=2)
 
 
-def _sizes(task: Task, build: Build) -> Iterator[int]:
+def _sizes(task: Task, name: str) -> Iterator[int]:
     assert task.recipe is not None
-    data = _Images(task.shards, task.recipe, task.dtype, build)
+    data = _Images(task.shards, task.recipe, task.dtype, name)
     loader = DataLoader(
         data,
         task.batch_size,
         sampler=RandomSampler(data, replacement=True, num_samples=1 << 30),
         num_workers=task.num_threads,
         persistent_workers=True,
+        multiprocessing_context="spawn",  # behind a fork, this process would copy every page that it writes to
     )
     for views in loader:
         yield len(views[0])
 
 
 class _Images(Dataset[Any]):
-    def __init__(self, shards: ShardSet, recipe: Recipe, dtype: torch.dtype, build: Build):
-        self._shards, self._recipe, self._dtype, self._build = shards, recipe, dtype, build
+    def __init__(self, shards: ShardSet, recipe: Recipe, dtype: torch.dtype, name: str):
+        self._shards, self._recipe, self._dtype, self._name = shards, recipe, dtype, name
         self._transform: Transform | None = None
 
     def __len__(self) -> int:
@@ -74,7 +75,9 @@ class _Images(Dataset[Any]):
     def __getitem__(self, i: int) -> Any:
         if self._transform is None:  # in the worker
             torch.set_num_threads(1)
-            self._transform = self._build(self._recipe, self._dtype)
+            build = _RIVALS[self._name][1]
+            assert build is not None
+            self._transform = build(self._recipe, self._dtype)
         return self._transform(self._shards.read(i))
 
 
