@@ -80,14 +80,7 @@ class BucketTarget(Target):
         start = part[0] * len(missing) // part[1]
         return missing[start:] + missing[:start]
 
-    def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
-        entry: dict | None
-        if listed is None:
-            entry = (self._record(shard) or {}).get("entry")
-        else:
-            entry = listed.get(self.spec.shard_file(shard), {"samples": 0})
-        if not entry or not entry["samples"]:
-            return entry is not None
+    def _is_there(self, entry: dict) -> bool:
         name = Path(entry["file"])
         beside = (name.with_suffix(".idx").name, name.with_suffix(".samples.npy").name)
         return self._listed.get(name.name) == entry["bytes"] and all(other in self._listed for other in beside)
@@ -144,22 +137,15 @@ class BucketTarget(Target):
 
     # --- the split
 
-    def finish(
-        self,
-        refused: Iterable[tuple[str, str]] = (),
-        strict: bool = False,
-        more: Callable[[dict[str, int]], dict[str, Any]] = lambda sums: {},
-    ) -> dict | None:
-        if self.missing():
-            return None
+    def _write_metadata(self, manifest: dict[str, Any]) -> None:
+        tables = [(self.out / entry["file"]).with_suffix(".samples.npy") for entry in manifest["shards"]]
         here = _run(self._remote.list())
-        tables = {self.out / name: found for name, found in here.items() if name.endswith(".samples.npy")}
-        prefix = f"{self.spec.name}-{self.spec.split}-"
-        self._fetch({p: found for p, found in tables.items() if p.name.startswith(prefix) and not p.exists()})
-        manifest = super().finish(refused, strict, more)
-        work = _run(self._remote_work.list())
-        _run(self._remote_work.delete(work))
-        return manifest
+        self._fetch({path: here[path.name] for path in tables if not path.exists()})  # of shards made elsewhere
+        super()._write_metadata(manifest)
+
+    def _remove_work(self) -> None:
+        super()._remove_work()
+        _run(self._remote_work.delete(_run(self._remote_work.list())))
 
     def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
         self.work.mkdir(exist_ok=True)

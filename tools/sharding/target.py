@@ -160,13 +160,15 @@ class Target:
         return []
 
     def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
-        """Its files are there, and as long as the manifest or its record says; `--check` reads them."""
+        """By the manifest's entries, `listed`, or, without a manifest, by its record."""
         if listed is None:
             entry = (self._record(shard) or {}).get("entry")
         else:
             entry = listed.get(self.spec.shard_file(shard), {"samples": 0})  # without any sample: in no manifest
-        if not entry or not entry["samples"]:
-            return entry is not None
+        return entry is not None and (not entry["samples"] or self._is_there(entry))
+
+    def _is_there(self, entry: dict) -> bool:
+        """A shard's files are there, and as long as its entry says; `--check` reads them."""
         tar, samples = self.out / entry["file"], entry["samples"]
         try:
             table = np.load(tar.with_suffix(".samples.npy"), mmap_mode="r", allow_pickle=False)
@@ -232,9 +234,9 @@ class Target:
         `refused`: (source, reason) of what the listing left out. `strict`: where anything is quarantined no manifest is
         written and RuntimeError raised. `more` turns the samples' sums into further fields of the manifest.
         """
-        finished = manifest = self.manifest()
         if self.missing():
             return None
+        finished = manifest = self.manifest()
         quarantine = self._named("quarantine.jsonl")
         if manifest is None:
             records = [record for shard in self.part((0, 1)) if (record := self._record(shard))]
@@ -250,7 +252,7 @@ class Target:
             raise RuntimeError(f"--strict: {manifest['quarantined']} image(s) {were}quarantined ({quarantine})")
         if not finished:
             self._write_metadata(manifest)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._remove_work()
         return manifest
 
     def _describe(self, records: list[dict], quarantined: int, more: Callable[[dict], dict]) -> dict[str, Any]:
@@ -293,6 +295,9 @@ class Target:
         info = {"name": name, "splits": dict(sorted(splits.items()))}
         self._write(self.out / "_info.json", lambda file: file.write(json.dumps(info, indent=1).encode()))
         self._write(self._named("manifest.json"), lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+
+    def _remove_work(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
         host.write_atomic(self.work / path.name, write)
