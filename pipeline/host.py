@@ -76,16 +76,16 @@ def cache_folder(name: str) -> Path:
     return home / "dense-ssl" / name
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write` with an open file, which then takes the place of `path`, durably: whole or not at all.
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Writes `content`, or what it writes to an open file, in the place of `path`, durably: whole or not at all.
 
     The file's mode is the one that the umask gives. On a failure, whichever it is, `path` is what it was and nothing is
-    left beside it. A killed process leaves ``NAME.*.part``. Raises OSError, and what `write` raises.
+    left beside it. A killed process leaves ``NAME.*.part``. Raises OSError, and what `content` raises.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several hosts may write to one folder
     try:
         with part.open("xb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -119,6 +119,8 @@ def test_a_file_appears_whole_with_the_umasks_mode(tmp_path: Path, monkeypatch: 
     assert synced[0].startswith(f"{path}.")  # the content first, then its name
     assert synced[1:] == [str(tmp_path)]
     assert list(tmp_path.iterdir()) == [path]
+    host.write_atomic(path, b"other content")
+    assert path.read_bytes() == b"other content"
 
 
 def test_json_that_cannot_be_had_is_none(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
             if path.exists() and json.loads(path.read_text(encoding="utf-8")) != begin:
                 raise ValueError(f"--out {out}: holds a training that began with other weights; name another folder")
             out.mkdir(parents=True, exist_ok=True)
-            host.write_atomic(path, lambda file: file.write(json.dumps(begin).encode() + b"\n"))
+            host.write_atomic(path, json.dumps(begin).encode() + b"\n")
             if begins and not first.exists():
                 write_start(first, begin["what"], config.resolve(given), size=size, untrained=begin["untrained"])
     if trainer.train(**given, **({"init": str(first)} if begins else {})).state == "stopped":

@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
         result["untrained"] = random
         if path.is_dir():
             with suppress(OSError):  # the folder may be somebody else's: the result is printed anyhow
-                host.write_atomic(run / "evaluate.json", lambda file: file.write(json.dumps(result).encode()))
+                host.write_atomic(run / "evaluate.json", json.dumps(result).encode())
     if train.fingerprint == val.fingerprint:
         print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)
     print(json.dumps(result if args.untrained is None else result | random))

@@ -77,7 +77,7 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
         bias = ".mlp.fc2.bias"
         weights |= {key.replace(bias, ".gamma"): torch.ones_like(weights[key]) for key in weights if key.endswith(bias)}
     content = safetensors.save(weights, metadata={"format": "pt"})  # its save_file makes a file that only we may read
-    host.write_atomic(out / "model.safetensors", lambda file: file.write(content))
+    host.write_atomic(out / "model.safetensors", content)
     side = arguments.get("img_size", 224)
     config = {
         "architecture": name,

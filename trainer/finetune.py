@@ -111,8 +111,7 @@ def one(
         show = f"scoring {out.name}" if parallel.rank() == 0 else None
         figures = sliding.score(method, val, device, show=show)[0].result(names)
         if parallel.rank() == 0:
-            content = json.dumps({**key, "figures": figures}, indent=2).encode() + b"\n"
-            host.write_atomic(result, lambda file: file.write(content))
+            host.write_atomic(result, json.dumps({**key, "figures": figures}, indent=2).encode() + b"\n")
     return figures
 
 
@@ -125,8 +124,7 @@ def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
     path = out / f"subset_{subset}_{fraction.numerator}_of_{fraction.denominator}.txt"
     if downstream.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{data.shards.key(i)}\n" for i in order[:count].tolist())
-        host.write_atomic(path, lambda file: file.write(text.encode()))
+        host.write_atomic(path, "".join(f"{data.shards.key(i)}\n" for i in order[:count].tolist()).encode())
     return path
 
 

@@ -58,7 +58,7 @@ class RunFolder:
         self.step = step
         content = json.dumps({"state": state, "step": step, "of": self.total}) + "\n"
         with suppress(OSError):
-            host.write_atomic(self.path / "status.json", lambda file: file.write(content.encode()))
+            host.write_atomic(self.path / "status.json", content.encode())
 
     def changes(self, settings: config.Settings) -> list[str]:
         """What differs from the settings of this folder's run, a sentence each. Raises UsageError for one that may not.
@@ -81,7 +81,7 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Writes config.yaml. Raises UsageError."""
         try:
-            host.write_atomic(self.path / "config.yaml", lambda file: file.write(text.encode()))
+            host.write_atomic(self.path / "config.yaml", text.encode())
         except OSError as error:
             raise config.UsageError(f"--out {self.path}: cannot be written ({error.strerror})") from None
 

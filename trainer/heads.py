@@ -139,5 +139,5 @@ def _report(out: Path, results: dict[str, dict[str, Any]], figure: str, more: di
     best = max(results, key=lambda name: results[name][figure])
     summary = {"head": "sgd", figure: results[best][figure], "best": best}
     summary |= {"chosen_on": "val" if len(results) > 1 else None, **more, "heads": results}
-    host.write_atomic(out / "result.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
+    host.write_atomic(out / "result.json", json.dumps(summary, indent=2).encode() + b"\n")
     print(json.dumps(summary))

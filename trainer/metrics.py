@@ -191,9 +191,9 @@ class Log:
         path = out / "log.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = "".join(f"{line}\n" for line in lines if _step(line) <= start).encode()
+            kept = "".join(f"{line}\n" for line in lines if _step(line) <= start)
             try:
-                host.write_atomic(path, lambda file: file.write(kept))
+                host.write_atomic(path, kept.encode())
             except OSError as error:
                 raise settings.UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._out, self._file = out, path.open("a", encoding="utf-8")

@@ -64,8 +64,7 @@ def write(out: Path, facts: Sequence[str]) -> None:
         "<h2>settings</h2>",
         f"<pre>{escape((out / 'config.yaml').read_text(encoding='utf-8'))}</pre></html>\n",
     ]
-    content = "\n".join(parts).encode()
-    host.write_atomic(out / "report.html", lambda file: file.write(content))
+    host.write_atomic(out / "report.html", "\n".join(parts).encode())
 
 
 def _versions() -> str:

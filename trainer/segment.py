@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         "patches": [grids.min(0).tolist(), grids.max(0).tolist()],
         "channels": unseen.x.shape[1],
     } | {key: getattr(options, key) for key in "what train val size untrained layers norm device".split()}
-    write_atomic(out / f"{title}.json", lambda file: file.write(json.dumps(result, indent=2).encode() + b"\n"))
+    write_atomic(out / f"{title}.json", json.dumps(result, indent=2).encode() + b"\n")
     print(json.dumps(result))
 
 

@@ -147,9 +147,9 @@ class BucketTarget(Target):
         super()._remove_work()
         _run(self._remote_work.delete(_run(self._remote_work.list())))
 
-    def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
+    def _write(self, path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
         self.work.mkdir(exist_ok=True)
-        super()._write(path, write)
+        super()._write(path, content)
         _run(self._remote.put(path.name, path))
 
 

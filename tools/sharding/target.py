@@ -211,7 +211,7 @@ class Target:
             raise RuntimeError(f"{name} came out different from the manifest: another Pillow than {manifest['codec']}?")
         if len(table):
             index, beside = tar.with_suffix(".idx"), tar.with_suffix(".samples.npy")
-            host.write_atomic(index, lambda file: file.write(writer.index))
+            host.write_atomic(index, writer.index)
             host.write_atomic(beside, lambda file: np.save(file, table))
             for path in (index, beside, tar):
                 path.replace(self.out / path.name)
@@ -243,7 +243,7 @@ class Target:
             lines = [{"key": None, "reason": why, "source": source, "shard": None} for source, why in refused]
             lines += [line for record in records for line in record["quarantine"]]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            self._write(quarantine, lambda file: file.write(text.encode()))
+            self._write(quarantine, text.encode())
             manifest = self._describe(records, len(lines), more)
             if not manifest["shards"]:
                 raise SourceError(f"no image can be used: {quarantine} says why")
@@ -289,18 +289,18 @@ class Target:
         name, split = self.spec.name, self.spec.split
         self._write(self.out / f"{name}-{split}.samples.npy", lambda file: np.save(file, np.concatenate(tables)))
         if self.spec.classes:
-            self._write(self.out / self.spec.class_file, lambda file: file.write(self._class_lines()))
+            self._write(self.out / self.spec.class_file, self._class_lines())
         info = {"name": split, "filenames": files, "shard_lengths": lengths, "num_samples": manifest["num_samples"]}
         splits = {**timm_splits(self.out), split: info}
         info = {"name": name, "splits": dict(sorted(splits.items()))}
-        self._write(self.out / "_info.json", lambda file: file.write(json.dumps(info, indent=1).encode()))
-        self._write(self._named("manifest.json"), lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        self._write(self.out / "_info.json", json.dumps(info, indent=1).encode())
+        self._write(self._named("manifest.json"), json.dumps(manifest, indent=1).encode())
 
     def _remove_work(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
-        host.write_atomic(self.work / path.name, write)
+    def _write(self, path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+        host.write_atomic(self.work / path.name, content)
         (self.work / path.name).replace(path)
         host.sync_folder(path.parent)
 
@@ -344,4 +344,4 @@ def _identity(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    host.write_atomic(path, lambda file: file.write(json.dumps(content).encode()))
+    host.write_atomic(path, json.dumps(content).encode())
