@@ -1,6 +1,7 @@
 """What the machine gives a process, and files that are whole or not there."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -22,8 +23,8 @@ def cores() -> int:
 
 def quota() -> float | None:
     """Cores' worth of CPU time that the control groups of this process (v1 or v2) allow; None: no limit."""
-    limits = [limit for group in _groups("cpu") for limit in [_limit(group)] if limit is not None]
-    return min(limits, default=None)
+    limits = map(_limit, _groups("cpu"))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def memory() -> int | None:
@@ -108,10 +109,23 @@ def sync_folder(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where the file is missing, unreadable, torn, too deep or holds something else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json_object(path.read_bytes())
+    except OSError:
+        return None
+
+
+def json_object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object that `text` is; None where it is torn, too deep or something else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def digest(content: object) -> str:
+    """32 hexadecimal digits that name `content`, of which JSON must be able to hold all."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

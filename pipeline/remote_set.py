@@ -4,8 +4,6 @@ Our own sets bring both: a manifest and a table, fetched once. Of anybody else's
 the tables are kept in the user's cache folder, the tars in the cache of shards as far as it reaches.
 """
 
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import remote, specs, tables
+from .host import digest, json_object
 from .remote import Folder, Object
 from .remote_files import RemoteFiles
 from .shard_cache import Cache, Job, fetch
@@ -125,7 +124,7 @@ async def _manifests(folder: Folder, listed: dict[str, Object] | None) -> dict[s
     found = {}
     for name in names:
         manifest = await _json(folder, name)
-        if manifest and manifest.get("format") == 1 and specs.is_manifest(manifest):
+        if manifest and specs.is_manifest(manifest):
             found[str(manifest["split"])] = manifest
     return found
 
@@ -140,11 +139,7 @@ async def _json(folder: Folder, name: str) -> dict[str, Any] | None:
     found = await folder.head(name)
     if found is None or found.size > _LARGEST_JSON:
         return None
-    try:
-        content = json.loads(await found.read(0, found.size))
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+    return json_object(await found.read(0, found.size))
 
 
 def table(objects: Sequence[Object], manifest: dict[str, Any] | None, cache: Cache) -> NDArray[np.void]:
@@ -162,10 +157,6 @@ def table(objects: Sequence[Object], manifest: dict[str, Any] | None, cache: Cac
     return _walked(objects, cache)
 
 
-def _kept(what: object) -> str:
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest() + ".npy"
-
-
 def _keep(rows: NDArray[np.void], name: str, count: int) -> NDArray[np.void]:
     """Keeps a table for the next start, and gives it as a file that all processes of a machine share in memory."""
     tables.keep(rows, name)
@@ -176,7 +167,7 @@ def _keep(rows: NDArray[np.void], name: str, count: int) -> NDArray[np.void]:
 def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
     """A table that lies beside its shards, in the user's cache folder from the first time on."""
     count = len(manifest["shards"])
-    kept = _kept([str(found), found.size, found.version])
+    kept = f"{digest([str(found), found.size, found.version])}.npy"
     rows = tables.cached(kept, count) if found.version else None
     if rows is None:
         parts = [remote.submit(found.read(k, k + remote.PART)) for k in range(0, found.size, remote.PART)]
@@ -193,7 +184,7 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
 
 def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
     """The tables of tars that bring none: from the user's cache folder, or by a walk over each, which is fetched."""
-    names = [_kept([tables.SCAN, str(o), o.size, o.version]) for o in objects]
+    names = [f"{digest([tables.SCAN, str(o), o.size, o.version])}.npy" for o in objects]
     found: dict[int, NDArray[np.void]] = {}
 
     def walk(shard: int, path: Path) -> None:

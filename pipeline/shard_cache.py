@@ -11,7 +11,6 @@ and durable. Only files of the names that are given here are ever deleted, in a 
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -191,8 +190,7 @@ class Cache:
         self._owner = False
         self._retried: set[int] = set()  # shards that arrived with a wrong sum once
         what = [[o.name, o.size, s or o.version] for o, s in zip(objects, sums, strict=True)]
-        name = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
-        self.folder = root / name if root and size else None
+        self.folder = root / host.digest(what) if root and size else None
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

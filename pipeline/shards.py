@@ -4,7 +4,6 @@ A table says where each image lies (see `tables`). Images are read by position, 
 """
 
 import hashlib
-import json
 import os
 import resource
 import threading
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import tables, tar
-from .host import cache_folder
+from .host import cache_folder, digest
 from .specs import ShardError, Spec, is_address, resolve, with_split
 from .tables import IMAGES, SAMPLE, split_name
 
@@ -96,7 +95,7 @@ class ShardSet:
         """i64 (shards + 1,): the first image of each shard and, last, the number of images."""
         counts = np.diff(self.first).tolist()
         content = [[*file, count] for file, count in zip(files, counts, strict=True)]
-        self.fingerprint = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        self.fingerprint = digest(content)
 
     def __len__(self) -> int:
         return len(self.table)

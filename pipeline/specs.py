@@ -154,15 +154,17 @@ def find_manifests(folder: Path) -> dict[str, dict]:
     found = {}
     for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
         manifest = read_json(path)
-        if manifest and manifest.get("format") == 1 and is_manifest(manifest):
+        if manifest and is_manifest(manifest):
             found[str(manifest["split"])] = manifest
     return found
 
 
 def is_manifest(manifest: dict) -> bool:
+    """Whether a JSON object is a manifest of our sharder's, of the one format that there is."""
     shards = manifest.get("shards")
     return (
-        {"name", "split", "num_samples"} <= manifest.keys()
+        manifest.get("format") == 1
+        and {"name", "split", "num_samples"} <= manifest.keys()
         and isinstance(shards, list)
         and len(shards) > 0
         and all(isinstance(shard, dict) and {"file", "bytes", "samples"} <= shard.keys() for shard in shards)

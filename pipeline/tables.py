@@ -4,8 +4,6 @@ They come from beside our own shards. For others they are made by one walk over 
 user's cache folder. Index files are not read: a stale one cannot hurt.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import headers, tar
-from .host import cache_folder, write_atomic
+from .host import cache_folder, digest, json_object, write_atomic
 from .specs import ShardError, find_manifests
 
 SAMPLE = np.dtype(
@@ -94,7 +92,7 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     """The table of shards that bring none: from the cache if they have not changed since, else by a walk."""
     stats = [path.stat() for path in paths]
     stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    name = hashlib.blake2b(json.dumps([SCAN, stamp]).encode(), digest_size=16).hexdigest() + ".npy"
+    name = f"{digest([SCAN, stamp])}.npy"
     kept = cached(name, len(paths))
     if kept is not None:
         return kept
@@ -201,11 +199,7 @@ def as_int(text: bytes, default: int) -> int:
 
 
 def label_in(text: bytes) -> int | None:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    label = content.get("label") if isinstance(content, dict) else None
+    label = (json_object(text) or {}).get("label")
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
