@@ -106,8 +106,8 @@ class Loader:
         self.shards = shards if isinstance(shards, ShardSet | Stream) else ShardSet(shards)
         self.recipe, self.batch_size, self.rank, self.world_size = recipe, batch_size, rank, world_size
         self.device = _device(device)
-        self._seed, self._drop_last, self._shuffle, self._depth = seed, drop_last, shuffle, prefetch
-        self._global = batch_size * world_size
+        self._shuffle, self._depth = shuffle, prefetch
+        global_batch = batch_size * world_size
         if order is None:
             order = "block" if isinstance(self.shards, ShardSet) and self.shards.remote else "global"
         if order not in ("global", "block"):
@@ -122,7 +122,7 @@ class Loader:
             raise ValueError("form 'triton' cuts no views that reach beyond their image: use 'operators' or 'fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
-        if drop_last and isinstance(self.shards, ShardSet) and len(self.shards) < self._global:
+        if drop_last and isinstance(self.shards, ShardSet) and len(self.shards) < global_batch:
             raise ValueError(
                 f"{len(self.shards)} samples do not fill one batch of {batch_size} on {world_size} ranks: "
                 "lower batch_size, or keep incomplete batches with drop_last=False"
@@ -148,7 +148,7 @@ class Loader:
             "recipe": describe(recipe),
         }
         pinned = self.device.type == "cuda"
-        task = Task(recipe, seed, self._global, rank, world_size, drop_last, form, pinned)
+        task = Task(recipe, seed, global_batch, rank, world_size, drop_last, form, pinned)
         self._prepare: Preparation
         if isinstance(self.shards, Stream):
             if self.shards.once and world_size > 1:

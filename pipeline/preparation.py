@@ -106,11 +106,11 @@ class Preparation:
 
     def span(self, epoch: int, position: int) -> Span:
         """The batch at a position."""
-        taken = min(self._task.batch, len(self.samples.shards) - position)
+        n = len(self.samples.shards)
+        taken = min(self._task.batch, n - position)
         start, stop = (position + end for end in self._task.share(taken))
         end = position + taken
-        over = end == len(self.samples.shards) or self.start(epoch, end) != (epoch, end)
-        return Span(epoch, start, stop, (epoch + 1, 0) if over else (epoch, end))
+        return Span(epoch, start, stop, self.start(epoch, end) if end < n else (epoch + 1, 0))
 
     def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The samples at these positions of an epoch."""

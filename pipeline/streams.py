@@ -225,9 +225,7 @@ class _Watched:
 def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     tariterators, watched = secure().tariterators, _Watched(file)
     files = tariterators.tar_file_expander([{"url": entry, "stream": watched}])
-    held = (
-        None  # until the next one begins, or the end mark is there: the last of a tar that breaks off may lack a part
-    )
+    held = None  # until the next begins, or the end mark is there: the last of a tar that breaks off may lack a part
     try:
         for content in tariterators.group_by_keys(files):
             if held is not None:
