@@ -171,10 +171,10 @@ def test_an_optimizer_s_lies_are_one_sentence(whole: checkpoint.Payload) -> None
     method = loca.Method(loca.Config(**TINY))
     optimizer = torch.optim.AdamW(method.parameter_groups(0.1))
     state = checkpoint.state(method, optimizer)
-    checkpoint.set_state(method, optimizer, state)
+    checkpoint.check_fit(method, optimizer, state)
     for lie in ({}, None, {"state": 3, "param_groups": []}, {"state": {}, "param_groups": []}):
         with pytest.raises(ValueError, match="other settings of the method") as error:
-            checkpoint.set_state(method, optimizer, {**state, "optimizer": lie})
+            checkpoint.check_fit(method, optimizer, {**state, "optimizer": lie})
         assert "\n" not in str(error.value)
 
 

@@ -155,7 +155,7 @@ def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Op
                     raise ValueError(f"it is of method {payload['method']!r}")
                 if lacking := [key for key in OPTIONAL if key not in payload]:
                     raise ValueError(f"it holds weights to begin with (--init), but no {lacking[0]!r} to go on with")
-                _check_fit(method, optimizer, payload)
+                check_fit(method, optimizer, payload)
             except ValueError as error:
                 before = [other.name for other in _paths(folder) if other < path]
                 remedy = f"; if it is damaged, remove it to go on from {before[0]}" if before else ""
@@ -163,7 +163,8 @@ def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Op
     payload = found[1] if found else {}
     rest = parallel.from_rank_0({key: value for key, value in payload.items() if key not in ("model", "optimizer")})
     if rest:
-        _set_state(method, optimizer, payload)
+        set_model_state_dict(method, payload.get("model", {}), options=_from_rank_0())
+        set_optimizer_state_dict(method, optimizer, payload.get("optimizer", {}), options=_from_rank_0())
     return rest or None
 
 
@@ -204,20 +205,7 @@ def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
     return {"model": model, "optimizer": optim}
 
 
-def set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
-    """The way back, from rank 0's payload on every rank. Raises ValueError where names or shapes do not fit."""
-    with parallel.agreed():
-        if parallel.rank() == 0:
-            _check_fit(method, optimizer, payload)
-    _set_state(method, optimizer, payload)
-
-
-def _set_state(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
-    set_model_state_dict(method, payload.get("model", {}), options=_from_rank_0())
-    set_optimizer_state_dict(method, optimizer, payload.get("optimizer", {}), options=_from_rank_0())
-
-
-def _check_fit(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
+def check_fit(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
     """Raises ValueError where names or shapes differ: in the midst of a broadcast it would be too late to say so."""
     with _one_sentence("the checkpoint was made with other settings of the method or the optimizer"):
         _check_weights(method, payload)
