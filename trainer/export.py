@@ -23,12 +23,13 @@ from torch import nn
 
 from pipeline import host
 from trainer import checkpoint
-from trainer.backbones import ConvNeXt, ResNet, VisionTransformer
+from trainer.backbones import CONVNEXT_SIZES, VIT_SIZES, ConvNeXt, ResNet, VisionTransformer
 from trainer.command import command
 from trainer.config import load_yaml
 
 # The nearest of timm's architectures; what differs from it goes into model_args.
-VITS = {(768, 12, 12): "base", (1024, 24, 16): "large", (1280, 32, 16): "huge", (384, 12, 6): "small"}
+VITS = {VIT_SIZES[size]: size for size in ("small", "base", "large", "huge")}
+CONVNEXTS = {(depths[2], widths[3]): size for size, (depths, widths) in CONVNEXT_SIZES.items()}
 
 
 def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -53,10 +54,9 @@ def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
             arguments |= dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
         return name, arguments
     if isinstance(backbone, ConvNeXt):
-        sizes = {(9, 768): "tiny", (27, 768): "small", (27, 1024): "base", (27, 1536): "large", (27, 2048): "xlarge"}
         depth = len(backbone.stages[2].blocks)  # type: ignore[union-attr, arg-type]
-        if (depth, backbone.width) in sizes:
-            return f"convnext_{sizes[depth, backbone.width]}", {}
+        if (depth, backbone.width) in CONVNEXTS:
+            return f"convnext_{CONVNEXTS[depth, backbone.width]}", {}
     if isinstance(backbone, ResNet) and sum(1 for m in backbone.modules() if isinstance(m, nn.Conv2d)) == 53:
         return "resnet50", {}
     raise ValueError(
