@@ -68,6 +68,11 @@ def stride(backbone: Any) -> int:
     return backbone.patch if hasattr(backbone, "patch") else backbone.feature_info[-1]["reduction"]
 
 
+def input_size(backbone: Any) -> int:
+    """The side of the images that a backbone of ours is made for: a ViT's by its positions, any other's about 224."""
+    return getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
+
+
 def feature_map(backbone: Any, pixels: Tensor, layers: Sequence[int] = (-1,), *, norm: bool = True) -> Tensor:
     """f32 (B, 3, H, W), both sides multiples of the stride -> (B, D, rows, columns) of any backbone, timm's included.
 

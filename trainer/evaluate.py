@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline import Batch, Loader, ShardSet, host, recipes
 from trainer import checkpoint, config, heads
-from trainer.backbones import normalise
+from trainer.backbones import input_size, normalise
 from trainer.command import check, command
 from trainer.console import counting
 from trainer.stored import arrays, fingerprint, keep
@@ -119,15 +119,10 @@ def stored(
     return torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
 
 
-def own_size(backbone: Any) -> int:
-    """The side of the images that a backbone is made for: its position embeddings', or some 224."""
-    return getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
-
-
 def trained_size(method: Any) -> int:
-    """The side of the large views that a method trains on; `own_size` where it does not say."""
+    """The side of the large views that a method trains on; the backbone's `input_size` where it does not say."""
     size = getattr(getattr(method.cfg, "views", None), "size", None)
-    return size if isinstance(size, int) else own_size(method.backbone())
+    return size if isinstance(size, int) else input_size(method.backbone())
 
 
 class Probe:
@@ -142,7 +137,7 @@ class Probe:
 
     def __call__(self, backbone: Any) -> float:
         """`knn_accuracy` of the backbone."""
-        size = own_size(backbone)
+        size = input_size(backbone)
         train, val = (stored(backbone, shards, size=size, batch_size=64, **self._options) for shards in self._sets)
         return knn_accuracy(train, val, device=self._options["device"])
 

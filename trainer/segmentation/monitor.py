@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer import config
-from trainer.backbones import ResNet
+from trainer.backbones import ResNet, input_size
 from trainer.segmentation.features import extract
 from trainer.segmentation.frozen import Frozen
 from trainer.segmentation.labelled import Labelled, class_names
@@ -35,7 +35,7 @@ class Monitor:
     def __call__(self, backbone: Any) -> tuple[float, NDArray[np.uint8]]:
         """The mIoU in percent, and a picture u8 (H, W, 3) of one image, its labels, the prediction and its errors."""
         training = backbone.training
-        side = getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
+        side = input_size(backbone)
         network = backbone.dilated() if isinstance(backbone, ResNet) else backbone.eval()
         frozen = Frozen(network, self._mean, self._std)
         count = len(self._names)
