@@ -216,7 +216,7 @@ def shots(y: Tensor, count: int, seed: int = 0) -> Tensor:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n")[0])
     parser.allow_abbrev = False
-    parser.add_argument("checkpoint", help="a run's folder or a checkpoint; for --head sgd also timm:NAME")
+    parser.add_argument("what", help="a run's folder or a checkpoint; for --head sgd also timm:NAME")
     parser.add_argument("--train", required=True, help="labelled shards to fit on")
     parser.add_argument("--val", required=True, help="labelled shards to score")
     parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights of another seed, and only these")
@@ -230,14 +230,14 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
 
     check(args)
-    path = Path(args.checkpoint)
+    path = Path(args.what)
     run = path if path.is_dir() else path.parent
     if args.head == "sgd":
         heads.classify(args, rest, args.out or run / "linear")
         return
     heads.refuse(args, rest, "lr", "wd", "out")
-    if args.checkpoint.startswith(("timm:", "released:", "random:")):
-        raise ValueError(f"{args.checkpoint}: name a run's folder or a checkpoint; only --head sgd takes others")
+    if args.what.startswith(("timm:", "released:", "random:")):
+        raise ValueError(f"{args.what}: name a run's folder or a checkpoint; only --head sgd takes others")
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size {args.size}: it must be positive")
     method: Any = checkpoint.restore(checkpoint.load(path))

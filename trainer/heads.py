@@ -78,7 +78,7 @@ def classify(options: argparse.Namespace, rest: list[str], out: Path) -> None:
     given = {"method": "linear", "shards": options.train, "out": str(out)}
     size = options.size or 224
     given |= {"linear.classes": classes, "linear.views.size": size}
-    given |= downstream.settings("linear", options.checkpoint)
+    given |= downstream.settings("linear", options.what)
     given |= downstream.options(rest, "linear.classes", "linear.scales", "linear.decays", "optim.lr_batch")
     lrs = _lrs(options.lr or list(LEARNING_RATES))
     cfg = config.resolve(given).run
@@ -121,8 +121,7 @@ def _lrs(lrs: list[float]) -> list[float]:
 
 
 def _trained(given: dict[str, Any], options: argparse.Namespace) -> Any:
-    what = getattr(options, "what", None) or options.checkpoint
-    begin = downstream.origin(what, options.untrained)
+    begin = downstream.origin(options.what, options.untrained)
     first = Path(f"{given['out']}.start.pt")
     method = downstream.train(given, begin, first)
     if downstream.rank() == 0:

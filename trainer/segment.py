@@ -14,7 +14,6 @@ line is a JSON object. docs/evaluation.md says what the figures mean.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from trainer.command import check, command
 from trainer.segmentation import frozen, probes
 from trainer.segmentation.features import Features, extract
 from trainer.segmentation.labelled import Labelled, class_names
-from trainer.segmentation.metric import Confusion, Scores, evaluate, label_map
+from trainer.segmentation.metric import Confusion, Scores, evaluate, label_map, percent
 from trainer.segmentation.pictures import panels
 from trainer.segmentation.presence import multilabel
 
@@ -133,16 +132,11 @@ def logistic(
 
 def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:
     """mIoU with its standard error over images, pixel accuracy, each class's IoU, in percent; None: there is none."""
-
-    def percent(value: float) -> float | None:
-        return None if math.isnan(value) else 100 * value
-
-    each = map(percent, confusion.iou.tolist())
     return {
         "miou": 100 * confusion.miou,
         "miou_standard_error": percent(confusion.standard_error()),
         "pixel_accuracy": 100 * confusion.pixel_accuracy,
-        "per_class": dict(zip(names, each, strict=True)),
+        "per_class": dict(zip(names, map(percent, confusion.iou.tolist()), strict=True)),
     }
 
 

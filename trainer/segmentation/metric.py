@@ -64,6 +64,11 @@ class Confusion:
         return (self.matrix.diagonal().sum() / self.matrix.sum()).item()
 
 
+def percent(share: float) -> float | None:
+    """A share in percent, as JSON can hold it: None where it is NaN."""
+    return None if math.isnan(share) else 100 * share
+
+
 def localised(matrix: Tensor) -> Tensor:
     """One image's confusion matrix (C, C) as if a class oracle had named its masks; figures of a set are sums of these.
 

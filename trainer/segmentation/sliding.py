@@ -1,6 +1,5 @@
 """A trained segmentation on whole images: resized, seen through overlapping windows, scored at the labels' own size."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from trainer import parallel
 from trainer.backbones import normalise, stride
 from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled, fitted
-from trainer.segmentation.metric import Confusion, average_precision, label_map, localised
+from trainer.segmentation.metric import Confusion, average_precision, label_map, localised, percent
 
 WINDOWS = 8  # in one pass
 
@@ -60,8 +59,7 @@ class Figures:
             found["localisation_miou"] = 100 * self.localisation.miou
         found["multilabel_map"] = 100 * precision.nanmean().item()
         each = precision if self._multilabel else self.segmentation.iou
-        percent = [None if math.isnan(value) else 100 * value for value in each.tolist()]
-        return found | {"per_class": dict(zip(names, percent, strict=True))}
+        return found | {"per_class": dict(zip(names, map(percent, each.tolist()), strict=True))}
 
 
 def score(method: Any, data: Labelled, device: torch.device, *, show: str | None = None) -> list[Figures]:
