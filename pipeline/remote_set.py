@@ -200,11 +200,13 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
             else:
                 yield cache.job(shard, None if cache.make_space(shard) else Path(scratch))
 
-    while missing := [k for k in range(len(objects)) if k not in found]:
-        for k in missing:
-            if (rows := tables.cached(names[k], 1)) is not None:
+    while True:
+        for k, name in enumerate(names):
+            if k not in found and (rows := tables.cached(name, 1)) is not None:
                 found[k] = rows
-        missing = [k for k in missing if k not in found]
+        missing = [k for k in range(len(objects)) if k not in found]
+        if not missing:
+            return tables.joined([found[k] for k in range(len(objects))])
         if cache.folder and not cache.owned():  # another process of this machine is at it
             time.sleep(0.2)
             continue
@@ -220,4 +222,3 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
                 if job.path.parent == Path(scratch):
                     job.path.unlink()
         cache.release()
-    return tables.joined([found[k] for k in range(len(objects))])

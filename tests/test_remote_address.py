@@ -1,6 +1,7 @@
 """What lies at an address is a set like any folder's, and what it lacks is one sentence."""
 
 import json
+import logging
 import pickle
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_the_table_is_fetched_once(address: str, requests: list[str]) -> None:
 def test_a_foreign_set_is_fetched_once_to_find_its_images(
     bucket: Bucket, tmp_path: Path, requests: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     folder = write_set(tmp_path / "foreign", 12, 4)
     address = bucket.upload(folder, "foreign")
     here = ShardSet(folder)
@@ -68,8 +70,10 @@ def test_a_foreign_set_is_fetched_once_to_find_its_images(
     assert sorted(requests) == [f"map-000{k}.tar" for k in range(4)]
     assert in_cache(first) == {0, 1, 2, 3}
     assert same(first, here) and len(requests) == 4  # from the cache, whose tars served the walk
+    assert "no table lies beside 4 shards: fetching them" in caplog.text
+    caplog.clear()
     again = ShardSet(address, cache_size=0)
-    assert len(requests) == 4
+    assert len(requests) == 4 and "fetching" not in caplog.text
     assert again.fingerprint == here.fingerprint
     assert same(again, here)
 
