@@ -12,9 +12,9 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -129,10 +129,8 @@ class Folder:
             client["default_headers"] = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"}
         if self.scheme == "s3" and os.environ.get("AWS_PROFILE") and not os.environ.get("AWS_ACCESS_KEY_ID"):
             options["credential_provider"] = self._profile()
-        try:
+        with self._explaining():
             return from_url(self.url, client_options=client, retry_config=retries, **options)
-        except Exception as error:  # obstore's errors have no base of their own that ValueError shares
-            raise self._explained(error, self.url) from None
 
     def _profile(self) -> Any:
         try:
@@ -153,10 +151,8 @@ class Folder:
         """The names of the folders in it, and its objects by name."""
         import obstore
 
-        try:
+        with self._explaining():
             found = await obstore.list_with_delimiter_async(self._starting)
-        except Exception as error:
-            raise self._explained(error, self.url) from None
         objects = {meta["path"]: self._object(meta["path"], meta) for meta in found["objects"]}
         return [*found["common_prefixes"]], objects
 
@@ -168,22 +164,17 @@ class Folder:
         """All objects of a folder in it and of the folders in that one, by their names from here."""
         import obstore
 
-        try:
+        with self._explaining(folder):
             found = [meta async for chunk in obstore.list(self._starting, folder, chunk_size=1000) for meta in chunk]
-        except Exception as error:
-            raise self._explained(error, f"{self.url}/{folder}") from None
         return {meta["path"]: self._object(meta["path"], meta) for meta in found}
 
     async def head(self, name: str) -> Object | None:
         """The object of that name; None where there is none."""
         import obstore
 
-        try:
+        with self._explaining(name), suppress(FileNotFoundError):
             return self._object(name, await obstore.head_async(self._starting, name))
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise self._explained(error, f"{self.url}/{name}") from None
+        return None
 
     async def heads(self, names: Iterable[str]) -> dict[str, Object]:
         """Those of the objects that exist."""
@@ -221,27 +212,28 @@ class Folder:
         """
         import obstore
 
-        try:
+        with self._explaining(name), suppress(obstore.exceptions.AlreadyExistsError):
             await obstore.put_async(self._running, name, content, mode="create" if create else "overwrite")
-        except obstore.exceptions.AlreadyExistsError:
-            return False
-        except Exception as error:
-            raise self._explained(error, f"{self.url}/{name}") from None
-        return True
+            return True
+        return False
 
     async def delete(self, names: Iterable[str]) -> None:
         """Removes objects, where they are."""
         import obstore
 
-        try:
+        with self._explaining(), suppress(FileNotFoundError):
             await obstore.delete_async(self._running, list(names))
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise self._explained(error, self.url) from None
 
     def _object(self, name: str, meta: Any) -> Object:
         return Object(self, name, meta["size"], _version(meta))
+
+    @contextmanager
+    def _explaining(self, name: str | None = None) -> Iterator[None]:
+        """Puts `_explained` in the place of obstore's error about this folder, or what is called `name` in it."""
+        try:
+            yield
+        except Exception as error:  # obstore's errors have no base of their own that ValueError shares
+            raise self._explained(error, f"{self.url}/{name}" if name else self.url) from None
 
     def _explained(self, error: Exception, address: str) -> Exception:
         """What an error of obstore means, without its text, which may hold headers and signed addresses."""
@@ -255,10 +247,8 @@ class Folder:
             return _changed(address)
         if isinstance(error, FileNotFoundError) or status == 404:
             return ShardError(f"{address} is missing: check the address")
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError) or status in (
-            401,
-            403,
-        ):
+        denied = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
+        if isinstance(error, denied) or status in (401, 403):
             return ShardError(f"{address}: access is denied: check the address, and {credentials}")
         if "169.254.169.254" in text or "metadata.google" in text or "Account must be specified" in text:
             return ShardError(f"{address}: no credentials are found: {credentials}")
