@@ -28,9 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import webdataset
+from benchmarking import machine
 from PIL import Image
-
-from pipeline import host
 
 TOOL = Path(__file__).with_name("shard_imagenet.py")
 
@@ -46,7 +45,8 @@ def main() -> None:
         source, out = Path(work, "source"), Path(work, "out")
         files = link(args.folder, source, args.copies)
         total = sum(len(file.read_bytes()) for file in files)  # also warms the page cache
-        print(f"{machine()}\n{len(files)} images, {total / 1e6:.0f} MB, mean {total / len(files) / 1e3:.0f} kB")
+        print(machine.line(machine.describe()))
+        print(f"{len(files)} images, {total / 1e6:.0f} MB, mean {total / len(files) / 1e3:.0f} kB")
         shard = [sys.executable, str(TOOL), str(source), str(out), "--part", "0/1", "--workers"]
         many = f"sharder, {args.workers} workers"
         candidates: dict[str, Callable[[], object]] = {
@@ -125,12 +125,6 @@ def decode(files: list[Path]) -> None:
     for file in files:
         with Image.open(io.BytesIO(file.read_bytes())) as image:
             image.load()
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in info if "model name" in line), "unknown CPU")
-    return f"{cpu}, {host.cores()} cores, load before {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}"
 
 
 if __name__ == "__main__":
