@@ -108,18 +108,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"order {order}, relative to a uniform shuffle: distance between consecutive samples {distance:.2f}, "
             f"shards in a batch {mixed:.2f}"
         )
-    result: dict[str, Any] = {
-        "recipe": args.recipe,
-        "fidelity": args.fidelity,
-        "device": args.device,
-        "batch_size": args.batch_size,
-        "num_threads": args.num_threads,
-        "order": args.order,
-        "hw_decoder_load": args.hw_decoder_load,
-        "pixels": args.pixels,
-        "wanted": args.wanted,
-        "seconds": args.seconds,
-        "repeats": args.repeats,
+    result: dict[str, Any] = {name: getattr(args, name) for name in (*report.SETTINGS, "wanted", "seconds", "repeats")}
+    result |= {
         "images_per_s": {},
         "stages": {},
         "machine": found,

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+# What two measurements must have in common to be compared.
+SETTINGS = ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load", "pixels")
 
 
 def table(result: Result) -> str:
@@ -81,7 +83,7 @@ def _limit(result: Result) -> str:
 
 def comparable(settings: dict[str, Any], earlier: Result) -> None:
     """Raises ValueError, naming the first setting in which two measurements differ."""
-    for name in ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load", "pixels"):
+    for name in SETTINGS:
         if settings[name] != earlier[name]:
             option = name.replace("_", "-")
             raise ValueError(f"--compare holds a run with --{option} {earlier[name]}, not {settings[name]}")

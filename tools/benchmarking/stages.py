@@ -63,6 +63,11 @@ class Task:
     def gpu(self) -> bool:
         return self.device.startswith("cuda")
 
+    @property
+    def device_id(self) -> int | None:
+        """DALI's number of the GPU; None on a CPU."""
+        return (torch.device(self.device).index or 0) if self.gpu else None
+
 
 class Decoder:
     """DALI's image decoder and nothing else."""
@@ -75,7 +80,7 @@ class Decoder:
         self._pipe = dali.Pipeline(
             batch_size=task.batch_size,
             num_threads=threads,
-            device_id=(torch.device(task.device).index or 0) if gpu else None,
+            device_id=task.device_id,
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
@@ -157,12 +162,7 @@ def alone(task: Task, pool: Pool) -> list[Meter]:
     if targets is not None:
         kinds = [by_kind(recipe, windows) for windows in pool.windows]
         meters.append(stage("correspondences", lambda k: targets(kinds[k])))
-    graph = Graph(
-        recipe,
-        task.batch_size,
-        device_id=(torch.device(task.device).index or 0) if task.gpu else None,
-        num_threads=task.num_threads,
-    )
+    graph = Graph(recipe, task.batch_size, device_id=task.device_id, num_threads=task.num_threads)
     graph.submit(pool.images[0], pool.windows[0], pool.params[0], pool.sizes[0])
     outputs = graph.take()
     meters.append(stage("transfer", lambda k: [torch.from_dlpack(output) for output in outputs]))
@@ -191,7 +191,7 @@ def _on_cpu(pool: Pool, recipe: Recipe, decoder: Decoder, stage: Callable[..., M
 
 
 def _on_gpu(task: Task, pool: Pool, recipe: Recipe, stage: Callable[..., Meter]) -> list[Meter]:
-    graph = Graph(recipe, task.batch_size, device_id=torch.device(task.device).index or 0, num_threads=1)
+    graph = Graph(recipe, task.batch_size, device_id=task.device_id, num_threads=1)
 
     def cut(k: int) -> list[Any]:
         graph.submit(pool.images[k], pool.windows[k], pool.params[k], pool.sizes[k])
