@@ -59,7 +59,7 @@ def look(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
 
 def compare(folder: Path, manifest: dict[str, Any], added: Mapping[str, int]) -> list[str]:
     """How the manifest's statistics differ from those of a split's masks."""
-    file = folder / manifest.get("class_file", "classes.txt")
+    file = folder / manifest["class_file"]
     names = file.read_text("utf-8").splitlines() if file.is_file() else []
     counted, rows = statistics(names, added), manifest.get("classes")
     if not isinstance(rows, dict) or list(rows) != names:

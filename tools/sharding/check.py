@@ -27,6 +27,8 @@ from .places import Place
 from .target import fault, named, timm_splits
 
 _LARGEST = 1 << 28  # bytes of a member that is read
+_MEMBERS = ("jpg", "cls", "json")
+_OLDER = {"members": [*_MEMBERS], "class_file": "synsets.txt"}  # what manifests mean that were written without them
 
 
 class Found(NamedTuple):
@@ -67,7 +69,7 @@ def labelled_image(key: str, read: Callable[[str], bytes], classes: list[str]) -
 def run(
     out: Place,
     workers: int,
-    members: tuple[str, ...] = ("jpg", "cls", "json"),
+    members: tuple[str, ...] = _MEMBERS,
     look: Look = labelled_image,
     compare: Compare = lambda folder, manifest, sums: [],
 ) -> list[str]:
@@ -91,17 +93,17 @@ def _run(out: "_Folder", workers: int, members: tuple[str, ...], look: Look, com
     differences, manifests = list[str](), dict[str, dict]()
     with out.fetched(found) as here:
         for name in found:
-            manifest = host.read_json(here / name) or {}
+            manifest = _OLDER | (host.read_json(here / name) or {})
             if wrong := fault(manifest):
                 differences.append(f"{name}: {wrong}")
                 continue
-            if (theirs := manifest.get("members", ["jpg", "cls", "json"])) != list(members):
+            if (theirs := manifest["members"]) != list(members):
                 made = "tools/shard_segmentation.py" if "seg.png" in str(theirs) else "tools/shard_imagenet.py"
                 raise SourceError(f"{out}/{name} lists samples of {theirs}: check them with {made}")
             manifests[name] = manifest
     beside = {*found, "_info.json", "quarantine.jsonl"}
     for manifest in manifests.values():
-        beside |= {_class_file(manifest), _table_file(manifest), f"{manifest['split']}.quarantine.jsonl"}
+        beside |= {manifest["class_file"], _table_file(manifest), f"{manifest['split']}.quarantine.jsonl"}
     with out.fetched(beside) as here:
         for name, manifest in manifests.items():
             differences += _split(out, here / name, manifest, workers, look, compare)
@@ -124,7 +126,7 @@ class _Folder:
 
     @contextmanager
     def fetched(self, names: Iterable[str]) -> Iterator[Path]:
-        """A folder of this machine in which those of the named files lie that there are."""
+        """A folder on this machine with those of the named files that exist."""
         assert isinstance(self.out, Path)
         yield self.out
 
@@ -153,18 +155,14 @@ class _AtAddress(_Folder):
             yield here
 
 
-def _class_file(manifest: dict) -> str:
-    return manifest.get("class_file", "synsets.txt")
-
-
 def _table_file(manifest: dict) -> str:
     return f"{manifest['name']}-{manifest['split']}.samples.npy"
 
 
 def _split(out: _Folder, path: Path, manifest: dict, workers: int, look: Look, compare: Compare) -> list[str]:
     here, shards = path.parent, manifest["shards"]
-    class_file = here / _class_file(manifest)
-    job = _Shard(out, _classes(class_file), manifest.get("members", ["jpg", "cls", "json"]), look)
+    class_file = here / manifest["class_file"]
+    job = _Shard(out, _classes(class_file), manifest["members"], look)
     differences, tables, sums = list[str](), list[np.ndarray](), Counter[str]()
     with (
         pool.Progress(manifest["num_samples"], f"checking {manifest['split']}") as progress,
@@ -200,7 +198,7 @@ def _quarantine(out: Path, manifest: dict) -> list[str]:
         keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [f"{file.name}: missing, or not what was written"]
-    count = manifest.get("quarantined", len(keys))
+    count = manifest["quarantined"]
     return [] if len(keys) == count else [f"{file.name}: {len(keys)} images, the manifest says {count}"]
 
 
