@@ -3,13 +3,11 @@
 import io
 import logging
 import os
-import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import BinaryIO
 
 import numpy as np
@@ -17,34 +15,25 @@ from numpy.typing import NDArray
 
 from . import remote, tar
 from .shard_cache import Cache, Figures
-from .shards import most_open
+from .shards import OpenShards
 
 _NEAR = 1 << 16  # images this near to each other are read by one request
 _MAX_REQUESTED = 1024  # images on their way, at least
 _log = logging.getLogger(__name__)
 
 
-class _Descriptor:
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int):
-        self.fd = fd
-
-    def __del__(self) -> None:  # not before the last reader lets go
-        os.close(self.fd)
-
-
-class RemoteFiles:
-    """Shards read by position, from the disk where they lie there. Safe to use from several threads."""
+class RemoteFiles(OpenShards):
+    """Shards read from the disk where they lie there, else over the network."""
 
     def __init__(self, objects: Sequence[remote.Object], cache: Cache):
+        super().__init__()
         self.cache = cache
         self._objects = objects
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._requested: OrderedDict[tuple[int, int], tuple[Future[bytes], int]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._most = most_open()
         weakref.finalize(self, cache.stop)
+
+    def _descriptor(self, shard: int) -> int | None:
+        return self.cache.open(shard)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends. Raises ReadError."""
@@ -63,15 +52,7 @@ class RemoteFiles:
 
     def advise(self, rows: NDArray[np.void]) -> None:
         """Asks for images (of tables.SAMPLE), all at once, before they are read one by one."""
-        missing = []
-        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            file = self._file(shard)
-            if file is None:
-                missing.append((shard, offset, size))
-                continue
-            with suppress(OSError):  # the read that follows says what is wrong
-                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-        for near in _merged(sorted(missing)):
+        for near in _merged(sorted(self._read_ahead(rows))):
             shard, start, _ = near[0]
             stop = near[-1][1] + near[-1][2]
             future = remote.submit(self._objects[shard].read(start, stop))
@@ -81,16 +62,6 @@ class RemoteFiles:
         with self._lock:
             while len(self._requested) > max(_MAX_REQUESTED, 8 * len(rows)):  # of batches that were given up
                 self._requested.popitem(last=False)
-
-    def name(self, shard: int, offset: int) -> str | None:
-        """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
-        start = max(0, offset - tar.NEAR)
-        return tar.name_before(self.read(shard, start, offset - start)) or self.names(shard).get(offset)
-
-    def names(self, shard: int) -> dict[int, str]:
-        """The names of all members by the offset of their content, by a walk; none where the shard is not on disk."""
-        file = self._file(shard)
-        return {} if file is None else tar.names(self.cache.path(shard), file.fd)
 
     @property
     def figures(self) -> Figures:
@@ -114,7 +85,7 @@ class RemoteFiles:
         if file is None:
             return None
         try:
-            data = os.pread(file.fd, size, offset)
+            data = tar.read_at(file.fd, offset, size)
         except OSError as error:  # a bad disk here says nothing about the shard
             _log.warning("%s: %s; reading it over the network", self._objects[shard], error.strerror)
             return None
@@ -122,17 +93,6 @@ class RemoteFiles:
             return None
         self.cache.count(Figures(from_cache=1))
         return data
-
-    def _file(self, shard: int) -> _Descriptor | None:
-        with self._lock:
-            file = self._open.pop(shard, None)
-            if file is None and (fd := self.cache.open(shard)) is not None:
-                file = _Descriptor(fd)
-            if file:
-                self._open[shard] = file
-            if len(self._open) > self._most:
-                self._open.popitem(last=False)
-            return file
 
 
 def _merged(wanted: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import resource
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -208,69 +209,96 @@ class ShardSet:
         return self._files.figures
 
 
-def most_open() -> int:
-    """How many shards may be open at a time: half of the files that this process may open."""
-    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16) // 2)
+class OpenShard:
+    """A descriptor, and the names of the shard's members by the offset of their content, once a walk was needed."""
+
+    __slots__ = ("fd", "names")
+
+    def __init__(self, fd: int):
+        self.fd, self.names = fd, dict[int, str]()
+
+    def __del__(self) -> None:  # not before the last reader lets go
+        os.close(self.fd)
 
 
-class _Files:
-    """Open shards, the least recently used ones closed when there are many. Safe to use from several threads."""
+class OpenShards(ABC):
+    """Shards read by position; of many, the least recently used are closed. Safe to use from several threads."""
 
-    class _File:
-        __slots__ = ("fd", "names")
-
-        def __init__(self, path: Path):
-            self.names: dict[int, str] = {}  # by offset, once a walk was needed
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-        def __del__(self) -> None:  # not before the last reader lets go
-            if hasattr(self, "fd"):
-                os.close(self.fd)
-
-    def __init__(self, paths: Sequence[Path]):
-        self._paths = paths
-        self._open: OrderedDict[int, _Files._File] = OrderedDict()
+    def __init__(self) -> None:
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        self.figures = None
-        self._most = most_open()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # open files of this process
+        self._most = max(16, min(allowed, 1 << 16) // 2)
 
-    def _file(self, shard: int) -> "_Files._File":
+    @abstractmethod
+    def _descriptor(self, shard: int) -> int | None:
+        """Opens a shard; None where it does not lie on this machine. Raises OSError."""
+
+    @abstractmethod
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; fewer where it ends. Raises OSError."""
+
+    def _file(self, shard: int) -> OpenShard | None:
         with self._lock:
-            file = self._open.pop(shard, None) or self._File(self._paths[shard])
-            self._open[shard] = file
+            file = self._open.pop(shard, None)
+            if file is None and (fd := self._descriptor(shard)) is not None:
+                file = OpenShard(fd)
+            if file:
+                self._open[shard] = file
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
             return file
 
+    def name(self, shard: int, offset: int) -> str | None:
+        """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
+        start = max(0, offset - tar.NEAR)
+        return tar.name_before(self.read(shard, start, offset - start)) or self.names(shard).get(offset)
+
+    def names(self, shard: int) -> dict[int, str]:
+        """The names of all members by the offset of their content, by a walk; none where the shard lies elsewhere."""
+        file = self._file(shard)
+        if file is None:
+            return {}
+        if not file.names:
+            file.names = tar.names(file.fd)
+        return file.names
+
+    def _read_ahead(self, rows: NDArray[np.void]) -> list[tuple[int, int, int]]:
+        """Has the system fetch images (of SAMPLE), and gives (shard, offset, size) of those that lie elsewhere."""
+        elsewhere = []
+        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
+            with suppress(OSError):  # the read that follows says what is wrong
+                if file := self._file(shard):
+                    os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
+                else:
+                    elsewhere.append((shard, offset, size))
+        return elsewhere
+
+
+class _Files(OpenShards):
+    """Shards of this machine."""
+
+    figures = None
+
+    def __init__(self, paths: Sequence[Path]):
+        super().__init__()
+        self._paths = paths
+
+    def _descriptor(self, shard: int) -> int:
+        return os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        file, data = self._file(shard), b""
+        file = self._file(shard)
+        assert file
         try:
-            while len(data) < size:  # a network file system may deliver in parts; nothing more is the end
-                more = os.pread(file.fd, size - len(data), offset + len(data))
-                if not more:
-                    break
-                data += more
+            return tar.read_at(file.fd, offset, size)
         except OSError:  # the next attempt opens it again: a stale handle stays stale
             with self._lock:
                 self._open.pop(shard, None)
             raise
-        return data
-
-    def name(self, shard: int, offset: int) -> str | None:
-        """The name of the member whose content starts at `offset`; None where there is no such member."""
-        return tar.name_at(self._file(shard).fd, offset) or self.names(shard).get(offset)
-
-    def names(self, shard: int) -> dict[int, str]:
-        """The names of all members by the offset of their content, by a walk."""
-        file = self._file(shard)
-        if not file.names:
-            file.names = tar.names(self._paths[shard], file.fd)
-        return file.names
 
     def advise(self, rows: NDArray[np.void]) -> None:
-        for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with suppress(OSError):  # the read that follows says what is wrong
-                os.posix_fadvise(self._file(shard).fd, offset, size, os.POSIX_FADV_WILLNEED)
+        self._read_ahead(rows)
 
     def expect(self, order: Sequence[int], ahead: int) -> None:
         """The system's own read-ahead does as well."""

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,23 +48,28 @@ class Member:
     kind: str
 
 
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file, fewer only at its end. Raises OSError."""
+    data = os.pread(fd, size, offset)
+    while 0 < len(data) < size:  # a signal, a network file system or 2 GiB at once cut a read short
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 class PlainFile:
     """Bytes of a file by offset."""
 
-    def __init__(self, path: Path, fd: int | None = None):  # an open one is borrowed: its owner closes it
+    def __init__(self, path: Path):
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size: int | None = os.fstat(self._fd).st_size
 
     def read_at(self, offset: int, size: int) -> bytes:
         """`size` bytes, fewer only at the end of the file. Raises OSError."""
-        data = os.pread(self._fd, size, offset)
-        while 0 < len(data) < size:  # a signal, a network file system or 2 GiB at once cut a read short
-            more = os.pread(self._fd, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
+        return read_at(self._fd, offset, size)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -235,18 +241,14 @@ def member_at(read: Callable[[int, int], bytes], start: int) -> Member | None:
     return None
 
 
-def names(path: Path, fd: int) -> dict[int, str]:
+def names(fd: int) -> dict[int, str]:
     """The names of the members of an open tar by the offset of their content, by a walk."""
-    return {member.offset: member.name for member in Walk(PlainFile(path, fd), strict=False)}
-
-
-def name_at(fd: int, offset: int) -> str | None:
-    """The name of the member whose content starts at `offset`, by one read of what precedes it; None: walk to know."""
-    return name_before(os.pread(fd, min(NEAR, offset), max(0, offset - NEAR)))
+    source = Bytes(partial(read_at, fd), size=os.fstat(fd).st_size)
+    return {member.offset: member.name for member in Walk(source, strict=False)}
 
 
 def name_before(before: bytes) -> str | None:
-    """Likewise, from the bytes that precede the content, up to NEAR of them."""
+    """The name of a member by the bytes that precede its content, up to NEAR of them; None: walk to know."""
     header = before[-BLOCK:]
     if len(header) < BLOCK or _content_size(header) is None:
         return None
