@@ -51,7 +51,7 @@ class Shown:
 
 
 class Page:
-    """A canvas that grows downwards, in pixels of the finished picture."""
+    """A canvas in pixels of the finished picture; `done` cuts it to the height that was used."""
 
     def __init__(self, height: int) -> None:
         self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), BACKGROUND)
@@ -67,7 +67,7 @@ class Page:
         self.image.paste(picture, (round(x * FINE), round(y * FINE)))
 
     def frame(self, x0: float, y0: float, x1: float, y1: float, colour: RGB, width: float, out: float = 0.0) -> None:
-        """A rectangle whose line lies inside of it, but for `out` pixels."""
+        """A rectangle with its line inside; `out` moves the line outwards, in pixels."""
         box = [round(v * FINE) for v in (min(x0, x1) - out, y0 - out, max(x0, x1) + out, y1 + out)]
         self.draw.rectangle(box, outline=colour, width=round(width * FINE))
 

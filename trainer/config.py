@@ -1,7 +1,7 @@
 """The settings of a run: dataclasses, YAML files and dotted options.
 
 The sections are ordered by who may change them: what is trained, on what data, how, how fast, and what is logged.
-`speed`, `probe` and `log` never change a result, beyond rounding.
+`probe` and `log` never change a result; `speed` only by rounding, except `accumulate`: a loss sees one micro-batch.
 """
 
 import argparse
@@ -313,7 +313,7 @@ def _check(parsed: Any, kinds: dict[str, Any]) -> None:
 
 
 def check_paths(given: Mapping[str, Any]) -> None:
-    """Raises UsageError for shards or weights that are not there: a look that need not wait until torch is imported.
+    """Raises UsageError for shards or weights that are not there. Needs no torch, which takes seconds to import.
 
     What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
     """

@@ -86,7 +86,7 @@ def stored(
 ) -> tuple[Tensor, Tensor]:
     """`features` of a set's central squares at side `size`, f16 (n, D) and i64 (n,), in memory or below `folder`.
 
-    With `images`, of at most so many, the same ones always. `title` names a progress bar. Raises ValueError for
+    With `images`, of at most that many, always the same ones. `title` names a progress bar. Raises ValueError for
     features that half precision cannot hold, OSError where the disk cannot keep them.
     """
     recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=backbone.patch)

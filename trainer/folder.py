@@ -44,9 +44,9 @@ class Result:
 
 
 class RunFolder:
-    """The folder `path`, which this process holds while the context lasts.
+    """The folder `path`, which this process has locked.
 
-    What `at_exit` is given is called before that ends, however it ends.
+    Functions given to `at_exit` are called before the lock is released, also where an exception ends the run.
     """
 
     def __init__(self, path: Path, stack: ExitStack) -> None:

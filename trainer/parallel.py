@@ -1,7 +1,7 @@
-"""Collectives that carry gradients, and who we are among the ranks.
+"""Ranks: connecting, DDP and FSDP, collectives with and without gradients.
 
-Every loss here is a mean over ranks, because DDP averages gradients; with these two functions the average of the ranks'
-gradients is the gradient of the one-process loss. With one process both are the identity and cost nothing.
+Every loss here is a mean over ranks, because DDP averages gradients; with `mean_over_ranks` and `gather` inside a loss,
+the average of the ranks' gradients is the gradient of the one-process loss. With one process both are the identity.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""A picture of what LOCA has learned: query windows, where the model places their patches, and where they are."""
+"""Pictures of a run: the views of a batch, and, for LOCA, where the model places the patches of its queries."""
 
 import colorsys
 from pathlib import Path

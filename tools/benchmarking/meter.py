@@ -72,7 +72,7 @@ def rest() -> None:
 
 
 def single_threads() -> dict[int, float]:
-    """CPU-seconds of the threads that stay one each on any machine: this one takes batches, others feed DALI."""
+    """CPU-seconds by thread, of those whose work no further core shares: this one takes batches, others feed DALI."""
     threads = [t for t in threading.enumerate() if t.name.startswith("loader_feeds")]
     idents = [threading.get_ident(), *(t.ident for t in threads if t.ident is not None)]
     return {ident: time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in idents}

@@ -45,8 +45,8 @@ def carry_out(
 ) -> int:
     """Makes what is missing of this part of a target, and finishes the split if this part is the last.
 
-    `make` makes a shard (see pool), `images` counts what lies in some, `prepare` saves in the work folder what `make`
-    needs; `refused` and `more` are those of Target.finish.
+    `make` makes a shard (see pool), `images` counts the images of some shards, `prepare` saves what `make` needs in the
+    work folder; `refused` and `more` are those of Target.finish.
     """
     with target.lock(args.part):
         with target.exclusive():

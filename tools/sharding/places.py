@@ -177,13 +177,13 @@ def _parts(wanted: Object) -> tar.Bytes:
 
 
 def read_all(wanted: Iterable[tuple[Object, int, int]], ahead: int) -> Iterator[bytes]:
-    """Stretches (object, first byte, end) in their order, so many of them under way. Raises ReadError."""
+    """Byte ranges (object, first byte, end) in their order, read `ahead` at a time. Raises ReadError."""
     for _, data in _ahead(wanted, lambda each: remote.submit(each[0].read(*each[1:])), ahead):
         yield data
 
 
 def _ahead(wanted: Iterable[A], start: Callable[[A], "Future[B]"], most: int) -> Iterator[tuple[A, B]]:
-    """Each of the wanted and what it brings, `most` of them started before they are asked for."""
+    """Each of the wanted with its result, in order; up to `most` are under way at a time."""
     rest = iter(wanted)
     coming = deque((each, start(each)) for each in islice(rest, most))
     try:

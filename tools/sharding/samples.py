@@ -84,13 +84,13 @@ class ShardMaker:
     def _over_network(self, wanted: Iterator[Item]) -> Iterator[bytes]:
         folder = Folder(str(self._root))
 
-        def stretch(item: Item) -> tuple[Object, int, int]:
+        def byte_range(item: Item) -> tuple[Object, int, int]:
             found = self._tars[item.tar] if item.tar >= 0 else Object(folder, item.name, item.size, None)
             assert isinstance(found, Object)
             return found, item.offset, item.offset + item.size  # an offset of 0, where there is no tar
 
         try:
-            yield from places.read_all(map(stretch, wanted), _AHEAD)
+            yield from places.read_all(map(byte_range, wanted), _AHEAD)
         except ReadError as error:
             raise RuntimeError(f"{error}; run the same command again to resume") from None
 
