@@ -10,9 +10,8 @@ from trainer.config import Optim
 def of(cfg: Optim, batch_size: int, steps_per_epoch: float, total: int) -> Callable[[int], float]:
     """The learning rate of each step of a run of `total` steps."""
     peak, warmup = cfg.lr * batch_size / cfg.lr_batch, round(cfg.warmup_epochs * steps_per_epoch)
-    if cfg.schedule == "poly":
-        return partial(warmup_poly, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak, power=cfg.power)
-    return partial(warmup_cosine, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak)
+    shape = partial(warmup_poly, power=cfg.power) if cfg.schedule == "poly" else warmup_cosine
+    return partial(shape, total=total, warmup=warmup, peak=peak, final=cfg.final_lr * peak)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: float) -> float:

@@ -114,7 +114,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error("SOURCE and OUT are needed (or --check OUT)")
     names = args.split + (args.name or "").replace("-", "")
     if not names.replace("_", "").isalnum() or not args.split.replace("_", ""):
-        parser.error("--split and --name become file names: letters, digits and _ only")
+        parser.error("--split and --name become file names: letters, digits and _ only, in --name - as well")
     try:
         args.part = args.part or part(part_of_environment(os.environ))
     except (ValueError, argparse.ArgumentTypeError) as error:

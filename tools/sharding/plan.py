@@ -127,14 +127,17 @@ def build(listing: Listing, request: Request) -> Plan:
     if dropped := len(listing) - len(kept):
         listing.notes.append(f"{dropped:,} images of classes that are not in the class list are left out")
 
+    def ordered(key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `shuffled`, and the places whose key stands behind them again."""
+        order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
+        return order, ranked, np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+
     release, key = labels.release(classes), "path" if request.key == "path" else "stem"
-    order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
-    same = np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+    order, ranked, same = ordered(key)
     if len(same) and request.key == "auto" and not release:  # a release's stems are unique: there, one image is twice
         listing.notes.append("file names repeat in other folders: a sample's key is made of its path (--key path)")
         key = "path"
-        order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
-        same = np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+        order, ranked, same = ordered(key)
     if len(same):
         first, second = (int(kept[order[same[0] + step]]) for step in (0, 1))
         remedy = "; --key path tells them apart" if key == "stem" else ""
