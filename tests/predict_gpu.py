@@ -238,13 +238,13 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
     """The step of a preset, compiled in place as `run.py` does it: graphs, breaks, and collectives inside.
 
     Traced through autograd on `ranks` ranks of a process group that sends nothing; and, where there are several, how
-    many graphs DDP's own splitting at its buckets makes of it.
+    many graphs the trainer's DDP makes of it, split at its buckets. The latter computes two images on the CPU.
     """
     import torch.distributed as dist
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    from trainer import config, cost, methods
+    from trainer import config, cost, methods, parallel
 
     if ranks > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -255,7 +255,8 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
     collectives: list[str] = []
 
     def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-        collectives.extend(str(node.target) for node in graph.graph.nodes if "c10d" in str(node.target))
+        called = [str(node.target) for node in graph.graph.nodes]
+        collectives.extend(name for name in called if "c10d" in name and "wait_tensor" not in name)
         return graph.forward
 
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
@@ -285,8 +286,8 @@ def graphs(preset: Path, ranks: int) -> dict[str, Any]:
     torch._dynamo.reset()
     method = module.Method(settings.method)
     method.compile(dynamic=False, backend=counted)
-    ddp = nn.parallel.DistributedDataParallel(method, bucket_cap_mb=1)
-    ddp(cost.synthetic(module.views(settings.method), 4, "cpu"), torch.zeros(()))
+    ddp = parallel.data_parallel(method, torch.device("cpu"))
+    ddp(cost.synthetic(module.views(settings.method), 2, "cpu"), torch.zeros(()))
     return found
 
 
