@@ -63,7 +63,12 @@ class Cut:
     flip: float = 0.5  # probability of the horizontal flip
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
-    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # view v takes number v % len(augmentations)
+    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # views take them in turns
+
+    @property
+    def by_view(self) -> list[Augmentation]:
+        """The augmentation of each view."""
+        return [self.augmentations[view % len(self.augmentations)] for view in range(self.count)]
 
     @property
     def padded(self) -> bool:

@@ -66,8 +66,7 @@ def distributions(recipe: "Recipe") -> NDArray[np.void]:
     """The recipe's numbers for `draw`: DISTRIBUTION (T,), one row per view in the order of the cuts."""
     rows = []
     for cut in recipe.cuts:
-        for view in range(cut.count):
-            a = cut.augmentations[view % len(cut.augmentations)]
+        for a in cut.by_view:
 
             def factor(strength: float) -> tuple[float, float]:
                 return max(0.0, 1 - strength), 1 + strength

@@ -33,9 +33,9 @@ def build(*, antialias: bool) -> Callable[[Recipe, torch.dtype], Callable[[bytes
             kinds = []
             for cut in recipe.cuts:
                 views = []
-                for v in range(cut.count):
+                for colour in cut.by_view:
                     view = _crop(image, cut, antialias, rng, cv2)
-                    views.append(done(_coloured(view, cut.augmentations[v % len(cut.augmentations)], rng, cv2)))
+                    views.append(done(_coloured(view, colour, rng, cv2)))
                 kinds.append(torch.stack(views))
             return kinds
 

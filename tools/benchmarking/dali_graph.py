@@ -33,8 +33,8 @@ def batches(task: Task) -> Iterator[int]:
         image = fn.decoders.image(image, output_type=types.DALIImageType.RGB, adjust_orientation=False)
         outputs = []
         for cut in recipe.cuts:
-            for v in range(cut.count):
-                view = _view(image, cut, cut.augmentations[v % len(cut.augmentations)])
+            for colour in cut.by_view:
+                view = _view(image, cut, colour)
                 outputs.append(view if task.dtype == torch.uint8 else _normalised(view))
         return tuple(outputs)
 

@@ -82,7 +82,7 @@ class _Images(Dataset[Any]):
 
 
 def _views(recipe: Recipe, one: Callable[[Cut, Augmentation], Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
-    return [one(cut, cut.augmentations[v % len(cut.augmentations)]) for cut in recipe.cuts for v in range(cut.count)]
+    return [one(cut, colour) for cut in recipe.cuts for colour in cut.by_view]
 
 
 class _Blur:
