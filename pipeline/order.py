@@ -59,9 +59,10 @@ def _permute(value, n, bits, key):
 
 
 @kernel
-def _global(seed, epoch, start, stop, n):
+def _permuted(seed, epoch, block, start, stop, n):
+    """Where the permutation of [0, n) that (seed, epoch, block) names sends start..stop-1."""
     out = np.empty(stop - start, np.int64)
-    key, bits = _key(seed, epoch, 0), _bits(n)
+    key, bits = _key(seed, epoch, block), _bits(n)
     for k in range(stop - start):
         out[k] = _permute(start + k, n, bits, key)
     return out
@@ -70,12 +71,10 @@ def _global(seed, epoch, start, stop, n):
 @kernel
 def _block(seed, epoch, start, stop, first, window):
     shards = first.size - 1
-    shard_key, shard_bits = _key(seed, epoch, 1), _bits(shards)
+    drawn = _permuted(seed, epoch, 1, 0, shards, shards)
     ends = np.empty(shards + 1, np.int64)  # where each shard ends, in the order drawn
-    drawn = np.empty(shards, np.int64)
     ends[0] = 0
     for s in range(shards):
-        drawn[s] = _permute(s, shards, shard_bits, shard_key)
         ends[s + 1] = ends[s] + first[drawn[s] + 1] - first[drawn[s]]
     out = np.empty(stop - start, np.int64)
     left = right = bits = 0
@@ -110,7 +109,7 @@ def positions(seed: int, epoch: int, start: int, stop: int, n: int) -> NDArray[n
     Over 0..n this is a permutation of 0..n-1. Raises ValueError on a negative number or a range outside the epoch.
     """
     _check(seed, epoch, start, stop, n)
-    return _global(seed, epoch, start, stop, n)
+    return _permuted(seed, epoch, 0, start, stop, n)
 
 
 def block_positions(
@@ -128,15 +127,6 @@ def block_positions(
     return _block(seed, epoch, start, stop, first, window)
 
 
-@kernel
-def _shards(seed, epoch, shards):
-    out = np.empty(shards, np.int64)
-    key, bits = _key(seed, epoch, 1), _bits(shards)
-    for s in range(shards):
-        out[s] = _permute(s, shards, bits, key)
-    return out
-
-
 def next_shards(
     seed: int, epoch: int, position: int, first: NDArray[np.int64], window: int = 16
 ) -> tuple[NDArray[np.int64], int]:
@@ -145,7 +135,7 @@ def next_shards(
     """
     first = np.ascontiguousarray(first, dtype=np.int64)
     shards = first.size - 1
-    this, following = (_shards(seed, e, shards) for e in (epoch, epoch + 1))
+    this, following = (_permuted(seed, e, 1, 0, shards, shards) for e in (epoch, epoch + 1))
     ends = np.cumsum(np.diff(first)[this])
     left = int(np.searchsorted(ends, position, side="right")) // window * window
     rest = this[left:]
