@@ -13,7 +13,6 @@ and durable. Only files of the names that are given here are ever deleted, in a 
 import hashlib
 import logging
 import os
-import re
 import shutil
 import threading
 from collections import deque
@@ -29,7 +28,6 @@ from .shards import ReadError
 FREE = 1 << 30
 """Bytes of the disk that are left to others: checkpoints and logs may lie there too."""
 _CONNECTIONS = 16  # parts under way: one process of a machine fetches
-_NAMES = {"tar": re.compile(r"\d{6}\.tar"), "part": re.compile(r"\d{6}\.tar\.part")}
 _PATIENCE = 10.0  # seconds between tries, where a shard cannot be had or another process fetches
 _log = logging.getLogger(__name__)
 
@@ -237,7 +235,7 @@ class Cache:
             with suppress(BlockingIOError):
                 self._lock.enter_context(host.lock(self.folder / "lock"))
                 self._owner = True
-                for part in self._names("part"):  # a killed process left it
+                for part in self._held(".tar.part").values():  # a killed process left it
                     part.unlink(missing_ok=True)
         return self._owner
 
@@ -251,8 +249,8 @@ class Cache:
         if self.closed or not self.folder:
             return False
         wanted = self._objects[shard].size
-        unfinished = {int(path.name[:6]) for path in self._names("part")} - {shard}  # first: they may get their names
-        complete = {int(path.name[:6]) for path in self._names("tar")} - {shard}
+        unfinished = self._held(".tar.part").keys() - {shard}  # first: they may get their names
+        complete = self._held(".tar").keys() - {shard}
         held = sum(self._objects[s].size for s in complete | unfinished)
         excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
         with self._condition:
@@ -276,11 +274,11 @@ class Cache:
         assert self.folder
         return self.folder / f"{shard:06d}.tar"
 
-    def _names(self, kind: str) -> list[Path]:
-        """The files here that this class made, ``tar`` or ``part``."""
+    def _held(self, ending: str) -> dict[int, Path]:
+        """The files of this ending here that this class made, by their shards."""
         assert self.folder
-        mine = (path for path in self.folder.iterdir() if _NAMES[kind].fullmatch(path.name))
-        return [path for path in mine if int(path.name[:6]) < len(self._objects)]
+        mine = {f"{shard:06d}{ending}": shard for shard in range(len(self._objects))}
+        return {mine[path.name]: path for path in self.folder.iterdir() if path.name in mine}
 
     def _is_complete(self, shard: int) -> bool:
         try:
