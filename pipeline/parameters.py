@@ -1,4 +1,4 @@
-"""The parameters of a view's augmentation: what `draws` draws, and `cutting` (CPU) and `colour` (GPU) carry out.
+"""The parameters of a view's augmentation: `draws` draws them, `cutting`, `colour` and `triton_views` carry them out.
 
 One float32 row per view, PARAMS columns. The functions that cut and augment have constants in common, too.
 """

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plan as columns
-from .parameters import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION
+from .parameters import CONTRAST, HUE, LUMA, SATURATION
 from .plan import RADIUS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _ROW_WEIGHTS, _COLUMNS = tl.constexpr(columns.ROW_WEIGHTS), tl.constexpr(columns
 _STEPS, _BEFORE = tl.constexpr(columns.STEPS), tl.constexpr(columns.BEFORE_CONTRAST)
 _OPERATIONS, _SHIFTED = tl.constexpr(columns.OPERATIONS), tl.constexpr(columns.SHIFTED)
 _GRAY, _RADIUS, _SOLARIZED = (tl.constexpr(c) for c in (columns.IS_GRAY, RADIUS, columns.SOLARIZED))
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = (tl.constexpr(c) for c in (BRIGHTNESS, CONTRAST, SATURATION, HUE))
+_CONTRAST, _SATURATION, _HUE = (tl.constexpr(c) for c in (CONTRAST, SATURATION, HUE))
 _LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(c) for c in LUMA)
 _add = tl.standard._sum_combine  # `tl.sum` itself cannot be interpreted where triton was imported to compile
 
