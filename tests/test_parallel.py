@@ -47,7 +47,7 @@ def ranks_agree_with_one_process(rank: int, world: int, port: str, compiled: boo
         average = mine.clone()
         dist.all_reduce(average)
         torch.testing.assert_close(average / world, theirs, rtol=1e-12, atol=1e-12)
-    assert parallel.largest(rank) == 1 and parallel.largest(-2) == -2
+    assert parallel.largest(rank) == world - 1 and parallel.largest(-2) == -2
     assert parallel.any_rank(rank == 1) and not parallel.any_rank(False)
     assert parallel.rank() == rank and parallel.world_size() == world
 
