@@ -1,4 +1,4 @@
-"""Pretraining and evaluation of LOCA and VICRegL: programs, and `train` and `load` for code of your own."""
+"""Pretraining and evaluation of LOCA and VICRegL: command-line programs, and the functions `train` and `load`."""
 
 import os
 import sys
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 
     from trainer.folder import Result
 
-if sys.argv[0] == "-m":  # of ``python -m trainer.PROGRAM``, before that is found: torch is not loaded yet
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # run.py says why
+if sys.argv[0] == "-m":  # ``python -m trainer.PROGRAM`` imports this package first, before torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see run.main for the reason
 
 
 def train(
     method: str | None = None, shards: str | Path | None = None, out: str | Path | None = None, **settings: Any
 ) -> "Result":
-    """What ``run.py --method METHOD --shards SHARDS --out OUT ...`` does, with the same settings by the same names.
+    """Run the same training as ``run.py --method METHOD --shards SHARDS --out OUT ...``. The settings have equal names.
 
-    Nested ones by their dotted names, or as mappings: ``**{"optim.lr": 1e-3}`` or ``optim={"lr": 1e-3}``; ``config``
-    names a preset or a file. Like the command it resumes, listens to SIGTERM, SIGINT and SIGUSR1 while it trains, and
-    writes to OUT. Call it from the main thread. Raises trainer.config.UsageError where the command ends with 2, and
-    RunError where it ends with 1.
+    Pass a nested setting by its dotted name or as a mapping: ``**{"optim.lr": 1e-3}`` or ``optim={"lr": 1e-3}``.
+    ``config`` names a preset or a file. Like the command, it writes to OUT, resumes from the last checkpoint there, and
+    handles SIGTERM, SIGINT and SIGUSR1 while it trains. Call it from the main thread. Raises
+    trainer.config.UsageError where the command would exit with code 2, and RunError where it would exit with code 1.
     """
     import signal
 
@@ -44,11 +44,12 @@ def train(
 
 
 def load(run_or_checkpoint: str | Path) -> "nn.Module":
-    """The trained backbone of a run's folder or of a checkpoint, in evaluation mode; of an EMA teacher if there is one.
+    """Return the trained backbone from a run's folder or a checkpoint file, in evaluation mode.
 
-    It takes f32 (B, 3, H, W), normalised as `pipeline.View.tensor` does by default, and gives patch features (B, N, D).
-    Raises ValueError for what is no checkpoint.
+    A method with an EMA teacher yields the teacher's backbone. The input is f32 (B, 3, H, W), normalised as
+    `pipeline.View.tensor` does by default; the output is patch features (B, N, D). Raises ValueError if there is no
+    readable checkpoint.
     """
-    from trainer import checkpoint  # torch takes seconds to load: only where it is needed
+    from trainer import checkpoint  # imported here because torch takes seconds to load
 
     return checkpoint.restore(checkpoint.load(Path(run_or_checkpoint))).backbone().eval()

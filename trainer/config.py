@@ -1,7 +1,7 @@
 """The settings of a run: dataclasses, YAML files and dotted options.
 
-The sections are ordered by who may change them: what is trained, on what data, how, how fast, and what is logged.
-`probe` and `log` never change a result; `speed` only by rounding, except `accumulate`: a loss sees one micro-batch.
+The sections are in this order: what is trained, on what data, how, how fast, and what is logged. `probe` and `log`
+never change what is learned. `speed` changes it by rounding only, except `accumulate`: a loss sees one micro-batch.
 """
 
 import argparse
@@ -21,44 +21,44 @@ from trainer import methods
 
 PRESETS = Path(__file__).parent / "presets"
 _LARGEST = 100_000  # characters of a YAML file
-_MAX_DEPTH = 10  # levels of nesting in it
+_MAX_DEPTH = 10  # levels of nesting in a YAML file
 
 
 class UsageError(Exception):
-    """A mistake in what was asked for: one sentence, exit code 2."""
+    """Invalid input from the user. The message is one sentence; the command exits with code 2."""
 
 
 class RunError(RuntimeError):
-    """The run cannot go on, and says why in one sentence: exit code 1."""
+    """The run cannot continue. The message says why in one sentence; the command exits with code 1."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """reading the images: the loader's keyword arguments"""
+    """data loading (keyword arguments of the loader)"""
 
     num_threads: int | None = None
-    """decoding threads per rank; by default the cores this process may use, divided among the ranks of the machine"""
+    """decoding threads per rank. Default: the cores available to the process, divided by the ranks on this machine"""
     order: Literal["global", "block"] | None = None
-    """"global" shuffles all samples; "block" shuffles shards, then samples within a window of shards: for storage that
-    is slow at random reads. By default global on a disk, block for shards in a bucket or on the web"""
+    """"global" shuffles all samples. "block" shuffles shards, then samples within a window of shards, for storage that
+    is slow at random reads. Default: global for local shards, block for shards in a bucket or on the web"""
     prefetch: int = 2
-    """batches that DALI works on ahead; each costs memory for its decoded images and views"""
+    """number of batches that DALI prepares ahead; each takes memory for its decoded images and views"""
     hw_decoder_load: float | None = None
-    """share of the images that a GPU's JPEG engines decode, from 0 to 1; by default the fastest for the first batch"""
+    """fraction of images that the GPU's JPEG engines decode, from 0 to 1. Default: the fastest on the first batch"""
     max_bad: float | None = None
-    """share of bad samples above which the run stops and lists them; a hundredth, but at least 32, by default"""
+    """largest tolerated fraction of bad samples; beyond it the run lists them and stops. Default: 0.01, at least 32"""
     form: Literal["auto", "fused", "operators", "triton"] = "auto"
-    """how views are cut (docs/gpu.md); auto: fused on a CPU, operators on a GPU"""
+    """implementation that cuts the views (docs/gpu.md). auto: fused on a CPU, operators on a GPU"""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """where shards of a bucket or a web server are kept on this machine"""
+    """local cache for shards in a bucket or on a web server"""
 
     folder: Path | None = None
-    """best on the node's own disk; by default in the user's cache folder"""
+    """folder of the cache, best on a local disk of the node. Default: inside the user's cache folder"""
     size: float = 16.0
-    """GB (1e9 bytes) of it, at most; 0: every image is read over the network"""
+    """maximum size in GB (1e9 bytes). 0 turns the cache off: every image is read over the network"""
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,22 @@ class Optim:
 
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     lr: float = 1e-3
-    """base learning rate: the peak is lr * batch_size / lr_batch"""
+    """base learning rate; the peak is lr * batch_size / lr_batch"""
     lr_batch: int = 1024
+    """batch size for which lr is the peak learning rate"""
     final_lr: float = 0.01
-    """learning rate at the end, as a share of the peak"""
+    """learning rate at the end of the run, as a fraction of the peak"""
     schedule: Literal["cosine", "poly"] = "cosine"
     power: float = 0.9
-    """of the schedule "poly": (1 - t)**power"""
+    """exponent of the schedule "poly", which decays as (1 - t)**power"""
     warmup_epochs: float = 15.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's; the first is the momentum of LARS and SGD"""
+    """betas of AdamW; LARS and SGD take the first as their momentum"""
     clip: float | None = 1.0
-    """largest global norm of the gradient"""
+    """maximum global norm of the gradient; null turns clipping off"""
     max_skipped: int = 10
-    """steps in a row that a non-finite loss or gradient may skip before the run fails"""
+    """the run fails after this many consecutive steps with a non-finite loss or gradient; the steps are skipped"""
 
 
 @dataclass(frozen=True)
@@ -89,47 +90,48 @@ class Speed:
     """speed and memory"""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """autocast type; auto: bf16 on a GPU, fp32 on a CPU"""
+    """autocast type. auto: bf16 on a GPU, fp32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the method's forward pass as one compiled graph; auto: on a GPU"""
+    """compile the method's forward pass as one graph (with fsdp, one graph per block). auto: on for a GPU"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """how ranks share the work; fsdp (FSDP2) also shards weights and optimizer state over them: for L, H and XL"""
+    """how ranks share the work. fsdp (FSDP2) also shards weights and optimizer state; meant for L, H and XL models"""
     fsdp_copies: int = 1
-    """fsdp: parts of the ranks that hold all weights each (HSDP); one a node keeps the gathering within nodes"""
+    """fsdp: number of complete copies of the weights, each sharded over a part of the ranks (HSDP). With one copy per
+    node, weights are gathered within the node only"""
     fsdp_gather: Literal["fp32", "bf16"] = "fp32"
-    """fsdp: type in which the weights of the blocks are gathered; bf16 sends half as much, and needs precision bf16"""
+    """fsdp: type in which the weights of the blocks are gathered. bf16 halves the traffic and needs precision bf16"""
     activation_checkpointing: bool = False
-    """keep no activations within a block and compute them again in the backward pass: less memory, a third more work"""
+    """drop the activations within each block and recompute them in the backward pass: less memory, a third more work"""
     accumulate: int = 1
-    """gradient accumulation: micro-batches per optimizer step; a loss sees one micro-batch at a time"""
+    """gradient accumulation: number of micro-batches per optimizer step. A loss sees one micro-batch at a time"""
 
     def precision_on(self, device: str) -> str:
-        """What `precision` means on "cuda" or "cpu"."""
+        """Return `precision` with "auto" resolved for `device`, "cuda" or "cpu"."""
         return self.precision if self.precision != "auto" else "bf16" if device == "cuda" else "fp32"
 
     def compiles_on(self, device: str) -> bool:
-        """What `compile` means on "cuda" or "cpu"."""
+        """Return `compile` with "auto" resolved for `device`, "cuda" or "cpu"."""
         return self.compile == "on" or (self.compile == "auto" and device == "cuda")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """k-NN while training, with the weights that are exported; see trainer.evaluate and trainer.segment for more"""
+    """k-NN evaluation, during training, of the backbone to be exported (more: trainer.evaluate, trainer.segment)"""
 
     train: str | None = None
-    """labelled shards in which neighbours are looked up; with val, turns the probe on"""
+    """labelled shards in which neighbours are looked up. With val, turns k-NN classification on"""
     val: str | None = None
     """labelled shards to classify"""
     every: float = 10.0
-    """epochs between two scores; each is logged with the next line"""
+    """epochs between two evaluations; the scores appear in the next log line"""
     images: int = 10_000
-    """at most this many images of each set, the same ones every time; the other ranks wait for the score"""
+    """maximum number of images from train and from val, the same ones every time. Other ranks wait for rank 0"""
     segment_train: str | None = None
-    """shards of images with label maps, whose patches are neighbours; with segment_val, turns the mIoU of k-NN on"""
+    """shards with label maps, in whose patches neighbours are looked up. With segment_val, turns k-NN segmentation on"""
     segment_val: str | None = None
-    """shards of images with label maps to segment"""
+    """shards with label maps to segment; the score is their mIoU"""
     segment_images: int = 200
-    """as `images`, of these sets"""
+    """maximum number of images from segment_train and from segment_val, the same ones every time"""
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,19 @@ class Log:
     """logging and checkpoints"""
 
     every: int = 50
-    """steps between two lines; the only places where the host waits for the device"""
+    """steps between two log lines; the host waits for the device only there and at checkpoints"""
     checkpoint_every: int = 1000
     """steps between two checkpoints"""
     keep_last: int = 3
-    """checkpoints that are kept, the newest ones"""
+    """number of newest checkpoints to keep"""
     keep_every: int | None = None
-    """checkpoints at multiples of this many steps are kept for good"""
+    """in addition, keep every checkpoint whose step is a multiple of this number"""
     tensorboard: bool = True
+    """write TensorBoard events to the run's folder"""
     wandb: str | None = None
-    """a project's name turns it on"""
+    """name of a Weights & Biases project; turns logging to it on"""
     profile: bool = False
-    """trace five early steps into the run's folder and print where their time went"""
+    """write a trace of five early steps to the run's folder, and print how their time was spent"""
 
 
 @dataclass(frozen=True)
@@ -156,30 +159,31 @@ class Run:
     """the run"""
 
     method: str = "loca"
-    """what is trained: a file in trainer/methods"""
+    """what to train: the name of a file in trainer/methods"""
     shards: str | None = None
-    """directory, DIRECTORY:SPLIT, brace pattern in quotes, or address; without it, photographs that scikit-image brings
-    along"""
+    """training images: a directory, DIRECTORY:SPLIT, a quoted brace pattern, or an address. Default: the photographs
+    that come with scikit-image"""
     out: str | None = None
-    """folder of this run, runs/METHOD by default. The same command again resumes from its last checkpoint, and so does
-    --out alone, with the settings of its config.yaml"""
+    """folder of this run; default: runs/METHOD. The same command resumes from the last checkpoint in it. --out alone
+    also resumes, with the settings in its config.yaml"""
     only: str | None = None
-    """file that names the images to train on, one a line, by their keys or as files; by default all are"""
+    """text file that lists the images to train on, one per line, by key or by file name. Default: all images"""
     init: str | None = None
-    """checkpoint, or a run's folder, whose weights to start with, until the run has a checkpoint of its own"""
+    """checkpoint file, or folder of a run, with the initial weights. Not used when the run resumes"""
     seed: int = 0
     epochs: float = 100.0
     steps: int | None = None
-    """length in steps, in place of epochs"""
+    """length of the run in steps; overrides epochs"""
     batch_size: int = 1024
-    """samples per step over all ranks together"""
+    """samples per optimizer step, over all ranks together"""
     stop_after: float | None = None
-    """minutes after which to write a checkpoint and exit with 75, as a signal would; --out alone goes on without it"""
+    """time limit in minutes: the run then writes a checkpoint and exits with code 75, as after a signal. Resuming with
+    --out alone drops this limit"""
     patience: float = 0.0
-    """minutes that storage which does not answer is waited for, after a read's own retries, before the run stops in the
-    same way"""
+    """minutes to wait for storage that does not respond, after the retries of each read. Then the run writes a
+    checkpoint and exits with code 75"""
     dry_run: bool = False
-    """a few steps on noise: time, memory and operations of a step; nothing is read or written"""
+    """run a few steps on random images and print a step's time, memory and operations. Reads and writes no data"""
     data: Data = field(default_factory=Data)
     cache: Cache = field(default_factory=Cache)
     optim: Optim = field(default_factory=Optim)
@@ -188,7 +192,7 @@ class Run:
     log: Log = field(default_factory=Log)
 
 
-# What a value that is not null must hold.
+# Conditions on values that are not null: the message, the test, and the settings it applies to.
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "must be positive",
@@ -212,7 +216,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
 class Settings:
     run: Run
     method: Any  # the method's own Config
-    text: str  # all of it as YAML
+    text: str  # all settings as YAML
 
     @property
     def out(self) -> Path:
@@ -220,7 +224,7 @@ class Settings:
 
 
 def parse(argv: list[str]) -> Settings:
-    """`resolve` of the options in `argv`. `--help` and `--print-config` print and exit. Raises UsageError."""
+    """Return the settings that `argv` describes. `--help` and `--print-config` print and exit. Raises UsageError."""
     given = options(argv)
     helps, prints = (given.pop(key, None) for key in ("help", "print_config"))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow
@@ -236,17 +240,17 @@ def parse(argv: list[str]) -> Settings:
 
 
 def resolve(given: Mapping[str, Any]) -> Settings:
-    """The settings that options by dotted name ask for: defaults < preset < the file `config` < the other options.
+    """Return the settings for `given`, options by dotted name. Precedence: options > `config` file > preset > defaults.
 
-    The preset is the method's published run, or, without shards and without a file, a small one for the bundled
-    photographs. `out` of an earlier run, without `config`, `method` and `shards`, stands for its config.yaml. A value
-    is text, as on a command line, or what the setting holds. Raises UsageError.
+    The preset is the method's published run. Without shards and without a file, it is a small run on the bundled
+    photographs. If `given` has the `out` of an earlier run but no `config`, `method` or `shards`, that run's
+    config.yaml is the file. A value is text, as on a command line, or has the setting's own type. Raises UsageError.
     """
     return _resolve(given)[2]
 
 
 def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dict[str, Any], Settings]:
-    """A parser with all options, the values that are not its defaults by dotted name, and the settings."""
+    """Return a parser with all options, the values set by preset, file or option (by dotted name), and the settings."""
     file = _file(given)
     name, shards = ({**file, **given}.get(key) for key in ("method", "shards"))
     name = Run.method if name is None else name
@@ -265,7 +269,7 @@ def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dic
     parser.add_class_arguments(Run)
     parser.add_class_arguments(method_class, name)
     kinds = {**_leaves(Run), **_leaves(method_class, f"{name}.")}
-    for action in parser._actions:  # jsonargparse offers to read a section from a file of its own: one file will do
+    for action in parser._actions:  # hide jsonargparse's options that read one section from a file: --config suffices
         if any(key.startswith(f"{action.dest}.") for key in kinds):
             action.help = argparse.SUPPRESS
 
@@ -292,7 +296,7 @@ def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dic
 
 
 def _check(parsed: Any, kinds: dict[str, Any]) -> None:
-    """Raises UsageError for a value that its type allows and that means nothing."""
+    """Raise UsageError for a value that has the right type but makes no sense."""
     for key, kind in kinds.items():
         value = parsed[key]
         if value == "" or (value is None and type(None) not in get_args(kind)):
@@ -313,9 +317,9 @@ def _check(parsed: Any, kinds: dict[str, Any]) -> None:
 
 
 def check_paths(given: Mapping[str, Any]) -> None:
-    """Raises UsageError for shards or weights that are not there. Needs no torch, which takes seconds to import.
+    """Raise UsageError for shards or weights that do not exist. Needs no torch, which takes seconds to import.
 
-    What is no plain path (a pattern, a list, an address, a split) is left to those who read it.
+    Only plain paths are checked here. Patterns, lists, addresses and splits are checked when they are opened.
     """
     values = {**_file(given), **given}
     for key in ("shards", "only", "init", "probe.train", "probe.val", "probe.segment_train", "probe.segment_val"):
@@ -325,9 +329,9 @@ def check_paths(given: Mapping[str, Any]) -> None:
 
 
 def options(argv: list[str]) -> dict[str, Any]:
-    """The options in `argv` by dotted name. Raises UsageError.
+    """Return the options in `argv` by dotted name. Raises UsageError.
 
-    An option is `--key value`, `--key=value`, or `--key` alone, which is true; a name's dashes are underscores.
+    An option is `--key value`, `--key=value`, or `--key` alone, which means true. Dashes in a name become underscores.
     """
     found: dict[str, Any] = {}
     words = ["--help" if word == "-h" else word for word in reversed(argv)]
@@ -346,24 +350,24 @@ def options(argv: list[str]) -> dict[str, Any]:
 
 
 def _file(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the file that options mean, by dotted name; none where they mean none."""
+    """Return the settings, by dotted name, of the file that `given` refers to; empty if it refers to none."""
     if "config" in given:
         return read_yaml(_named(str(given["config"])))
     earlier = Path(given.get("out", "")) / "config.yaml"
     resumes = "out" in given and not given.keys() & {"method", "shards"} and earlier.is_file()
     found = read_yaml(earlier) if resumes else {}
-    found.pop("stop_after", None)  # it is of one start: who goes on after it wants to go on
+    found.pop("stop_after", None)  # a time limit applies to one start only, so a resumed run does not inherit it
     return found
 
 
 def small(method: str) -> str:
-    """What to do where a method's settings are too much for a CPU."""
+    """Return advice, for an error message, on settings of `method` that are too large for a CPU."""
     demo = (PRESETS / f"{method}_demo.yaml").is_file()
     return f"take the preset for a CPU, --config {method}_demo" if demo else "make the backbone and the views smaller"
 
 
 def _named(config: str) -> Path:
-    """The file that is meant by a path or by a preset's name."""
+    """Return the file that `config`, a path or a preset's name, refers to. Raises UsageError for an unknown preset."""
     path, preset = Path(config), PRESETS / f"{config}.yaml"
     if path.is_file() or "/" in config or path.suffix in (".yaml", ".yml"):
         return path
@@ -374,7 +378,7 @@ def _named(config: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's settings by dotted name: {"optim.lr": 0.1, ...}. Raises UsageError."""
+    """Return the settings in a YAML file by dotted name: {"optim.lr": 0.1, ...}. Raises UsageError."""
     try:
         with path.open(encoding="utf-8") as file:
             tree = load_yaml(file.read(_LARGEST + 1))
@@ -386,7 +390,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def names_in(path: str) -> list[str]:
-    """The names in a file of `only`, one a line. Raises UsageError."""
+    """Return the image names in the text file `path`, the value of `--only`. Raises UsageError."""
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -398,9 +402,9 @@ def names_in(path: str) -> list[str]:
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises ValueError or YAMLError.
+    """Return the content of a YAML text. Raises ValueError or YAMLError.
 
-    Nothing is resolved before it is known to be small and flat: aliases can make gigabytes of a few lines.
+    Size, depth and aliases are checked before anything is built, because aliases can turn a few lines into gigabytes.
     """
     if len(text) > _LARGEST:
         raise ValueError(f"it has more than {_LARGEST:,} characters")
@@ -413,7 +417,7 @@ def load_yaml(text: str) -> Any:
 
 
 def flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by dotted name."""
+    """Return the leaves of nested mappings by dotted name."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -421,7 +425,7 @@ def flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of a dataclass's fields by dotted name; of a nested dataclass, those of its fields."""
+    """Return the types of a dataclass's fields by dotted name, with nested dataclasses expanded."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         name = f"{prefix}{f.name}"
@@ -430,7 +434,7 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _wanted(kind: Any) -> str:
-    """A simple type in words; nothing for another."""
+    """Return a simple type in words, for an error message; "" for any other type."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))

@@ -1,4 +1,4 @@
-"""What every method is: the base class of `Method` in the files of trainer/methods."""
+"""`Method`, the base class of the methods in trainer/methods."""
 
 from pathlib import Path
 from typing import Any
@@ -10,34 +10,34 @@ from pipeline import Batch
 
 
 def fp32(x: Tensor) -> Tensor:
-    """At least single precision, whatever autocast made of it: losses, variances and distances need its digits."""
+    """Return `x` in at least single precision. Losses, variances and distances need it, even under autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Method(nn.Module):
-    """A network and its loss. A subclass sets the attributes and overrides `forward`, `backbone` and what it needs."""
+    """A network and its loss. A subclass sets the attributes and implements at least `forward` and `backbone`."""
 
     cfg: Any
     """the method's own Config"""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """of the pixels, in the unit range: three numbers each; `export` writes them down"""
+    """mean and standard deviation of each colour channel, in the unit range; `export` records them"""
     headline_metrics: tuple[str, ...] = ()
-    """the two metrics that stand in the terminal's line beside the loss"""
+    """the two metrics that the terminal shows beside the loss"""
 
     def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's loss and its metrics, detached 0-d tensors. `progress` is a 0-d tensor in [0, 1].
+        """Return this rank's loss and its metrics, which are detached 0-d tensors. `progress` is 0-d, in [0, 1].
 
-        The mean of the loss over ranks is minimised: with trainer.parallel's collectives inside, its gradient is that
-        of the loss of one process.
+        The trainer minimises the mean of the loss over ranks. A loss that uses the collectives of trainer.parallel has
+        the same gradient as the loss of one process on the whole batch.
         """
         raise NotImplementedError
 
     def after_step(self, progress: Tensor) -> None:
-        """Called after the optimizer moved the weights: an EMA teacher follows here."""
+        """Update what follows the weights, such as an EMA teacher. Called after each optimizer step."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For the optimizer. Biases, gains and other vectors do not decay."""
+        """Return the optimizer's parameter groups. Biases, gains and other vectors have no weight decay."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -45,16 +45,16 @@ class Method(nn.Module):
         ]
 
     def backbone(self) -> nn.Module:
-        """The module to evaluate and to export."""
+        """Return the module to evaluate and to export."""
         raise NotImplementedError
 
     def scheduled(self, progress: Tensor) -> dict[str, Tensor]:
-        """What changes with progress, as 0-d tensors for the log: an EMA's momentum, for example."""
+        """Return quantities that depend on progress, such as an EMA's momentum, as 0-d tensors for the log."""
         return {}
 
     def picture(self, batch: Batch, path: Path) -> bool:
-        """Writes an image file of what has been learned, and returns True; False where there is nothing to show.
+        """Write an image file that shows what was learned. Return False if the method has nothing to show.
 
-        In evaluation mode; `batch` lies on the method's device.
+        The method must be in evaluation mode, and `batch` on its device.
         """
         return False

@@ -1,13 +1,13 @@
-"""Pretrains a backbone. `train` reads from top to bottom: setup, model, data, resume, loop, teardown.
+"""Pretrain a backbone. The function `train` is the whole program: setup, model, data, resume, loop, teardown.
 
     torchrun trainer/run.py --method loca                                            bundled photographs, minutes
     torchrun --nproc_per_node=8 trainer/run.py --method loca --shards DIR --out runs/loca
     torchrun --nproc_per_node=8 trainer/run.py --out runs/loca                       resumes; so does the same command
     python trainer/run.py --method loca --help                                       every setting
 
-Exit codes: 0 done, 2 usage, 75 stopped by a signal, a time limit or an outage of the storage after writing a checkpoint
-(0 under torchrun, which would restart the run), 1 failed: the last checkpoint is kept. `status.json` in the folder of
-the run says which.
+Exit codes: 0 done; 1 failed (the last checkpoint is kept); 2 usage; 75 stopped by a signal, a time limit or a storage
+outage, after writing a checkpoint. Under torchrun a stopped run exits with 0, since torchrun would restart it
+otherwise. `status.json` in the run's folder holds the outcome.
 """
 
 import itertools
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from trainer.step import TrainingStep
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends it without a traceback
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout; names in trainer/ are not top-level ones
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback until there is something to save
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, in place of trainer/: its files are not top-level
 
 from trainer import config, folder
 from trainer.folder import Result
 
 
 def main(argv: list[str]) -> int:
-    """The exit code of the run that `argv` describes. Raises UsageError and RunError."""
-    # Threads that wait for each other by spinning stop a shared CPU: measured on two cores with a busy neighbour, 6
-    # images/s against 61 asleep; alone, 117 against 105. To be set before torch loads.
+    """Run what `argv` describes and return the exit code. Raises UsageError and RunError."""
+    # OpenMP threads that spin while they wait starve a shared CPU. Measured on two cores with a busy neighbour:
+    # 6 images/s spinning, 61 sleeping; without a neighbour, 117 and 105. Must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config.check_paths(config.options(argv))
     result = start(config.parse(argv))
@@ -46,14 +46,14 @@ def main(argv: list[str]) -> int:
 
 
 def start(settings: config.Settings) -> Result:
-    """Makes or resumes the run that the settings describe. Raises UsageError and RunError."""
+    """Start or resume the run that the settings describe. Raises UsageError and RunError."""
     writes = os.environ.get("RANK", "0") == "0" and not settings.run.dry_run
     with folder.held(settings.out) if writes else nullcontext() as out:
         return train(settings, out)
 
 
 def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
-    """Trains; `out` is the run's folder on rank 0, and None on other ranks or where nothing is to be written."""
+    """Train. `out` is the run's folder on rank 0; it is None on the other ranks and in a dry run."""
     import torch
     from torch.profiler import record_function as span
 
@@ -106,7 +106,8 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         except ValueError as error:
             raise config.UsageError(f"speed.fsdp_copies: {error}") from None
     if cfg.speed.compiles_on(device.type):
-        # In place and before DDP: one graph, clean names. FSDP works between the blocks: a graph each.
+        # Compiling in place and before DDP gives one graph and clean state-dict names. FSDP gathers weights between
+        # blocks, so each block becomes a graph of its own.
         parallel.compile_(backbones.blocks(method) if sharded else [method])
     optimizer = optim.build(cfg.optim, method)
     training_step = TrainingStep(
@@ -166,9 +167,9 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     progress, peak_flops = torch.zeros((), device=device), cost.peak_flops(device)
     feed = Feed(loader, cfg.speed.accumulate, cfg.patience, interrupt.stop)
     epoch, lr, stopped, outage, began = 0, 0.0, False, None, time.monotonic()
-    bad: dict[int, str] = {}  # samples, as of the last line, on any rank
+    bad: dict[int, str] = {}  # bad samples found by any rank until the last log line
     record: dict[str, Any] = {}
-    for done in itertools.count(start):  # steps so far
+    for done in itertools.count(start):  # number of steps done so far
         position = loader.state_dict()
         if done < total:
             with clock.waiting(), span("data"):
@@ -195,7 +196,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             try:
                 if log and due:
                     record |= scores(probe, monitor, method, log, done)
-            except ReadError as error:  # the run stops after the next step, when the other ranks hear of it
+            except ReadError as error:  # the run stops after the next step, when `feed` informs the other ranks
                 outage = error
             if log and out:
                 log.line(record)
@@ -203,14 +204,14 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             clock.restart()
         if done > start and (ends or done % cfg.log.checkpoint_every == 0):
             with clock.paused(device):
-                payload = checkpoint.state(method, optimizer)  # on every rank: shards are gathered
+                payload = checkpoint.state(method, optimizer)  # collective: every rank takes part
                 payload |= {"step": done, "method": cfg.method, "config": settings.text, "loader": position}
                 payload["scaler"] = training_step.scaler.state_dict()
                 if writer and out:
                     writer.save(payload)
                     with informing("report"):
                         report.write(out.path, facts)
-                del payload  # as large as the state: the writer lets go of it as soon as it is written
+                del payload  # a copy of the whole state; the writer frees it once it is written
         if ends:
             break
         lr = schedule(done)
@@ -219,7 +220,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         progress.fill_(done / total)
         if log:
             log.step(taken[0], done)
-        # Drop-path and masks are a function of the step.
+        # Seeding by step and rank makes drop-path and masks reproducible after a resume.
         torch.manual_seed(((cfg.seed * 1_000_003 + done) * 65_537 + rank) % 2**63)
         made = training_step(iter(taken), progress)
         meter.add(made.metrics)
@@ -249,7 +250,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         with informing("summary"):
             records = report.read_log(out.path / "log.jsonl")
             print(summary(out.path, result.state, records, time.monotonic() - began), flush=True)
-    parallel.any_rank(False)  # launchers end all ranks when one has ended
+    parallel.any_rank(False)  # a barrier: some launchers end all ranks when one exits
     parallel.disconnect()
     if failure:
         raise config.RunError(failure)
@@ -259,7 +260,10 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
 def scores(
     probe: "Probe | None", monitor: "Monitor | None", method: "Method", log: "metrics.Log", step: int
 ) -> dict[str, float]:
-    """What the probes find; a picture goes into the log. One that fails is left out. Raises ReadError."""
+    """Run the probes, log the segmentation picture and return the scores. Raises ReadError.
+
+    If a probe fails for another reason, a message is printed and its score is left out.
+    """
     from pipeline import ReadError
 
     found: dict[str, float] = {}
@@ -279,7 +283,7 @@ def scores(
 def describe(
     cfg: config.Run, step: "TrainingStep", shards: "ShardSet", loader: "Loader", estimate: "cost.Estimate", steps: range
 ) -> list[str]:
-    """What is about to happen, and what may be wrong with it, in lines; `steps` are those to go."""
+    """Return the lines to print before training: the run in figures, and warnings. `steps` is the range still to do."""
     from pipeline import host
     from trainer import cost, parallel
 
@@ -308,9 +312,10 @@ def describe(
 
 
 def resume(settings: config.Settings, changes: list[str], step: "TrainingStep", loader: "Loader") -> int:
-    """The step from which the run goes on, with all of its state restored; 0, or the weights of `init`, to begin with.
+    """Restore the newest checkpoint and return its step. Without a checkpoint, load the weights of `init` and return 0.
 
-    Raises UsageError where what there is cannot be used; `changes` are the settings that differ.
+    Raises UsageError if the checkpoint or the weights do not fit. `changes` lists the settings that differ from those
+    of the earlier run; it becomes part of the message.
     """
     from trainer import checkpoint
 
@@ -333,7 +338,7 @@ def resume(settings: config.Settings, changes: list[str], step: "TrainingStep", 
 
 
 def draw(out: Path, batch: "Batch", log: "metrics.Log", step: int) -> None:
-    """A picture of what was learned, by the last checkpoint, as anyone will load it."""
+    """Draw what was learned. The method is restored from the last checkpoint in `out`, as a user would load it."""
     import numpy as np
     from PIL import Image
 

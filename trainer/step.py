@@ -1,4 +1,4 @@
-"""The training step of `run.py`, `--dry-run`, the benchmarks and the GPU checks: what is measured is what trains."""
+"""The training step, shared by `run.py`, `--dry-run`, the benchmarks and the GPU checks."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,20 +17,20 @@ from trainer.method import Method
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind. Nothing here has been waited for."""
+    """The results of a step. They are still being computed on the device: reading a value waits for it."""
 
     metrics: dict[str, Tensor]  # 0-d, on the device: "loss", the method's own (means over micro-batches), "grad_norm"
-    finite: Tensor  # 0-d bool, on the device, the same on every rank: False where the step failed and changed no weight
+    finite: Tensor  # 0-d bool, on the device, equal on all ranks: False if the step failed, which changes no weight
     index: Tensor  # i64 (samples of this rank,), on the host
 
 
 class TrainingStep:
     """Gradient accumulation, autocast, backward pass, clipping, optimizer step and the method's `after_step`.
 
-    `model` is the wrapper that synchronises gradients (DDP), where there is one. A step whose loss or gradient is not
-    finite on any rank changes no weight: decided on the device, so that the host never waits. With ``amp_dtype``
-    float16 the loss is scaled; gradients that overflow while the scale is above 1 are how the scale is found: such a
-    step is left out too, but is no failure.
+    `model` is the wrapper that synchronises gradients (DDP), if there is one. A step changes no weight if its loss or
+    gradient is not finite on any rank. The device decides this, so the host never waits. With ``amp_dtype`` float16
+    the loss is scaled. A gradient that overflows while the scale is above 1 only lowers the scale: the step is skipped
+    but does not count as a failure.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class TrainingStep:
         clip: float | None = None,
     ) -> None:
         self.method = method
-        self.optimizer: Any = optimizer  # takes `found_inf` and `grad_scale` as attributes
+        self.optimizer: Any = optimizer  # Any: `found_inf` and `grad_scale` are set as attributes
         self.trainable = [p for p in method.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(self.trainable[0].device.type, enabled=amp_dtype == torch.float16)
         self._model: Any = model or method
         self._accumulate, self._amp_dtype, self._clip = accumulate, amp_dtype, clip
 
     def __call__(self, batches: Iterator[Batch], progress: Tensor) -> StepResult:
-        """Takes `accumulate` micro-batches from `batches` and makes one optimizer step. `progress` is 0-d in [0, 1]."""
+        """Take `accumulate` micro-batches from `batches` and do one optimizer step. `progress` is 0-d, in [0, 1]."""
         device = progress.device
         losses_finite = torch.ones((), device=device)
         parts: dict[str, list[Tensor]] = {}
@@ -71,10 +71,10 @@ class TrainingStep:
             indices.append(batch.index)
         with span("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            norm = clip_(self.trainable, self._clip)  # over all ranks' shards, too
+            norm = clip_(self.trainable, self._clip)  # the norm includes the FSDP shards of all ranks
             losses_finite = parallel.mean_over_ranks(losses_finite) == 1
             finite = losses_finite & torch.isfinite(norm)
-            # The optimizers take the flag themselves, as they do from a gradient scaler.
+            # The optimizers read this flag and skip the step, as they do with a gradient scaler.
             self.optimizer.found_inf, self.optimizer.grad_scale = (~finite).float(), None
             self.optimizer.step()
             if self.scaler.is_enabled():
@@ -90,7 +90,7 @@ class TrainingStep:
 
 
 def clip_(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """Scales the gradients so that their global norm is at most `limit`. Returns the norm before, a 0-d tensor."""
+    """Scale the gradients in place to a global norm of at most `limit`. Return the norm before clipping, 0-d."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -1,7 +1,7 @@
-"""The methods. The folder is the registry: a file here is a choice of `--method`, and nothing else needs an edit.
+"""The methods. This folder is the registry: every file in it is a choice of `--method`, without any other edit.
 
-A method is one file with `Config` (a frozen dataclass), `views(cfg) -> Recipe` (what it wants cut, with the
-correspondences) and `Method`, a subclass of trainer.method.Method. Files whose names begin with "_" are no methods.
+A method is one file with `Config` (a frozen dataclass), `views(cfg) -> Recipe` (the views to cut and their
+correspondences) and `Method`, a subclass of trainer.method.Method. Files whose names begin with "_" are not methods.
 """
 
 from collections.abc import Mapping
@@ -17,24 +17,24 @@ MOVED = {"loca.queries": "now it is loca.views.focal_views, which does not count
 
 
 def names() -> list[str]:
-    """The choices of `--method`."""
+    """Return the names of all methods, the choices of `--method`."""
     return sorted(p.stem for folder in __path__ for p in Path(folder).glob("[!_]*.py"))
 
 
 def load(name: str) -> ModuleType:
-    """The method's module."""
+    """Import and return the module of the method `name`."""
     return import_module(f"{__name__}.{name}")
 
 
 def config(name: str, values: Mapping[str, Any]) -> Any:
-    """The method's Config of values as YAML has them. Raises ValueError, TypeError or jsonargparse's ArgumentError."""
+    """Build a method's Config from values read from YAML. Raises ValueError, TypeError or jsonargparse.ArgumentError."""
     kind = load(name).Config
     if unknown := values.keys() - {f.name for f in fields(kind)}:
         raise ValueError(
             f"unknown {', '.join(sorted(unknown))}: before version 0.2, settings of views were not under {name}.views; "
             "use such a file with the version that wrote it"
         )
-    if not isinstance(values.get("views", {}), Mapping):  # else the parser would open a file of that name
+    if not isinstance(values.get("views", {}), Mapping):  # the parser would take a string for the name of a file
         raise ValueError(f"{name}.views must be a mapping")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, name)
