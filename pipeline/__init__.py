@@ -1,7 +1,7 @@
-"""The input pipeline: shards in, views with their windows and correspondences out.
+"""The input pipeline: it reads shards and yields views with their windows and correspondences.
 
-The face of the package. Names are resolved on first use, so that importing it costs nothing before a command line is
-parsed: numba, torch and DALI load when something of theirs is asked for.
+This module is the package's public interface. It imports each submodule on first use of one of its names. Importing
+`pipeline` therefore does not load numba, torch or DALI, and command lines start quickly.
 """
 
 from importlib import import_module

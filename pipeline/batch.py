@@ -1,6 +1,6 @@
-"""What the loader hands out.
+"""The batches that the loader yields.
 
-Letters: B images, V views of one kind, S side in pixels.
+Shapes: B images, V views of one kind, S pixels per side of a view.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from .recipes import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class View:
-    """All views of one kind, as they were cut."""
+    """All views of one kind, with their windows."""
 
-    pixels: Tensor  # u8 (B, V, S, S, 3), RGB; or (B, V, 3, S, S), normalised, of the type that the Loader was asked for
-    window: Tensor  # f32 (B, V, 4): (y0, x0, y1, x1) in pixels of the stored image; flipped where x1 < x0; on the host
-    mask: Tensor | None = None  # u8 (B, V, S, S): the class of each pixel, 255 for none; where the recipe has `masks`
+    pixels: Tensor  # u8 (B, V, S, S, 3), RGB; or normalised (B, V, 3, S, S) in the Loader's `pixels` type
+    window: Tensor  # f32 (B, V, 4): (y0, x0, y1, x1) in pixels of the stored image; flipped if x1 < x0; on the host
+    mask: Tensor | None = None  # u8 (B, V, S, S): the class of each pixel, 255 for none; set if the recipe has `masks`
 
     def tensor(
         self,
@@ -27,10 +27,10 @@ class View:
         std: Sequence[float] = IMAGENET_STD,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """The pixels as a network takes them: (B, V, 3, S, S) of `dtype`, (pixel / 255 - mean) / std per channel.
+        """Return the pixels as a network's input: (B, V, 3, S, S) of `dtype`, (pixel / 255 - mean) / std per channel.
 
-        `mean` and `std` are of the unit range. Computed in float32 and rounded once. Pixels that the Loader has
-        normalised are handed out as they are, or rounded once more to `dtype`; ValueError for another mean or std.
+        `mean` and `std` refer to pixels in [0, 1]. The result is computed in float32 and rounded once. Pixels that the
+        Loader has already normalised are only cast to `dtype`; another mean or std then raises ValueError.
         """
         if self.pixels.dtype == torch.uint8:
             return normalise(self.pixels, mean, std, dtype)
@@ -48,15 +48,15 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's samples. `index` is each sample's place in the ShardSet; ``shards.key(i)`` names it."""
+    """The samples of one step. `index` is each sample's number in the ShardSet; ``shards.key(i)`` is its name."""
 
-    views: dict[str, View]
-    targets: dict[str, Tensor]  # what the recipe's `targets` computed, by name
-    label: Tensor  # i64 (B,), -1 where there is none
+    views: dict[str, View]  # by kind
+    targets: dict[str, Tensor]  # the arrays that the recipe's `targets` computed, by name
+    label: Tensor  # i64 (B,), -1 if a sample has no label
     index: Tensor  # i64 (B,)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with pixels, targets and labels on `device`; windows and indices stay on the host."""
+        """Return the batch with pixels, masks, targets and labels on `device`. Windows and `index` stay on the host."""
         return replace(
             self,
             views={

@@ -1,7 +1,7 @@
-"""Which patches of two views show the same part of the image: computed from their windows alone.
+"""Correspondences: which patches of two views show the same part of the image, computed from the windows alone.
 
-Cells and patches are counted row by row as their view is shown, so a flipped view counts from its own left edge. All
-functions take and return NumPy arrays and compute in compiled kernels that release the interpreter lock.
+Cells and patches are numbered row by row in the view as displayed, so a flipped view is numbered from its own left
+edge. All functions take and return NumPy arrays. They compute in compiled kernels that release the GIL.
 """
 
 from typing import TYPE_CHECKING
@@ -26,21 +26,21 @@ def patch_targets(
     query_size: int,
     rule: "TargetRule" = "released",
 ) -> NDArray[np.int32]:
-    """For every query patch the reference patch that shows the same place (LOCA paper, sec. 3.1).
+    """Find for every query patch the reference patch that shows the same place (LOCA paper, sec. 3.1).
 
     Args:
         reference: f32 (B, 4), one window per image.
-        queries: f32 (B, V, 4).
-        reference_grid: patches per side G of the reference view.
-        query_grid: patches per side g of the query views.
+        queries: f32 (B, V, 4), the windows of the query views.
+        reference_grid: G, patches per side of the reference view.
+        query_grid: g, patches per side of the query views.
         query_size: side of the query views in pixels.
         rule: ``"released"`` follows the released LOCA code: an index map of the reference is resized to its window,
             cut by the query's window, resized to `query_size` and then to g, each time taking the nearest sample in
-            float32. That asks where about the centre of the patch lies. ``"overlap"`` takes the reference patch of
-            greatest common area, the lowest of equals; exact for windows of whole pixels.
+            float32. The result is the reference patch near the centre of the query patch. ``"overlap"`` takes the
+            reference patch of greatest common area, the lowest of equals; it is exact for windows of whole pixels.
 
     Returns:
-        i32 (B, V, g*g): ``row * G + column`` of the reference patch as the reference is shown, or -1 outside of it.
+        i32 (B, V, g*g): ``row * G + column`` of the reference patch in the reference view as displayed, or -1 outside.
 
     Raises:
         ValueError: for a wrong shape, a window that is empty or not finite, a grid or size below 1, an unknown rule.
@@ -59,7 +59,7 @@ def patch_targets(
 
 
 def feature_locations(windows: ArrayLike, grid: int) -> NDArray[np.float32]:
-    """The centre of every cell of the windows, in pixels of the stored image (VICRegL paper, sec. 3.2).
+    """Return the centre of every cell of the windows, in pixels of the stored image (VICRegL paper, sec. 3.2).
 
     Args:
         windows: f32 (..., 4).
@@ -81,20 +81,20 @@ def feature_locations(windows: ArrayLike, grid: int) -> NDArray[np.float32]:
 
 
 def location_matches(a: ArrayLike, b: ArrayLike, *, a_grid: int, b_grid: int, top: int) -> NDArray[np.int32]:
-    """The cells of `a` that lie closest to a cell of `b` (VICRegL paper, sec. 3.2, eq. 3).
+    """Find the cells of `a` that are closest to a cell of `b` (VICRegL paper, sec. 3.2, eq. 3).
 
-    Distances are Euclidean, between cell centres, in pixels of the stored image. Ties, of the nearest cell and of the
-    kept pairs, go to the lowest cell; they are recognised exactly where the windows are of whole pixels.
+    Distances are Euclidean, between cell centres, in pixels of the stored image. Ties go to the lowest cell, both for
+    the nearest cell and for the kept pairs. Ties are exact for windows of whole pixels.
 
     Args:
-        a: f32 (B, 4), the windows whose cells look for a partner.
-        b: f32 (B, 4), the windows in which they look; several cells may find the same partner.
+        a: f32 (B, 4), the windows whose cells are matched.
+        b: f32 (B, 4), the windows to match them with; several cells of `a` may match the same cell of `b`.
         a_grid: cells per side of `a`.
         b_grid: cells per side of `b`.
         top: how many pairs to keep per image.
 
     Returns:
-        i32 (B, top, 2): (cell of a, nearest cell of b), in ascending cell of `a`.
+        i32 (B, top, 2): (cell of a, nearest cell of b), in ascending order of the cell of `a`.
 
     Raises:
         ValueError: for a wrong shape, a window that is empty or not finite, a grid below 1, `top` outside 1..a_grid².
@@ -118,11 +118,11 @@ def pair_matches(
     small_grid: int = 3,
     gamma: tuple[int, int] | None = (20, 4),
 ) -> NDArray[np.int32]:
-    """`location_matches` of all pairs of views that VICRegL compares, both ways, in one array.
+    """Return `location_matches` of all pairs of views that VICRegL compares, in both directions, in one array.
 
-    The ordered pairs are (i, j) with i a large view and j any other view: (0, 1), (0, 2), ... (1, 0), (1, 2), ... For
-    each of them first the gamma[0] matches from i to j, then the gamma[1] matches from j to i, as the released VICRegL
-    code does. Cells are numbered over all views one after another, large views first.
+    The ordered pairs are (i, j) with i a large view and j any other view: (0, 1), (0, 2), ... (1, 0), (1, 2), ... Each
+    pair gives the gamma[0] matches from i to j, then the gamma[1] matches from j to i, as in the released VICRegL code.
+    Cells are numbered consecutively over all views, large views first.
 
     Args:
         large: f32 (B, L, 4), windows of the large views.
@@ -132,7 +132,7 @@ def pair_matches(
         gamma: how many matches to keep in each direction; None keeps one for each cell.
 
     Returns:
-        i32 (B, M, 2): (cell, nearest cell), M = the matches of all pairs: 336 for 2 large and 6 small views.
+        i32 (B, M, 2): (cell, nearest cell), with M matches in all: 336 for 2 large and 6 small views.
 
     Raises:
         ValueError: for a wrong shape, fewer than two views, a window that is empty or not finite, a grid below 1,
@@ -159,7 +159,7 @@ def pair_matches(
         ):
             if views:
                 _check_top("gamma[1]", gamma[1], name, grid)
-    keep = np.array([[grid**2, grid**2] if gamma is None else gamma for grid in grids])  # by querying view and role
+    keep = np.array([[grid**2, grid**2] if gamma is None else gamma for grid in grids])  # (views, directions)
     first, second = np.nonzero(~np.eye(large.shape[1], len(grids), dtype=bool))
     tops = np.stack([keep[first, 0], keep[second, 1]], axis=1)
     out = np.empty((len(large), tops.sum(), 2), np.int32)
@@ -168,7 +168,7 @@ def pair_matches(
 
 
 def _windows(name: str, value: ArrayLike, ndim: int | None) -> NDArray[np.float32]:
-    """`value` as float32 windows, or a ValueError that says what is wrong with it and where."""
+    """Return `value` as float32 windows. Raises ValueError that names the first bad window."""
     windows = np.ascontiguousarray(value, dtype=np.float32)
     if np.ndim(value) == 0 or windows.shape[-1] != 4 or (ndim is not None and windows.ndim != ndim):
         wanted = {None: "(..., 4)", 2: "(B, 4)", 3: "(B, V, 4)"}[ndim]
@@ -228,7 +228,7 @@ def _patch_targets(reference, queries, reference_grid, query_grid, query_size, o
 
 @kernel
 def _released_axis(r0, r1, reference_grid, q0, q1, query_size, cells):
-    """Three nearest interpolations along one axis, in float32 throughout: one rounding more or less moves a patch."""
+    """Apply three nearest interpolations along one axis, all in float32: a different rounding would move a patch."""
     n = len(cells)
     flipped = q1 < q0
     start, length = min(q0, q1), abs(q1 - q0)
@@ -251,9 +251,9 @@ def _released_axis(r0, r1, reference_grid, q0, q1, query_size, cells):
 
 @kernel
 def _overlap_axis(r0, r1, reference_grid, q0, q1, cells):
-    """The patch of longest common stretch along one axis, -1 where there is none.
+    """Find the reference patch with the longest overlap along one axis, or -1 if there is none.
 
-    All lengths are multiplied by both grids, which makes them whole numbers where the edges are: ties are then exact.
+    All lengths are multiplied by both grids. For windows of whole pixels they are then whole numbers: ties are exact.
     """
     n = len(cells)
     start = (np.float64(q0) - np.float64(r0)) * reference_grid * n
@@ -300,10 +300,10 @@ def _pair_matches(windows, grids, pairs, tops, out):
 
 @kernel
 def _match(a, a_grid, a_first, b, b_grid, b_first, nearest, gaps, squared, out):
-    """The `len(out)` cells of `a` closest to a cell of `b`, with those; a view's cells are counted from its `first`.
+    """Write the `len(out)` cells of `a` closest to a cell of `b`, with the latter; numbers start at `first`.
 
-    The views are axis-aligned, so the nearest row and the nearest column are found apart. The last arrays but `out` are
-    scratch.
+    The views are axis-aligned, so the nearest row and column are found separately. `nearest`, `gaps` and `squared` are
+    scratch arrays.
     """
     _nearest_axis(a[0], a[2], a_grid, b[0], b[2], b_grid, nearest[0], gaps[0])
     _nearest_axis(a[1], a[3], a_grid, b[1], b[3], b_grid, nearest[1], gaps[1])
@@ -330,9 +330,9 @@ def _match(a, a_grid, a_first, b, b_grid, b_first, nearest, gaps, squared, out):
 
 @kernel
 def _nearest_axis(a0, a1, a_grid, b0, b1, b_grid, nearest, gaps):
-    """For every cell of `a` along one axis the nearest cell of `b`, the lower of two, and their squared distance.
+    """Find for every cell of `a` along one axis the nearest cell of `b`, the lower of two, and the squared distance.
 
-    Lengths are multiplied by twice both grids: whole numbers where the windows are of whole pixels, so that ties are
+    Lengths are multiplied by twice both grids. For windows of whole pixels they are then whole numbers, and ties are
     exact. All distances of a pair of views share that factor.
     """
     a_step = (np.float64(a1) - np.float64(a0)) * b_grid
@@ -340,7 +340,7 @@ def _nearest_axis(a0, a1, a_grid, b0, b1, b_grid, nearest, gaps):
     start = (np.float64(a0) - np.float64(b0)) * (2 * a_grid * b_grid)
     for k in range(a_grid):
         centre = start + (2 * k + 1) * a_step
-        # A centre on the border of two cells is equally far from both: hence ceil - 1, which takes the lower.
+        # A centre on the border of two cells is equally far from both; ceil - 1 takes the lower.
         cell = min(max(np.ceil(centre / (2 * b_step)) - 1, 0.0), b_grid - 1.0)
         gap = centre - (2 * cell + 1) * b_step
         nearest[k] = int(cell)
@@ -349,7 +349,7 @@ def _nearest_axis(a0, a1, a_grid, b0, b1, b_grid, nearest, gaps):
 
 @kernel
 def _smallest(values, count, k):
-    """The k-th smallest of the first `count` values, k from 1; reorders them (Hoare's selection)."""
+    """Return the k-th smallest of the first `count` values, k from 1, and reorder them (Hoare's selection)."""
     low, high = 0, count - 1
     while low < high:
         a, b, c = values[low], values[(low + high) // 2], values[high]

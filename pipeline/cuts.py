@@ -1,6 +1,6 @@
-"""What a view is: the numbers of its crop and its colour augmentation. `recipes` has the published ones.
+"""The settings of views: their crops and colour augmentations. `recipes` has the published settings.
 
-It says everything about the views and nothing about files, devices or batches.
+Nothing here depends on files, devices or batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,58 +25,58 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The colour augmentation of one view, in the order in which it acts: jitter, gray, blur, solarize.
+    """The colour augmentation of one view, in order of application: jitter, gray, blur, solarize.
 
-    torchvision's ColorJitter, RandomGrayscale, GaussianBlur and RandomSolarize, each with its probability; 0 switches
-    one off. What is drawn within a range is uniform.
+    The operations are torchvision's ColorJitter, RandomGrayscale, GaussianBlur and RandomSolarize, each with its
+    probability. Probability 0 switches an operation off. Draws from a range are uniform.
     """
 
-    jitter: float = 0.0  # probability of the four jitter operations, applied in a drawn order; of each ("mmseg")
-    brightness: float = 0.4  # factor in [1-b, 1+b] ("torchvision"), shift in [-b, b] of the unit range (the others)
+    jitter: float = 0.0  # probability of all four jitter operations, in a drawn order; for "mmseg", of each separately
+    brightness: float = 0.4  # factor in [1-b, 1+b] ("torchvision"), or shift in [-b, b] of pixels in [0, 1] (others)
     contrast: float = 0.4  # factor in [1-c, 1+c]
-    saturation: float = 0.2  # factor
-    hue: float = 0.1  # shift in [-h, h] of the hue circle = 1
-    rule: ColourRule = "torchvision"  # whose formulas the four operations follow
+    saturation: float = 0.2  # factor in [1-s, 1+s]
+    hue: float = 0.1  # shift in [-h, h], where 1 is the whole hue circle
+    rule: ColourRule = "torchvision"  # the library whose formulas the four operations follow
     gray: float = 0.0  # probability
     blur: float = 0.0  # probability
-    sigma: tuple[float, float] = (0.1, 2.0)  # of the Gaussian, in pixels of the view
+    sigma: tuple[float, float] = (0.1, 2.0)  # range of the Gaussian's standard deviation, in pixels of the view
     solarize: float = 0.0  # probability
 
 
 @dataclass(frozen=True)
 class Cut:
-    """All views of one kind, each a RandomResizedCrop with a flip: how many, how large, from which windows.
+    """The settings for all views of one kind, each a RandomResizedCrop with a flip.
 
-    A "scaled" cut resizes the image, so that its short side is `short_side` times a uniform draw from `scale`, and
-    takes a square of it; where the image is smaller, the view shows PADDING below it and at its right, its mask 255.
+    A "scaled" cut resizes the image so that its short side is `short_side` times a uniform draw from `scale`. It then
+    crops a square. If the image is smaller, PADDING fills the view below and to the right; the mask is 255 there.
     """
 
-    kind: str
-    count: int  # V
-    size: int  # S, pixels
+    kind: str  # the name of these views
+    count: int  # V, number of views
+    size: int  # S, side in pixels
     grid: int  # patches per side, for the correspondences
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    sampler: Sampler = "torchvision"  # "centre", for evaluation: the central square of the short side times scale[1]
-    short_side: int = 0  # of a "scaled" cut, in pixels
-    most: float = 1.0  # of a "scaled" cut: a window with more of one class in its mask gives way, ten times at most
+    scale: tuple[float, float] = (0.08, 1.0)  # range of the share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of width / height
+    sampler: Sampler = "torchvision"  # "centre" (evaluation): the central square of scale[1] times the short side
+    short_side: int = 0  # for "scaled": the image's short side at scale 1, in pixels
+    most: float = 1.0  # for "scaled": a window with this share or more of one class is drawn again, ten draws at most
     flip: float = 0.5  # probability of the horizontal flip
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
-    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # views take them in turns
+    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # view i takes number i modulo their count
 
     @property
     def by_view(self) -> list[Augmentation]:
-        """The augmentation of each view."""
+        """The augmentation of each of the `count` views."""
         return [self.augmentations[view % len(self.augmentations)] for view in range(self.count)]
 
     @property
     def padded(self) -> bool:
-        """Whether its views may show what lies outside the image."""
+        """Whether views may extend beyond the image."""
         return self.sampler == "scaled"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a cut that cannot be made; the message names it and the value."""
+        """Raise ValueError for an invalid field; the message names the cut, the field and its value."""
 
         def demand(good: bool, what: str) -> None:
             if not good:
@@ -117,19 +117,19 @@ class Cut:
 class Recipe:
     """The views of a batch and the correspondences between them.
 
-    `targets` turns the windows of a batch into named arrays, on the host, while the pixels are being decoded.
+    `targets` computes named arrays from the windows of a batch, on the host, while the pixels are being decoded.
     """
 
     name: str
     fidelity: Fidelity
     cuts: tuple[Cut, ...]
     targets: Targets | None = field(default=None, compare=False)
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the unit range, to normalise the pixels with
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of pixels in [0, 1], for normalising
     std: tuple[float, float, float] = IMAGENET_STD
-    masks: bool = False  # whether each image's label map, KEY.seg.png, is cut as well: see `View.mask`
+    masks: bool = False  # whether to cut each image's label map, KEY.seg.png, as well: see `View.mask`
 
     def __post_init__(self) -> None:
-        """Raises ValueError for cuts that no batch can hold."""
+        """Raise ValueError for invalid cuts or targets, and for two cuts of one kind."""
         if not _all_are(Cut, self.cuts):
             raise ValueError(f"recipe {self.name!r}: cuts must be a tuple of Cut, not {self.cuts}")
         if not (self.targets is None or callable(self.targets)):
@@ -145,7 +145,7 @@ def _all_are(kind: type, values: object) -> bool:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """All that makes the views and targets what they are, as JSON can hold it; two recipes of one description agree."""
+    """Return all settings of a recipe as JSON types. Recipes with equal descriptions give equal views and targets."""
     described = asdict(recipe)
     targets = described.pop("targets")
     if isinstance(targets, partial):

@@ -1,11 +1,11 @@
 """Batches of views: prefetched, resumable at every step, not stopped by bad samples.
 
-A batch is a stretch of positions of an epoch; all that is random about it follows from (seed, epoch, sample, view). So
-the loader's state is three numbers, and prefetching is only doing early what would come out the same later:
+A batch is a range of positions in an epoch. Everything random about it follows from (seed, epoch, sample, view). The
+loader's state is therefore three numbers, and prefetching does not change the result:
 
     positions -> samples -> bytes, windows, targets      a few threads, `2 * prefetch` batches ahead
-              -> decode, cut, augment                    DALI, `prefetch` batches ahead, fed by one thread in turn
-              -> Batch                                   when the trainer asks
+              -> decode, cut, augment                    DALI, `prefetch` batches ahead, fed in order by one thread
+              -> Batch                                   when the trainer requests the next one
 """
 
 import json
@@ -43,9 +43,9 @@ _MOST_THREADS = 1024  # more than this, a typing error, would abort the process
 
 @dataclass
 class _Run:
-    """A batch in DALI's hands. It may be taken out before its turn; `views` stays None where the run failed."""
+    """A batch submitted to DALI. `_repair` may take its views early; `views` stays None if the run failed."""
 
-    fed: Future[Prepared | None]  # None: a stream that cannot be read twice has ended
+    fed: Future[Prepared | None]  # resolves to None after the end of a stream that can be read only once
     taken: bool = False
     views: list[Any] | None = None
     failure: str = ""
@@ -54,25 +54,24 @@ class _Run:
 class Loader:
     """Batches of a recipe's views, epoch after epoch.
 
-    Iterating yields the rest of the current epoch, from wherever a loaded state or an interrupted loop left it, and
-    moves on to the next. `batch_size` is per rank; every rank takes the same number of steps over disjoint samples. The
-    incomplete last batch of an epoch is dropped; with ``drop_last=False`` the ranks share what is left, and some may
-    get an empty batch. ``shuffle=False`` takes the samples as stored. ``order="block"`` mixes whole shards, for slow
-    storage, and is the default of a remote set ("global" of a local one). `num_threads` are DALI's (default: the cores
-    that this process may use, shared among the ranks of the machine), `max_bad` as in `samples.Samples`,
-    `hw_decoder_load` the share of a GPU's JPEG engines (default: the fastest for the first batch). `form` is how views
-    are cut (see `graph`): "auto" is "fused" on a CPU and "operators" on a GPU. `pixels` other than "uint8" hands out
-    what `View.tensor` makes of the views in that type, with ImageNet's mean and std. `prefetch` is how many batches
-    DALI works on ahead of the one handed out: each costs its decoded images and its views, on the device, and two more
-    batches of stored bytes on the host.
+    Iterating yields the rest of the current epoch, from where a loaded state or an interrupted loop left it. The next
+    iteration starts the next epoch. `batch_size` is per rank; every rank takes the same number of steps over disjoint
+    samples. The incomplete last batch of an epoch is dropped. With ``drop_last=False`` the ranks share it, and some may
+    get an empty batch. ``shuffle=False`` keeps the stored order. ``order="block"`` shuffles whole shards, for slow
+    storage; it is the default for a remote set ("global" for others). `num_threads` is the number of DALI's threads
+    (default: this process's cores divided by the ranks of the machine). For `max_bad` see `samples.Samples`.
+    `hw_decoder_load` is the share of images that a GPU's JPEG engines decode (default: the fastest for the first
+    batch). `form` selects how views are cut (see `graph`); "auto" is "fused" on a CPU and "operators" on a GPU.
+    `pixels` other than "uint8" yields the result of `View.tensor` in that type, with ImageNet's mean and std.
+    `prefetch` is how many batches DALI computes ahead. Each of them holds its decoded images and views on the device,
+    and two more batches of stored bytes on the host.
 
-    A batch stays valid for as long as it, or a tensor or array that shares its memory, is held; only then is its memory
-    used for another. On a GPU its pixels, targets and labels are ready on the stream that
-    is current when it is asked for, without the host waiting for the device.
+    A batch stays valid while it, or any tensor or array that shares its memory, is referenced. On a GPU its pixels,
+    targets and labels are ready on the stream that is current when it is requested; the host does not wait.
 
     Raises ValueError for a number out of range or a set smaller than one global batch, ShardError for too many bad
-    samples, ReadError where stored bytes cannot be had: the loader's state stays what it was, and iterating it again
-    goes on from there.
+    samples, and ReadError if stored bytes cannot be read. The state does not change then, and iterating again resumes
+    from it.
     """
 
     def __init__(
@@ -180,20 +179,20 @@ class Loader:
 
     @property
     def bad(self) -> dict[int, str]:
-        """The bad samples that this process met so far: place in the set -> reason."""
+        """The bad samples that this process has found so far: index in the set -> reason."""
         return self._prepare.bad
 
     def add_bad(self, bad: dict[int, str]) -> None:
-        """Takes samples for bad that another process found to be, so that `max_bad` holds for all together.
+        """Add bad samples that other processes found, so that `max_bad` applies to all processes together.
 
-        Raises ShardError where they are too many, ValueError for a stream, whose samples no two processes share.
+        Raises ShardError if there are too many, ValueError if this loader reads a stream.
         """
         if not isinstance(self._prepare, Preparation):
             raise ValueError("the samples of a stream are not those of another process")
         self._prepare.samples.add_bad(bad)
 
     def shuffle_quality(self) -> dict[str, float]:
-        """`order.shuffle_quality` of the first quarter million samples of the current epoch."""
+        """Return `order.shuffle_quality` of the first quarter million samples of the current epoch."""
         return self._prepare.shuffle_quality(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -202,16 +201,16 @@ class Loader:
             yield self._next()
 
     def forever(self) -> Iterator[Batch]:
-        """Batches epoch after epoch, without an end."""
+        """Yield batches epoch after epoch, without end."""
         return chain.from_iterable(repeat(self))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the epoch stands after the batches handed out; the same on all ranks, fit for JSON."""
+        """Return the state after the last yielded batch: the same on all ranks, serialisable as JSON."""
         state = {**self._identity, "epoch": self._epoch, "position": self._position}
         return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, with whatever batch size, world size or threads this loader has.
+        """Resume from `state`, which may come from another batch size, world size or number of threads.
 
         Raises ValueError, naming the field, for a state of another seed, order, recipe or shard set.
         """
@@ -227,7 +226,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and frees the device's memory; batches handed out stay valid. Iterating restarts them."""
+        """Stop the threads and free the device's memory. Yielded batches stay valid; iterating starts again."""
         for threads in (self._pool, self._feeder):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -248,14 +247,14 @@ class Loader:
         return self._built
 
     def _fill(self) -> None:
-        """Has threads read ahead and feed DALI."""
+        """Queue as many batches as `prefetch` allows: threads prepare them and feed them to DALI."""
         if self._pool is None or self._feeder is None:
             start = partial(ThreadPoolExecutor, initializer=_work_for, initargs=(self.device,))
             self._pool = start(1 if isinstance(self.shards, Stream) else 2 * self._depth, "loader")
             self._feeder, self._process = start(1, "loader_feeds"), os.getpid()
         self._announce()
         while True:
-            # An evaluation's epoch is not followed by another, as a rule: don't decode what nobody will ask for.
+            # Without shuffling (evaluation) a single epoch is usual: do not prefetch the next one.
             while len(self._ahead) < 2 * self._depth and self._wanted(self._front[0]):
                 span = self._prepare.span(*self._front)
                 self._ahead.append(self._pool.submit(self._prepare, span))
@@ -268,7 +267,7 @@ class Loader:
         return self._shuffle or isinstance(self.shards, Stream) or epoch == self._epoch
 
     def _announce(self) -> None:
-        """Tells a remote set which shards come next, once a window."""
+        """Tell a remote set which shards come next, whenever that changes."""
         if isinstance(self.shards, Stream) or not self.shards.remote:
             return
         order, ahead = self._prepare.next_shards(self._epoch, self._position)
@@ -277,7 +276,7 @@ class Loader:
             self.shards.expect(order, ahead)
 
     def _next(self) -> Batch:
-        if self._pool is not None and self._process != os.getpid():  # threads do not survive a fork: it would hang
+        if self._pool is not None and self._process != os.getpid():  # threads do not survive a fork: this would hang
             raise RuntimeError("this loader was started before the process forked: make one in each process")
         try:
             with self._current_device():
@@ -293,12 +292,12 @@ class Loader:
                 self._fill()
             self._epoch, self._position = prepared.span.after
             return batch
-        except BaseException:  # also Ctrl-C: the batches under way no longer match the state
+        except BaseException:  # also Ctrl-C: the prefetched batches no longer match the state
             self.close()
             raise
 
     def _take(self, run: _Run) -> list[Any] | None:
-        """The pixels of a run by kind, or None where it failed."""
+        """Return the run's pixels by kind, or None if it failed."""
         prepared = run.fed.result()
         if prepared is not None and not run.taken:
             run.taken = True
@@ -315,16 +314,16 @@ class Loader:
         return run.views
 
     def _current_device(self) -> AbstractContextManager[Any]:
-        """A stream without a number of its own, as the default one, and pinned memory belong to the current device."""
+        """Return a context with the loader's GPU current: the default stream and pinned memory belong to the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int | None:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
 
     def _repair(self, run: _Run, prepared: Prepared) -> tuple[Prepared, list[Any]]:
-        """The same batch without the samples that the device cannot decode."""
+        """Return the batch prepared and decoded again without the samples that the device cannot decode."""
         assert self._feeder is not None
-        for later in self._runs:  # later runs come out first
+        for later in self._runs:  # DALI returns runs in order: take the later ones before submitting another
             self._take(later)
         while True:
             reasons = map(self._refusal, prepared.images, prepared.sizes.tolist())
@@ -361,7 +360,7 @@ class Loader:
             if self._graph.form == "operators":
                 drawn = self._on_device(prepared.drawn[cut.kind])
                 pixels = colour.apply(pixels, drawn, cut.augmentations, padded=cut.padded)
-            if pixels.dtype != self._dtype:  # the fused form on a CPU has normalised them
+            if pixels.dtype != self._dtype:  # the fused form on a CPU has normalised them already
                 compiled = self.device.type == "cuda"
                 pixels = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD, self._dtype, compiled=compiled)
             mask = self._on_device(prepared.masks[cut.kind]) if self.recipe.masks else None
@@ -374,8 +373,8 @@ class Loader:
         )
 
     def _cut(self, planned: dict[str, Tensor], images: Decoded) -> list[Tensor]:
-        """The triton form's views by kind, queued; the images are held until the device has read them."""
-        from .triton_views import cut_batch  # triton loads where it is used
+        """Queue the triton form's cutting and return the views by kind. Keep the images until the device is done."""
+        from .triton_views import cut_batch  # lazy: imports triton
 
         views = cut_batch(self.recipe.cuts, images.addresses, planned, self.device)
         if self.device.type == "cuda":
@@ -391,7 +390,7 @@ class Loader:
 
 
 def _work_for(device: torch.device) -> None:
-    """What a thread needs before it pins memory for a device."""
+    """Make `device` current in a new thread, so that pinned memory belongs to it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -401,14 +400,14 @@ def _feed(graph: Graph, preparing: Future[Prepared | None]) -> Prepared | None:
 
 
 def _submit(graph: Graph, prepared: Prepared | None) -> Prepared | None:
-    """Starts DALI's run of a batch."""
-    if prepared is not None and prepared.images:  # a rank's share of an epoch's end may be empty
+    """Submit a batch to DALI and return it."""
+    if prepared is not None and prepared.images:  # a rank's share of the last batch may be empty
         graph.submit(prepared.images, prepared.windows, prepared.params, prepared.sizes)
     return prepared
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
-    """`value` as an int. Raises TypeError where it is no whole number, ValueError where it is out of bounds."""
+    """Return `value` as an int. Raises TypeError if it is not a whole number, ValueError if it is out of bounds."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -437,7 +436,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _same(name: str, theirs: Any, mine: Any) -> None:
-    """Raises ValueError at the first field in which a state differs from this loader."""
+    """Raise ValueError at the first field in which a state differs from this loader."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             _same(f"{name}.{key}", theirs.get(key), mine.get(key))

@@ -1,7 +1,7 @@
-"""The published views: LOCA's, VICRegL's, and those of classification, evaluation and segmentation.
+"""The published views: LOCA's, VICRegL's, and those for classification, evaluation and segmentation.
 
-Two fidelities: ``"paper"`` is what the authors intended, ``"released"`` is what their published code does; each recipe
-lists the differences.
+A recipe has one of two fidelities. ``"paper"`` follows the authors' intention, ``"released"`` follows their published
+code. Each recipe lists the differences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .cuts import (  # noqa: F401 - all that a recipe consists of is to be had from here
+from .cuts import (  # noqa: F401 - re-exported
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
@@ -31,37 +31,37 @@ STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class Loca:
-    """LOCA (Caron, Houlsby, Schmid, 2022): a reference, a query as large, and small "focal" queries to place in it.
+    """LOCA (Caron, Houlsby, Schmid, 2022): a reference view, a query of the same size, and small "focal" queries.
 
     Kinds: ``reference`` (1 view), ``query`` (1), ``focal`` (`focal_views`; none if 0); grids of size // patch.
     Targets: each query patch's reference patch, -1 outside: ``query`` i32 (B, 1, N), ``focal`` i32 (B, focal_views, n).
 
     The default fidelity is "released": that code gave the published 46.2 mIoU on ADE20k, and the paper leaves most
-    numbers of its views open. What differs (paper / released code, ``projects/loca`` of google-research/scenic):
-        - crop: torchvision's RandomResizedCrop, as BYOL's descendants use / TensorFlow's distorted box: side and aspect
+    numbers of its views open. Differences (paper / released code, ``projects/loca`` of google-research/scenic):
+        - crop: torchvision's RandomResizedCrop, as in BYOL's successors / TensorFlow's distorted box: side and aspect
           uniform instead of area and log-aspect, aspect to 1.33, whole image after 100 attempts
-        - resize: antialiased / not
-        - flip of the reference: as `flip`, the paper lists flips for both views / never
-        - blur: p = 1.0, 0.1 and 0.5 for reference, query and focal, as the released configuration intends / none: there
-          the probability lands in the image height, and the kernel has one tap
-        - jitter: brightness a factor, contrast about the mean gray, saturation towards gray (BYOL, torchvision) /
-          brightness added, contrast about each channel's mean, HSV saturation (TensorFlow)
-    Differs from both: the blur repeats edge pixels outwards (the released op pads with black).
+        - resize: antialiased / not antialiased
+        - flip of the reference: probability `flip`, since the paper lists flips for both views / never
+        - blur: p = 1.0, 0.1 and 0.5 for reference, query and focal, as the released configuration intends / none,
+          since that code passes the probability as the image height, and its kernel has one tap
+        - jitter: brightness is a factor, contrast is about the mean gray, saturation is towards gray (BYOL,
+          torchvision) / brightness is added, contrast is about each channel's mean, saturation is HSV (TensorFlow)
+    One difference from both: the blur repeats edge pixels outwards (the released op pads with black).
     """
 
     fidelity: Fidelity = "released"
     focal_views: int = 9
-    """focal queries beside the random one: 10 queries in all (Table 6d: 10, 5, 2, 1)"""
+    """number of focal queries, in addition to the random query: 10 queries in all (Table 6d: 10, 5, 2, 1)"""
     patch: int | None = None
-    """pixels per side of a patch; null: the backbone's, 16 on its own"""
+    """pixels per side of a patch; null: the backbone's, or 16 without a backbone"""
     size: int = 224
     """side of the reference and of the random query, in pixels"""
     focal_size: int = 96
-    """side of the focal queries; patch 14 needs a multiple of it, 98"""
+    """side of the focal queries, in pixels; must be a multiple of the patch: 98 for patch 14"""
     scale: tuple[float, float] = (0.32, 1.0)
     """share of the image's area that the reference and the random query show (released code; the paper states none)"""
     focal_scale: tuple[float, float] = (0.05, 0.32)
-    """likewise of the focal queries"""
+    """share of the image's area that a focal query shows"""
     flip: float = 0.5
     """probability of the horizontal flip"""
     jitter: float = 0.8
@@ -71,17 +71,17 @@ class Loca:
     gray: float = 0.2
     """probability of grayscale"""
     blur: tuple[float, float, float] | None = None
-    """probabilities for reference, random query and focal queries; null: as the fidelity says"""
+    """probability of the blur for reference, random query and focal queries; null: set by the fidelity"""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """of the blur, in pixels of the view"""
+    """range of the blur's standard deviation, in pixels of the view"""
     solarize: float = 0.2
-    """probability for the random query; the others are never solarized"""
+    """probability of solarizing the random query; other views are never solarized"""
     rule: TargetRule = "released"
-    """which reference patch belongs to a query patch: the paper (sec. 3.1) describes the one of greatest overlap; the
-    released code samples one point near the patch's centre, which is another patch for 6 to 7 % of those inside"""
+    """which reference patch is a query patch's target: "overlap", the one of greatest overlap (paper, sec. 3.1);
+    "released", the one at a point near the query patch's centre, which differs for 6 to 7 % of the patches inside"""
 
     def recipe(self) -> Recipe:
-        """What to cut. Raises ValueError where a size is no multiple of the patch, and for what no `Cut` can be."""
+        """Return the views to cut. Raises ValueError for invalid fields or a size that is no multiple of the patch."""
         paper, patch = _is_paper(self.fidelity), 16 if self.patch is None else self.patch
         if self.rule not in get_args(TargetRule):
             raise ValueError(f"rule is {self.rule!r}: it must be one of {get_args(TargetRule)}")
@@ -120,19 +120,20 @@ class Loca:
 
 @dataclass(frozen=True)
 class VICRegL:
-    """VICRegL (Bardes, Ponce, LeCun, 2022) with multi-crop, as for its ConvNeXts: large views and small ones.
+    """VICRegL (Bardes, Ponce, LeCun, 2022) with multi-crop, as for its ConvNeXts: large and small views.
 
     Kinds: ``large`` (`large` views), ``small`` (`small`; none if 0); grids of size // stride. Bicubic, antialiased.
-    Augmentations alternate within a kind: even views are always blurred, odd ones seldom and solarized at times.
+    Augmentations alternate within a kind. By default, even views are always blurred; odd views are seldom blurred and
+    sometimes solarized.
     Targets: ``matches`` i32 (B, M, 2), the location matches of all ordered pairs: see `correspondence.pair_matches`.
 
-    The default fidelity is "paper", since the released code's default goes against it. What differs (paper / released
-    code, facebookresearch/VICRegL):
+    The default fidelity is "paper", since the released code's default contradicts the paper. Differences (paper /
+    released code, facebookresearch/VICRegL):
         - flips in the location grids: followed, "account for the transformation" / ignored by default, so that only
-          pairs of two unflipped views are matched where they lie
+          pairs of two unflipped views are matched at their true locations
         - standard deviation of the red channel: 0.229 / 0.228
-    Differs from both: a true Gaussian; Pillow's, which the released code uses, is three box passes. Colours are not
-    rounded between the jitter's operations.
+    Two differences from both: the blur is a true Gaussian, while the released code uses Pillow's three box passes; and
+    colours are not rounded between the jitter's operations.
     """
 
     _name: ClassVar[str] = "vicregl"
@@ -144,13 +145,13 @@ class VICRegL:
     size: int = 224
     """side of the large views, in pixels"""
     small_size: int = 96
-    """side of the small views"""
+    """side of the small views, in pixels"""
     stride: int | None = None
-    """pixels per side of a cell of the feature map; null: the backbone's, 32 on its own"""
+    """pixels per side of a cell of the feature map; null: the backbone's, or 32 without a backbone"""
     large_scale: tuple[float, float] = (0.4, 1.0)
-    """share of the image's area that a large view shows (released command line, as the next)"""
+    """share of the image's area that a large view shows (released command line)"""
     small_scale: tuple[float, float] = (0.08, 0.4)
-    """likewise of the small views"""
+    """share of the image's area that a small view shows (released command line)"""
     flip: float = 0.5
     """probability of the horizontal flip"""
     jitter: float = 0.8
@@ -160,19 +161,19 @@ class VICRegL:
     gray: float = 0.2
     """probability of grayscale"""
     blur: tuple[float, float] = (1.0, 0.1)
-    """probabilities for even and odd views"""
+    """probability of the blur for even and odd views"""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """of the blur, in pixels of the view"""
+    """range of the blur's standard deviation, in pixels of the view"""
     solarize: float = 0.2
-    """probability for odd views; even ones are never solarized"""
+    """probability of solarizing odd views; even views are never solarized"""
     gamma: tuple[int, int] | None = (20, 4)
-    """location matches kept from a pair's first view to its second, and back (paper, sec. 4.1); null keeps one for
-    each cell"""
+    """number of location matches kept from a pair's first view to its second, and from its second to its first (paper,
+    sec. 4.1); null keeps one for each cell"""
     flip_aware: bool | None = None
-    """whether a flipped view's cells run backwards; null: as the fidelity says"""
+    """whether the location grid of a flipped view is mirrored; null: set by the fidelity"""
 
     def recipe(self) -> Recipe:
-        """What to cut. Raises ValueError where a size is no multiple of the stride, and for what no `Cut` can be."""
+        """Return the views to cut. Raises ValueError for invalid fields or a size that is no multiple of the stride."""
         paper, stride = _is_paper(self.fidelity), 32 if self.stride is None else self.stride
         if self.gamma is not None:
             _named("gamma", self.gamma, ("first to second", "back"))
@@ -201,7 +202,7 @@ class VICRegL:
 
 @dataclass(frozen=True)
 class VICRegLResNet50(VICRegL):
-    """VICRegL as for its ResNet-50: two large views of 8 to 100 % of the image, no small ones."""
+    """VICRegL as for its ResNet-50: two large views of 8 to 100 % of the image, no small views."""
 
     _name: ClassVar[str] = "vicregl_resnet50"
     small: int = 0
@@ -210,9 +211,9 @@ class VICRegLResNet50(VICRegL):
 
 @dataclass(frozen=True)
 class Plain:
-    """One random resized crop with flips, for classification: kind ``image`` (1 view), torchvision's usual numbers.
+    """One random resized crop with flips, for classification: kind ``image`` (1 view), torchvision's default numbers.
 
-    There is nothing in which the fidelities could differ.
+    Both fidelities give the same views.
     """
 
     fidelity: Fidelity = "paper"
@@ -227,10 +228,10 @@ class Plain:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The central square that is left of an image whose short side is resized to `resize`: kind ``image`` (1 view).
+    """The central square of `size` pixels of an image whose short side is resized to `resize`: kind ``image`` (1 view).
 
-    The square is cut first and resized once; its edges are whole pixels of the stored image, so it lies within half a
-    stored pixel of the resized image's central crop.
+    The square is cut first and resized once. Its edges are whole pixels of the stored image, within half a stored pixel
+    of the central crop of the resized image.
     """
 
     size: int = 224
@@ -239,7 +240,7 @@ class Evaluation:
     patch: int = 16
 
     def recipe(self) -> Recipe:
-        """What to cut. Raises ValueError where `resize` is less than `size`."""
+        """Return the views to cut. Raises ValueError if `resize` is less than `size`."""
         if not 0 < self.size <= self.resize:
             raise ValueError(f"size is {self.size}: it must be positive and at most resize, {self.resize}")
         share, grid = self.size / self.resize, _grid(self.size, self.patch)
@@ -249,15 +250,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One crop of a resized image with its label map, to train a segmentation on: kind ``image`` (1 view).
+    """One crop of a resized image with its label map, to train segmentation: kind ``image`` (1 view).
 
-    mmsegmentation's training pipeline, as Segmenter and VICRegL use it: the image is resized so that its short side is
-    `short_side` times a draw from `scale`, cropped where no class has more than `most` of the labelled pixels (the last
-    of ten tries is kept), flipped, its colours changed, and padded where it is smaller than the crop. Differs: the
-    window is cut first and resized once, and its edges are whole pixels of the stored image, so that a drawn scale is
-    met within half a stored pixel of the window's side; very long images (over 4:1) are not shrunk further; colours are
-    not rounded between operations; the padding is ImageNet's mean as whole levels, in place of an exact 0 after
-    normalising.
+    This is mmsegmentation's training pipeline, as Segmenter and VICRegL use it. The image is resized so that its short
+    side is `short_side` times a draw from `scale`. A crop is drawn again, up to ten crops in all, while one class has
+    the share `most` or more of its labelled pixels. It is flipped, its colours are jittered, and it is padded if the
+    image is smaller than the crop. Differences:
+        - The window is cut first and resized once. Its edges are whole pixels of the stored image, so a drawn scale is
+          met within half a stored pixel of the window's side.
+        - Very long images (over 4:1) are not shrunk further.
+        - Colours are not rounded between operations.
+        - The padding is ImageNet's mean in whole levels, instead of an exact 0 after normalising.
     """
 
     size: int = 512
@@ -265,20 +268,20 @@ class Segmentation:
     short_side: int = 512
     """short side of the image at scale 1, in pixels; Cityscapes: 1024"""
     scale: tuple[float, float] = (0.5, 2.0)
-    """range of the scale"""
+    """range of the factor on `short_side`"""
     most: float = 0.75
-    """largest share of one class in a crop; 1: any"""
+    """a crop with this share or more of one class is drawn again, up to ten crops in all; 1: no limit"""
     flip: float = 0.5
     """probability of the horizontal flip"""
     jitter: float = 0.5
-    """probability of each of the four changes of colour"""
+    """probability of each of the four jitter operations"""
     strength: tuple[float, float, float, float] = (32 / 255, 0.5, 0.5, 0.1)
-    """ranges of brightness (a shift of the unit range), contrast, saturation (factors) and hue (of the circle)"""
+    """ranges of brightness (a shift in [0, 1] units), contrast, saturation (factors) and hue (share of the circle)"""
     antialias: bool = False
-    """whether shrinking averages; OpenCV's bilinear resize, which mmsegmentation uses, does not"""
+    """whether to antialias when shrinking; OpenCV's bilinear resize, which mmsegmentation uses, does not"""
 
     def recipe(self) -> Recipe:
-        """What to cut. Raises ValueError for what no `Cut` can be."""
+        """Return the views to cut. Raises ValueError for invalid fields."""
         cut = Cut(
             kind="image",
             count=1,
@@ -298,7 +301,7 @@ class Segmentation:
 
 
 def loca(fidelity: Fidelity = Loca.fidelity, **fields: Any) -> Recipe:
-    """Short for ``Loca(fidelity, **fields).recipe()``; likewise the functions below."""
+    """Return ``Loca(fidelity, **fields).recipe()``. The functions below do the same for their classes."""
     return Loca(fidelity, **fields).recipe()
 
 
@@ -345,7 +348,7 @@ def _grid(size: int, patch: int) -> int:
 def _patch_targets(
     windows: Windows, *, grids: Mapping[str, tuple[int, int]], rule: Any
 ) -> dict[str, NDArray[np.int32]]:
-    from .correspondence import patch_targets  # numba loads when views are cut, not when they are named
+    from .correspondence import patch_targets  # lazy: imports numba
 
     return {
         kind: patch_targets(
