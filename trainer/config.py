@@ -127,7 +127,7 @@ class Probe:
     images: int = 10_000
     """maximum number of images from train and from val, the same ones every time. Other ranks wait for rank 0"""
     segment_train: str | None = None
-    """shards with label maps, in whose patches neighbours are looked up. With segment_val, turns k-NN segmentation on"""
+    """shards with label maps in whose patches neighbours are looked up. With segment_val, turns k-NN segmentation on"""
     segment_val: str | None = None
     """shards with label maps to segment; the score is their mIoU"""
     segment_images: int = 200

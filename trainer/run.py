@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback until there is something to save
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, in place of trainer/: its files are not top-level
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, not trainer/: its files are not top-level
 
 from trainer import config, folder
 from trainer.folder import Result

@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 def config(name: str, values: Mapping[str, Any]) -> Any:
-    """Build a method's Config from values read from YAML. Raises ValueError, TypeError or jsonargparse.ArgumentError."""
+    """Build a method's Config from YAML values. Raises ValueError, TypeError or jsonargparse.ArgumentError."""
     kind = load(name).Config
     if unknown := values.keys() - {f.name for f in fields(kind)}:
         raise ValueError(
