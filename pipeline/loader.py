@@ -314,7 +314,7 @@ class Loader:
         return run.views
 
     def _current_device(self) -> AbstractContextManager[Any]:
-        """Return a context with the loader's GPU current: the default stream and pinned memory belong to the current device."""
+        """Return a context with the loader's GPU current: pinned memory and the default stream belong to that GPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int | None:
