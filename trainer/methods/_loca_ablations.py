@@ -1,6 +1,6 @@
-"""LOCA's ablations: other things to locate, and to cluster, than the patches of query views.
+"""LOCA's ablations: locate or cluster something other than the patches of query views.
 
-`loca` is the method (trainer/methods/loca.py), and the letters are those of its file; V query views.
+The argument `loca` is the method of trainer/methods/loca.py. Letters are as in that file; V is the number of queries.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from trainer.method import fp32
 
 
 def views(cfg: Any, recipe: Recipe) -> Recipe:
-    """LOCA's views as the ablation needs them: the reference alone, or with the boxes of all queries as "box"."""
+    """Adapt LOCA's recipe: `position` "single" keeps the reference only, "box" adds the queries' boxes as a target."""
     if cfg.position == "single":
         return replace(recipe, cuts=tuple(cut for cut in recipe.cuts if cut.kind == "reference"), targets=None)
     if cfg.position == "box" and (patches := recipe.targets) is not None:
@@ -36,14 +36,14 @@ def views(cfg: Any, recipe: Recipe) -> Recipe:
 
 
 def centre(grid: int) -> int:
-    """The patch whose upper left corner, or whose middle, is the middle of the view."""
+    """Return the index of the central patch: the view's centre is its centre (odd grid) or upper left corner (even)."""
     return (grid // 2) * grid + grid // 2
 
 
 def centre_loss(
     loca: Any, tokens: Tensor, seen: Tensor | None, target: Tensor, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """The position loss of every query's central patch alone (Table 5): the random query has it first, see `draw`."""
+    """Return position loss and accuracy of all central patches (Table 5). `draw` puts the random query's first."""
     starts = [sum(lengths[:v]) for v in range(len(lengths))]
     at = [0] + [start + centre(round(n**0.5)) for start, n in zip(starts[1:], lengths[1:], strict=True)]
     return loca.position_loss(tokens[:, at], seen, target[:, at], [1] * len(at))
@@ -52,7 +52,7 @@ def centre_loss(
 def box_loss(
     loca: Any, tokens: Tensor, seen: Tensor | None, boxes: Tensor, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """The regression of every query's box (B, V, 4) from its mean token (Table 5), and the mean IoU."""
+    """Return the loss of regressing each query's box (B, V, 4) from its mean token (Table 5), and the mean IoU."""
     x = loca.student.norm(loca.student.cross(tokens, seen))
     x = torch.stack([view.mean(1) for view in x.split(lengths, dim=1)], dim=1)
     predicted = fp32(loca.student.head(x)).sigmoid()
@@ -63,9 +63,10 @@ def box_loss(
 
 
 def single_view(loca: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each patch of a view tells its own place, without position embeddings; only visible patches are attended to.
+    """Predict each patch's own position in a single view, without position embeddings. Return the loss and metrics.
 
-    After Zhai et al., "Position Prediction as an Effective Pretraining Strategy"; section 5.1.
+    Only visible patches serve as keys and values. After Zhai et al., "Position Prediction as an Effective Pretraining
+    Strategy"; section 5.1 of the LOCA paper.
     """
     vit = loca.student.backbone
     _, visible = loca.draw(len(images), images.device)
@@ -80,13 +81,13 @@ def single_view(loca: Any, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def image_cluster_loss(loca: Any, queries: list[Tensor], reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The cluster loss of whole views, tokens (B, n, D) each, by their CLS token or their mean token (Table 6b)."""
+    """Return the cluster loss of whole views, tokens (B, n, D) each, by their CLS or mean token (Table 6b)."""
 
     def summary(tokens: Tensor) -> Tensor:
         return tokens[:, :1] if loca.cfg.clusters == "cls" else tokens.mean(dim=1, keepdim=True)
 
     summaries = torch.cat([summary(view) for view in queries], dim=1)
-    rows = torch.zeros(summaries.shape[:2], dtype=torch.long, device=summaries.device)  # the only one of its image
+    rows = torch.zeros(summaries.shape[:2], dtype=torch.long, device=summaries.device)  # a reference has one row
     return loca.cluster_loss(summaries, summary(reference), rows, [1] * len(queries))
 
 
@@ -94,9 +95,10 @@ def image_cluster_loss(loca: Any, queries: list[Tensor], reference: Tensor) -> t
 
 
 def relative_boxes(reference: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Where queries lie in the reference as it is shown: windows (B, 1, 4) and (B, V, 4) -> f32 (B, V, 4).
+    """Return the queries' boxes in the reference view: windows (B, 1, 4) and (B, V, 4) -> f32 (B, V, 4).
 
-    What reaches beyond the reference is cut off; -1 where less than a tenth of a side is left (released LOCA code).
+    A flipped reference flips the boxes. Boxes are clipped to the reference. A box is -1 if a tenth of the reference's
+    height or width or less remains (released LOCA code).
     """
     y0, x0, y1, x1 = np.moveaxis(reference[..., None], 2, 0)  # each (B, 1, 1)
     rows = np.sort((queries[..., 0::2] - y0) / (y1 - y0), axis=-1).clip(0, 1)
@@ -108,9 +110,9 @@ def relative_boxes(reference: NDArray[np.float32], queries: NDArray[np.float32])
 
 
 def box_distance(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """5 L1 + 2 (1 - generalised IoU), the weights of DETR and UP-DETR, and the IoU, of each pair of boxes.
+    """Return 5 L1 + 2 (1 - generalised IoU) and the IoU of each pair of boxes: (..., 4) twice -> (...) twice.
 
-    (..., 4) twice -> (...) twice. Sides must be positive.
+    The weights are those of DETR and UP-DETR. Sides must be positive.
     """
     (a_low, a_high), (b_low, b_high) = (
         (box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2) for box in (predicted, target)

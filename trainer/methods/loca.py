@@ -1,7 +1,7 @@
-"""LOCA: query views learn where their patches lie in a reference view, and to which cluster they belong there.
+"""LOCA: for each patch of a query view, predict its position in a reference view and its cluster there.
 
-Caron, Houlsby, Schmid, "Location-Aware Self-Supervised Transformers for Semantic Segmentation" (arXiv 2212.02400), with
-the numbers that the paper leaves open taken from the released code (google-research/scenic, projects/loca).
+Caron, Houlsby, Schmid, "Location-Aware Self-Supervised Transformers for Semantic Segmentation" (arXiv 2212.02400).
+Numbers that the paper leaves open are those of the released code (google-research/scenic, projects/loca).
 
 Letters: B images, T query tokens of one image (all its query views one after another), N patches of the reference,
 K prototypes, D width.
@@ -39,47 +39,48 @@ from trainer.parallel import mean_over_ranks, sum_over_ranks_
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the released configuration, of which the paper reports 46.2 mIoU on ADE20k after 100 epochs."""
+    """LOCA. Defaults: the released configuration, with 46.2 mIoU on ADE20k after 100 epochs in the paper"""
 
     backbone: str = "vit_base_patch16"
-    """vit_SIZE_patchP: pico or nano (for a CPU), tiny, small, base, large, huge; 16, 14 or 8 pixels"""
+    """vit_SIZE_patchP. SIZE: pico or nano (for a CPU), tiny, small, base, large, huge; P: 16, 14 or 8 pixels"""
     drop_path: float = 0.1
-    """of the last block, falling linearly to 0 at the first; acts in the teacher too (released code)"""
+    """drop-path rate of the last block, decreasing linearly to 0 at the first; applies to the teacher, too (released
+    code)"""
     drop_path_shared: bool = False
-    """the reference, the random query and the first focal query of an image drop the same branches, as in the released
-    code, where three passes share one key. Drawn apart, all of a ViT-B's decisions agree for 9 % of images"""
+    """drop the same branches for the reference, the random query and the first focal query of an image. The released
+    code does, since three passes share one key. With separate draws, a ViT-B's passes agree for 9 % of images"""
     views: recipes.Loca = field(default_factory=recipes.Loca)
     query_keep: float = 70 / 196
-    """share of the random query's tokens that enter the network"""
+    """fraction of the random query's tokens that enter the network"""
 
     position: Literal["patch", "centre", "box", "single", "off"] = "patch"
-    """what is located: every query patch, a query's central patch, its box (Table 5), or each patch of a single view
-    without position embeddings (after Zhai et al.; section 5.1)"""
+    """what to locate: every query patch, the central patch of each query, the box of each query (Table 5), or every
+    patch of a single view without position embeddings (after Zhai et al.; section 5.1)"""
     eta: float = 0.8
-    """share of the reference that the query cannot see: int((1 - eta) N) tokens stay, 39 of 196; 1 leaves nothing to
-    attend to, and the query is located by what it shows alone (section 5.1)"""
+    """fraction of the reference tokens that is hidden from the queries; int((1 - eta) N) stay visible, 39 of 196. With
+    1, queries have nothing to attend to and are located by their own content alone (section 5.1)"""
     mask: Literal["consecutive", "first", "unstructured"] = "consecutive"
-    """visible are a run of tokens in raster order, its first tokens, or a random subset"""
+    """which reference tokens are visible: a random run in raster order, the first ones, or a random subset"""
     draws: Literal["rank", "sample"] = "rank"
-    """one draw of the visible and of the kept tokens per rank and step (released code), or one per image"""
+    """draw the visible and the kept tokens once per rank and step (released code), or once per image"""
 
     clusters: Literal["patch", "cls", "gap", "off"] = "patch"
-    """what is clustered: patches, or whole views by their CLS token or mean token (Table 6b). Off: as in the released
-    code, the student encodes the visible reference tokens too, without a teacher, and queries get no positions"""
+    """what to cluster: patches, or whole views by their CLS token or mean token (Table 6b). "off" follows the released
+    code: no teacher, the student also encodes the visible reference tokens, and queries get no position embeddings"""
     prototypes: int = 4096
-    """K (Table 6c: 16 to 16384)"""
+    """number K of prototypes (Table 6c: 16 to 16384)"""
     hidden: int = 2048
     """width of the projector's two hidden layers"""
     sinkhorn: int = 3
-    """Sinkhorn-Knopp iterations on the targets; 0 turns it off (Table 6a)"""
+    """number of Sinkhorn-Knopp iterations on the targets; 0 turns them off (Table 6a)"""
     me_max: float = 1.0
     """weight of the mean entropy maximisation; 0 turns it off (Table 6a)"""
     teacher_temperature: float = 0.05
     student_temperature: float = 0.1
     average: Literal["pooled", "query"] = "pooled"
-    """a loss is the mean over a rank's valid tokens (released code), or over queries of each one's mean (paper)"""
+    """average losses over all valid tokens of a rank (released code), or per query and then over queries (paper)"""
     momentum: float = 0.996
-    """of the teacher at the start; rises to 1 along a cosine"""
+    """EMA momentum of the teacher at the start of the run; it rises to 1 along a cosine"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -98,15 +99,15 @@ class Config:
             raise ValueError(
                 "position 'single' has no queries to cluster and no reference to hide: clusters off, eta < 1"
             )
-        views(self)  # names a backbone, a size or a probability that cannot be
+        views(self)  # raises ValueError for an invalid backbone, size or probability
 
     def visible(self, total: int) -> int:
-        """How many of `total` reference tokens the query sees."""
-        return int((1 - self.eta) * total + 1e-9)  # a float's (1 - 0.9) * 200 is a hair below 20
+        """Return how many of `total` reference tokens the query sees."""
+        return int((1 - self.eta) * total + 1e-9)  # in floating point, (1 - 0.9) * 200 is slightly below 20
 
 
 def views(cfg: Config) -> Recipe:
-    """A reference, a random query and focal queries, with the reference patch that each query patch shows."""
+    """Return the recipe of a reference, a random query and focal queries, with the patch targets between them."""
     patch = vit_shape(cfg.backbone).patch
     if cfg.views.patch not in (None, patch):
         raise ValueError(f"views.patch is {cfg.views.patch}: {cfg.backbone} has patches of {patch}; leave it null")
@@ -117,9 +118,9 @@ def views(cfg: Config) -> Recipe:
 
 
 class CrossAttention(nn.Module):
-    """One block in which query tokens look at reference tokens, and not at one another. No drop-path, no positions.
+    """A block in which query tokens attend to reference tokens only. It has no drop-path and no position embeddings.
 
-    With ``attend=False`` there is no reference to look at: the attention adds nothing and has no weights.
+    With ``attend=False`` there is no reference to attend to: the block is the MLP alone, without attention weights.
     """
 
     def __init__(self, width: int, heads: int, attend: bool) -> None:
@@ -144,7 +145,7 @@ class CrossAttention(nn.Module):
 
 
 def mlp(widths: list[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """Linear layers from width to width with activations between them."""
+    """Build linear layers between successive `widths`, with an activation between layers but not after the last."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
         linear = nn.Linear(fan_in, fan_out)
@@ -166,14 +167,14 @@ class Clusters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.projector(x)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round a logit by up to 0.04
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would change a logit by up to 0.04
             weight = self.prototypes.weight
             weight = weight / (weight.norm(dim=1, keepdim=True) + 1e-10)
             return F.linear(F.normalize(x.to(weight.dtype), dim=-1), weight)
 
 
 class Branch(nn.Module):
-    """Everything that has weights, and of which the teacher has a copy. Only what the configuration uses is built."""
+    """All modules with weights. The teacher is a copy of it. Only the modules that the configuration uses are built."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -189,12 +190,12 @@ class Branch(nn.Module):
             self.head = mlp([width, width, width, 4] if cfg.position == "box" else [width, positions], nn.ReLU)
 
     def locate(self, queries: Tensor, reference: Tensor | None) -> Tensor:
-        """Query tokens (B, T, D) and visible reference tokens (B, n, D) -> position logits of every query token."""
+        """Return position logits of query tokens (B, T, D) that attend to visible reference tokens (B, n, D)."""
         return method.fp32(self.head(self.norm(self.cross(queries, reference))))
 
 
 class Method(method.Method):
-    """LOCA. Its ablations of what is located and what is clustered are in _loca_ablations.py."""
+    """LOCA. The ablations of what is located and what is clustered are in _loca_ablations.py."""
 
     headline_metrics = ("position_accuracy", "cluster_loss")
 
@@ -204,14 +205,14 @@ class Method(method.Method):
         self.cfg, self.mean, self.std = cfg, recipe.mean, recipe.std
         self.student = Branch(cfg)
         if cfg.position == "single" or (cfg.clusters == "off" and cfg.eta == 1):
-            # Nothing in this variant has a position: none is learned, and what is exported needs none.
+            # This variant uses no position embeddings: they stay 0, untrained, and the exported model needs none.
             nn.init.zeros_(self.student.backbone.pos_embed).requires_grad_(False)
         self.teacher = deepcopy(self.student).requires_grad_(False) if cfg.clusters != "off" else None
 
     def forward(self, batch: Batch, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this rank's images, whose mean over ranks is to be minimised, and its parts.
+        """Return this rank's loss, to be averaged over ranks, and its parts. `progress` is not used.
 
-        No gradient reaches the teacher. A part without a valid correspondence is 0. `progress` changes nothing here.
+        No gradient reaches the teacher. A part of the loss is 0 if the batch has no valid correspondence for it.
         """
         cfg = self.cfg
         images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
@@ -247,14 +248,14 @@ class Method(method.Method):
         return torch.stack(losses).sum(), {name: value.detach() for name, value in metrics.items()}
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which tokens of the random query are kept, in any order, and which of the reference are visible.
+        """Draw the tokens of the random query that are kept, in any order, and the reference tokens that are visible.
 
-        Both i64 (1, n), one draw for the rank's `count` images, or (count, n), one for each.
+        Both are i64: (1, n) if one draw serves all `count` images of the rank, (count, n) with one draw per image.
         """
         cfg, grid = self.cfg, self.student.backbone.grid
         total, rows = grid**2, count if cfg.draws == "sample" else 1
         order = torch.rand(rows, total, device=device)
-        if cfg.position == "centre":  # the patch that is to be located is always kept, and comes first
+        if cfg.position == "centre":  # the patch to locate is always kept, and comes first
             order[:, ablations.centre(grid)] = -1
         keep = order.argsort(dim=1)[:, : round(cfg.query_keep * total)]
         n = cfg.visible(total)
@@ -266,14 +267,14 @@ class Method(method.Method):
     def encode(
         self, images: dict[str, Tensor], keep: Tensor | None, visible: Tensor
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """All tokens of the reference, its visible patches (B, n, D), and the tokens (B, n, D) of every query view.
+        """Return all reference tokens, the visible reference patches (B, n, D), and each query view's tokens (B, n, D).
 
-        The teacher encodes the reference, without a gradient, the student the queries. Without clusters (released code)
-        there is no teacher: the gradient flows through both branches, hidden patches are dropped before the first
-        block, and queries get no positions.
+        The teacher encodes the reference without a gradient; the student encodes the queries. Without clusters there is
+        no teacher, as in the released code: the student encodes both with gradients, hidden reference patches are
+        dropped before the first block, and queries get no position embeddings.
         """
         student, (count, device) = self.student.backbone, (len(images["reference"]), images["reference"].device)
-        drops = focal_drops = None  # which branches are dropped: each pass draws for itself
+        drops = focal_drops = None  # which branches to drop; with None, each pass draws its own
         if self.cfg.drop_path_shared and self.training:
             drops = torch.rand(count, len(student.blocks), 2, device=device)
             others = torch.rand(count, max(self.cfg.views.focal_views - 1, 0), *drops.shape[1:], device=device)
@@ -287,14 +288,14 @@ class Method(method.Method):
                 seen = take(reference[:, student.num_prefix_tokens :], visible)
         queries = [student(images["query"], keep, positions=positions, drops=drops)]
         if "focal" in images:
-            focal = student(images["focal"], positions=positions, drops=focal_drops)  # image by image
+            focal = student(images["focal"], positions=positions, drops=focal_drops)  # rows are image-major
             queries += focal.unflatten(0, (count, -1)).unbind(1)
         return reference, seen, queries
 
     def position_loss(
         self, tokens: Tensor, seen: Tensor | None, target: Tensor, lengths: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Equation 2 and the share of right guesses: tokens (B, T, D), visible reference (B, n, D), target (B, T)."""
+        """Return the loss of equation 2 and the accuracy. tokens (B, T, D), seen reference (B, n, D), target (B, T)."""
         logits = self.student.locate(tokens, seen)
         loss = F.cross_entropy(logits.mT, target, ignore_index=-1, reduction="none")
         valid = target >= 0
@@ -303,10 +304,11 @@ class Method(method.Method):
     def cluster_loss(
         self, queries: Tensor, reference: Tensor, rows: Tensor, lengths: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation 1 with mean entropy maximisation: queries (B, T, D), reference (B, R, D), rows (B, T) in -1..R-1.
+        """Return the loss of equation 1 plus mean entropy maximisation, and its parts.
 
-        Each query token predicts the cluster assignment of the reference feature `rows` of its image; -1 has none, but
-        still counts in the mean prediction, whose entropy is taken over all ranks.
+        Shapes: queries (B, T, D), reference (B, R, D), rows (B, T) in -1..R-1. Each query token predicts the cluster
+        assignment of the reference feature that `rows` names in the same image. A token with -1 has no target, but
+        still counts in the mean prediction over all ranks, whose entropy is maximised.
         """
         cfg, teacher = self.cfg, self.teacher
         assert teacher is not None
@@ -323,13 +325,16 @@ class Method(method.Method):
         used = scores.new_zeros(cfg.prototypes).scatter_(0, assigned.argmax(-1).flatten(), 1.0)
         return loss + cfg.me_max * negative_entropy, {
             "cluster_loss": loss,
-            "me_max": (negative_entropy + log(cfg.prototypes)).clamp(min=0),  # as KL divergence to uniform
+            "me_max": (negative_entropy + log(cfg.prototypes)).clamp(min=0),  # KL divergence to uniform
             "target_entropy": torch.special.entr(assigned).sum(-1).mean(),
             "prototypes_in_use": used.sum(),
         }
 
     def average(self, x: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
-        """The mean of `x` (B, T) where `valid`: over all tokens, or over the queries that have any, of each one's."""
+        """Return the mean of `x` (B, T) over valid tokens, or the mean over query views of each view's mean.
+
+        Query views without a valid token do not count. `cfg.average` chooses between the two.
+        """
         if self.cfg.average == "pooled":
             return pooled(x, valid)
         sums = torch.stack([view.sum(1) for view in (x * valid).split(lengths, dim=1)], dim=1)
@@ -338,29 +343,29 @@ class Method(method.Method):
 
     @torch.no_grad()
     def after_step(self, progress: Tensor) -> None:
-        """The teacher follows the student, parameter by parameter, by 1 - momentum."""
+        """Move the teacher's parameters towards the student's by a factor of 1 - momentum."""
         if self.teacher is None:
             return
         rate = self.rate(progress)
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
         step = torch._foreach_sub(student, teacher)
-        torch._foreach_mul_(step, rate.to(student[0].device))  # a tensor: a lerp's weight would have to reach the host
+        torch._foreach_mul_(step, rate.to(student[0].device))  # lerp would need the rate on the host
         torch._foreach_add_(teacher, step)
 
     def rate(self, progress: Tensor) -> Tensor:
-        """1 - momentum of the teacher: falls to 0 along a cosine."""
+        """Return 1 - momentum of the teacher, which falls to 0 along a cosine."""
         return (1 - self.cfg.momentum) * 0.5 * (1 + torch.cos(pi * progress))
 
     def scheduled(self, progress: Tensor) -> dict[str, Tensor]:
         return {} if self.teacher is None else {"ema_momentum": 1 - self.rate(progress)}
 
     def backbone(self) -> VisionTransformer:
-        """The teacher's, whose weights the paper evaluates; without a teacher the student's."""
+        """Return the teacher's backbone, which the paper evaluates, or the student's if there is no teacher."""
         return (self.student if self.teacher is None else self.teacher).backbone
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Decayed are matrices, position embeddings, prototypes, and the biases of q, k and v (released code)."""
+        """Return two groups. Matrices, position embeddings, prototypes and q, k, v biases decay (released code)."""
         decayed: list[Tensor] = []
         exempt: list[Tensor] = []
         for name, parameter in self.student.named_parameters():
@@ -371,7 +376,7 @@ class Method(method.Method):
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
     def picture(self, batch: Batch, path: Path) -> bool:
-        """Query windows, where the model places their patches, and where they belong."""
+        """Draw the query windows, the predicted places of their patches, and the true ones."""
         places, visible = self.place(batch)
         if places:  # not every variant locates patches
             visualise.placements(path, batch, places, visible, grid=self.student.backbone.grid)
@@ -379,10 +384,11 @@ class Method(method.Method):
 
     @torch.no_grad()
     def place(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Where the method places every patch, and which reference patches it saw: for pictures; call `eval()` first.
+        """Return the predicted place of every query patch, and the reference patches that were visible, for pictures.
 
-        i64 (B, V, n) by kind, laid out as the targets, and i64 (1 or B, n). No token of a query is dropped. Empty
-        where no query's patches are located (position "box", "single" or "off").
+        Places are i64 (B, V, n) by kind of view, laid out like the targets; visible patches are i64 (1 or B, n). No
+        query token is dropped. Places are empty if the variant locates no patches (position "box", "single" or "off").
+        Call `eval()` first.
         """
         images = {kind: normalise(view.pixels, self.mean, self.std) for kind, view in batch.views.items()}
         _, visible = self.draw(len(images["reference"]), images["reference"].device)
@@ -399,16 +405,16 @@ class Method(method.Method):
 
 
 def pooled(x: Tensor, valid: Tensor) -> Tensor:
-    """The mean of `x` where `valid`; 0 where nothing is."""
+    """Return the mean of `x` where `valid`, or 0 if nothing is valid."""
     valid = valid.to(x.dtype)
     return (x * valid).sum() / (valid.sum() + 1e-8)
 
 
 def sinkhorn(p: Tensor, iterations: int) -> Tensor:
-    """Evens out how much each of K clusters is used by the rows of p (n, K) of all ranks; rows sum to 1 again.
+    """Balance the use of the K clusters over the rows of p (n, K) on all ranks. Rows of the result sum to 1.
 
-    Each iteration divides columns by their sums over all ranks, then rows by theirs. Only the two scaling vectors are
-    iterated: the matrix is read, and written once.
+    Each iteration divides columns by their sums over all ranks, then rows by their sums. Only the two scaling vectors
+    are iterated: the matrix is read in each iteration, and written once.
     """
     if iterations == 0:
         return p

@@ -1,7 +1,7 @@
-"""VICRegL: the views of an image agree as wholes, and where they show the same place or look alike.
+"""VICRegL: VICReg on whole views, and on cells of two views that show the same place or have similar features.
 
-Bardes, Ponce, LeCun, "VICRegL: Self-Supervised Learning of Local Visual Features" (arXiv 2210.01571), with what the
-paper leaves open taken from the released code (facebookresearch/VICRegL).
+Bardes, Ponce, LeCun, "VICRegL: Self-Supervised Learning of Local Visual Features" (arXiv 2210.01571). What the paper
+leaves open follows the released code (facebookresearch/VICRegL).
 
 Letters: B images of this rank, n images of all ranks, N views, T cells of all views of an image one after another, D
 width. A slot is one matched pair of cells of a pair of views; its statistics run over the n images.
@@ -22,35 +22,35 @@ from trainer.parallel import gather, rank, world_size
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the ConvNeXt-S run: 74.6 % linear top-1, 67.5 mIoU on frozen VOC after 400 epochs (Table 2)."""
+    """VICRegL. Defaults: the ConvNeXt-S run (Table 2: 74.6 % linear top-1, 67.5 mIoU on frozen VOC, 400 epochs)"""
 
     backbone: str = "convnext_small"
-    """resnet50, convnext_{tiny,small,base,large,xlarge}, or vit_SIZE_patchP as LOCA has them"""
+    """resnet50, convnext_{tiny,small,base,large,xlarge}, or vit_SIZE_patchP as in LOCA"""
     drop_path: float = 0.1
-    """of the last block, falling linearly to 0 at the first (released code; ResNet-50 has none: set 0)"""
+    """drop-path rate of the last block, decreasing linearly to 0 at the first (released code; with ResNet-50, set 0)"""
     views: recipes.VICRegL = field(default_factory=recipes.VICRegL)
 
     alpha: float = 0.75
-    """weight of the global loss, 1 - alpha of the local one; 1 is VICReg, 0 is local only (Fig. 2: 0.9 and 0.75)"""
+    """weight of the global loss; the local loss has 1 - alpha. 1 is VICReg, 0 is local only (Fig. 2: 0.9 and 0.75)"""
     locations: bool = True
-    """match cells by where they lie (L_s); without, its half of the local loss is missing"""
+    """match cells by location (L_s). If false, this half of the local loss is left out"""
     features: bool = True
-    """match cells by their features' distance (L_d); without, its half of the local loss is missing"""
+    """match cells by feature distance (L_d). If false, this half of the local loss is left out"""
     feature_gamma: tuple[int, int] | None = (20, 4)
-    """as views.gamma, for feature matches; null is the released code's default, which its author says should not be"""
+    """like views.gamma, for matches by features. null: the released code's default, unintended by its author"""
 
     criterion: Literal["vicreg", "simclr"] = "vicreg"
-    """"simclr" puts the contrastive loss in VICReg's place, globally and in each slot: SimCLR-L (Table 4)"""
+    """"simclr" replaces VICReg by the contrastive loss, both globally and in each slot: SimCLR-L (Table 4)"""
     invariance: float = 25.0
     variance: float = 25.0
     covariance: float = 1.0
-    """weights of VICReg's parts, the same globally and locally; 0 leaves a part out (Table 7)"""
+    """weights of VICReg's three terms, in the global and the local loss alike; 0 leaves a term out (Table 7)"""
     temperature: float = 0.1
-    """of the contrastive loss (SimCLR's; the paper names none)"""
+    """temperature of the contrastive loss (SimCLR's value; the paper states none)"""
     expander: tuple[int, ...] = (8192, 8192, 8192)
-    """widths of the head on the mean feature"""
+    """layer widths of the head on each view's mean feature"""
     projector: tuple[int, ...] = (512, 512, 512)
-    """widths of the head on every cell's feature"""
+    """layer widths of the head on each cell's feature"""
 
     def __post_init__(self) -> None:
         v, stride, grids = self.views, self.stride, self.grids
@@ -73,22 +73,22 @@ class Config:
             most, fewest = grids[0] ** 2, min(grids) ** 2
             if gamma is not None and self.alpha < 1 and not (1 <= gamma[0] <= most and 1 <= gamma[1] <= fewest):
                 raise ValueError(f"{name} is {gamma}: at most {most} and {fewest} cells can match, at least 1")
-        views(self)  # names a probability or a scale that cannot be
+        views(self)  # raises ValueError for an invalid probability or scale
 
     @property
     def stride(self) -> int:
-        """Pixels per side of a cell."""
+        """Side of a cell in pixels."""
         return vit_shape(self.backbone).patch if self.backbone.startswith("vit") else 32
 
     @property
     def grids(self) -> list[int]:
-        """Cells per side of every view."""
+        """Number of cells per side of each view."""
         v, stride = self.views, self.stride
         return [v.size // stride] * v.large + [v.small_size // stride] * v.small
 
 
 def views(cfg: Config) -> Recipe:
-    """Large and small views, and which of their cells lie closest: "matches" i32 (B, M, 2)."""
+    """Return the recipe of large and small views, with the pairs of closest cells as "matches", i32 (B, M, 2)."""
     recipe = replace(cfg.views, stride=cfg.stride).recipe()
     return recipe if cfg.locations and cfg.alpha < 1 else replace(recipe, targets=None)
 
@@ -97,19 +97,20 @@ def views(cfg: Config) -> Recipe:
 
 
 class Term(NamedTuple):
-    """The cells of view `query` looking for a match in view `candidate`; the best `kept` count, together `weight`."""
+    """Each cell of view `query` is matched to one of view `candidate`; the `kept` best matches enter the loss."""
 
     query: int
     candidate: int
     kept: int
-    start: int  # its first slot among the targets "matches"
-    weight: float
+    start: int  # the term's first slot among the targets "matches"
+    weight: float  # of all kept matches together
 
 
 def terms(grids: list[int], large: int, gamma: tuple[int, int] | None) -> list[Term]:
-    """The terms of one part of the local loss: a mean over ordered pairs, half for each direction, half for the part.
+    """Return the terms of one half of the local loss, by location or by features.
 
-    Two pairs may ask the same of the same views (0 to 1, when all cells are kept): such a term is computed once.
+    The half is a mean over ordered pairs of views and over the two directions of each pair. Two pairs may need the
+    same term, as pairs (0, 1) and (1, 0) do when all cells are kept. It is then computed once, with the summed weight.
     """
     pairs = [(i, j) for i in range(large) for j in range(len(grids)) if i != j]
     found: dict[tuple[int, int, int], Term] = {}
@@ -124,7 +125,7 @@ def terms(grids: list[int], large: int, gamma: tuple[int, int] | None) -> list[T
 
 
 class Matches(nn.Module):
-    """Which cells are compared in an image, and how much each comparison counts."""
+    """Finds the cells to compare in each image, and holds the weight of each comparison."""
 
     slot_weight: Tensor
     fixed_cells: Tensor
@@ -135,17 +136,17 @@ class Matches(nn.Module):
         super().__init__()
         grids, large = cfg.grids, cfg.views.large
         cells = [grid**2 for grid in grids]
-        self.first = [sum(cells[:v]) for v in range(len(cells) + 1)]  # of each view's cells among all T
-        self.large = self.first[large]  # cells of large views: every pair has one of them
+        self.first = [sum(cells[:v]) for v in range(len(cells) + 1)]  # index of each view's first cell among all T
+        self.large = self.first[large]  # number of cells in large views; every pair includes a large view
         self.locations = terms(grids, large, cfg.views.gamma) if cfg.locations else []
         self.features = terms(grids, large, cfg.feature_gamma) if cfg.features else []
 
-        with torch.device("cpu"):  # also where the rest is made without contents, to estimate what it costs
+        with torch.device("cpu"):  # real values even on the meta device, which estimates of the cost use
             slot_weight, varying = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.long)
             cell_weight = torch.zeros(self.first[-1], dtype=torch.float64)
             for term in self.locations + self.features:
                 weight = torch.full((term.kept,), term.weight / term.kept, dtype=torch.float64)
-                if term.kept == cells[term.query]:  # slot k queries with cell k in every image: one for all such terms
+                if term.kept == cells[term.query]:  # slot k is cell k in every image, so terms share its statistics
                     cell_weight[self.first[term.query] : self.first[term.query + 1]] += weight
                 else:
                     varying = torch.cat([varying, torch.arange(len(slot_weight), len(slot_weight) + term.kept)])
@@ -153,12 +154,12 @@ class Matches(nn.Module):
             fixed = cell_weight.nonzero()[:, 0]
             side_weight = torch.cat([cell_weight[fixed], slot_weight[varying], slot_weight]) / 2
         self.register_buffer("slot_weight", slot_weight, persistent=False)  # (M,)
-        self.register_buffer("fixed_cells", fixed, persistent=False)  # cells that query in every image
-        self.register_buffer("varying_slots", varying, persistent=False)  # whose query cell differs between images
-        self.register_buffer("side_weight", side_weight, persistent=False)  # (S,), as `sides` orders them
+        self.register_buffer("fixed_cells", fixed, persistent=False)  # query cells that are the same in every image
+        self.register_buffer("varying_slots", varying, persistent=False)  # slots whose query cell depends on the image
+        self.register_buffer("side_weight", side_weight, persistent=False)  # (S,), in the order of `sides`
 
     def forward(self, squared: Tensor, located: Tensor | None) -> Tensor:
-        """Squared feature distances (B, cells of large views, T) and location matches (B, M', 2) -> slots (B, M, 2)."""
+        """Squared feature distances (B, cells of large views, T), location matches (B, M', 2) -> slots (B, M, 2)."""
         found = []
         if located is not None:
             found += [located[:, t.start : t.start + t.kept].long() for t in self.locations]
@@ -166,7 +167,7 @@ class Matches(nn.Module):
         return torch.cat(found, dim=1)
 
     def _nearest(self, squared: Tensor, term: Term) -> Tensor:
-        """The `kept` cells of the query view closest to a cell of the candidate view, with those: (B, kept, 2)."""
+        """Return the `kept` closest pairs (query cell, its nearest candidate cell) of a term: (B, kept, 2)."""
         a, b = (slice(self.first[v], self.first[v + 1]) for v in (term.query, term.candidate))
         block = squared[:, a, b] if a.stop <= self.large else squared[:, b, a].mT
         distance, nearest = block.min(dim=2)
@@ -178,7 +179,7 @@ class Matches(nn.Module):
         return torch.stack([cell + a.start, nearest + b.start], dim=2)
 
     def sides(self, slots: Tensor) -> Tensor:
-        """The cells whose statistics count, query and candidate sides, each once: (B, S) from the slots (B, M, 2)."""
+        """Return the cells (B, S) on both sides of the slots (B, M, 2); query cells equal in every image come once."""
         fixed = self.fixed_cells.expand(len(slots), -1)
         return torch.cat([fixed, slots[:, self.varying_slots, 0], slots[..., 1]], dim=1)
 
@@ -187,9 +188,9 @@ class Matches(nn.Module):
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(B, P, D) and (B, R, D) -> (B, P, R), from one product: the P x R x D differences never exist.
+    """(B, P, D) and (B, R, D) -> (B, P, R), by a matrix product that avoids the P x R x D differences.
 
-    Features of an image share most of what they are; without that share the product loses no digits that matter.
+    The features of an image have a large common mean. It is subtracted first, so that the product cancels few digits.
     """
     centre = b.mean(1, keepdim=True).detach()
     a, b = a - centre, b - centre
@@ -197,21 +198,21 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Regularity(torch.autograd.Function):
-    """VICReg's variance and covariance terms of many slots, summed by weight: value and gradient in one pass.
+    """Weighted sum of VICReg's variance and covariance terms over many slots: value and gradient in one pass.
 
-    The gradient is known in closed form, so that a slot's n x D features, gathered from the cells, live only while
-    their chunk is computed; what stays is one gradient of the size of the cells. 4 n D min(n, D) multiplications a
-    slot: with fewer images than channels, the squares of the covariances are summed as those of the n x n Gram matrix.
+    The gradient has a closed form. Therefore the n x D features of a slot, gathered from the cells, are only needed
+    while their chunk is computed; one gradient of the size of `cells` is kept. A slot takes 4 n D min(n, D)
+    multiplications: with n <= D, the sum of squared covariances is computed from the n x n Gram matrix (same sum).
     """
 
     @staticmethod
     def forward(ctx: Any, cells: Tensor, rows: Tensor, weight: Tensor, variance: float, covariance: float) -> Tensor:
-        """cells (R, D), rows i64 (S, n) of cells, weight (S,) -> (3,): sum, its variance part, its covariance part."""
+        """cells (R, D), rows i64 (S, n) of cells, weight (S,) -> (3,): the sum, its variance and covariance parts."""
         n, d = rows.shape[1], cells.shape[1]
         dof = max(n - 1, 1)
         gradient = torch.zeros_like(cells)
         parts = cells.new_zeros(2)
-        in_flight = 2**20 if cells.device.type == "cpu" else 2**25  # what a cache holds; what keeps a GPU busy
+        in_flight = 2**20 if cells.device.type == "cpu" else 2**25  # numbers: to fit a CPU's cache, to keep a GPU busy
         chunk = max(1, in_flight // (n * max(n, d)))
         for index, w in zip(rows.split(chunk), weight.split(chunk), strict=True):
             x = cells.index_select(0, index.flatten()).unflatten(0, (-1, n))
@@ -246,7 +247,10 @@ class _Regularity(torch.autograd.Function):
 
 
 def contrast(cells: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss of each slot, (S,); cells (R, D), rows i64 (S, n, 2) of matched ones. Other images are negative."""
+    """Return SimCLR's loss of each slot, (S,). cells (R, D); rows i64 (S, n, 2): matched cells, the positives.
+
+    The cells of all other images in a slot are the negatives.
+    """
     x = F.normalize(cells[rows.mT.flatten(1)], dim=2)
     images = rows.shape[1]
     logits = x @ x.mT / temperature
@@ -256,10 +260,10 @@ def contrast(cells: Tensor, rows: Tensor, temperature: float) -> Tensor:
 
 
 def my_slots(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All ranks' cells (n*T, D) in full precision, and this rank's share of the slots: rows of it (s, n, ...), weights.
+    """Return all ranks' cells (n*T, D) in fp32, and rows (s, n, ...) and weights (s,) of this rank's share of slots.
 
-    From all ranks' cells (n, T, D), the index (n, S, ...) of cells in each slot and weights (S,). The loss is a mean
-    over ranks: hence the larger weights.
+    The inputs are all ranks' cells (n, T, D), the cell index (n, S, ...) of each slot within its image, and weights
+    (S,). Weights are multiplied by the number of ranks, because the trainer averages the loss over ranks.
     """
     share = slice(rank(), None, world_size())
     first = torch.arange(len(cells), device=index.device) * cells.shape[1]
@@ -268,9 +272,10 @@ def my_slots(cells: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 
 def spread(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean standard deviation over the batch of the L2-normalised features (B, D); mean correlation of two channels.
+    """Return the mean standard deviation of L2-normalised features (B, D), and the mean correlation of two channels.
 
-    0 and 1 say collapse. The sum over all pairs of channels is the square of a sum, so that no D x D matrix is needed.
+    Values of 0 and 1 indicate collapse. The sum over all pairs of channels is the square of a sum, so that no D x D
+    matrix is needed.
     """
     x = method.fp32(x.detach())
     std = F.normalize(x, dim=1).std(0, correction=min(len(x) - 1, 1)).mean()
@@ -281,9 +286,9 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Objective(nn.Module):
-    """Both losses and their parts, of embeddings and of cells. A rank computes its share: the mean over ranks counts.
+    """The global loss of embeddings and the local loss of cells. The mean over ranks counts: each computes a share.
 
-    What the ranks exchange are embeddings, cells and indices: not the slots made of them, ten times as many numbers.
+    The ranks exchange embeddings, cells and indices. Gathered slots would be ten times as many numbers.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -293,7 +298,7 @@ class Objective(nn.Module):
             self.matches = Matches(cfg)
 
     def global_loss(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """VICReg of embeddings (B, N, D): variance and covariance of all views, invariance of the ordered pairs."""
+        """Return VICReg's loss of embeddings (B, N, D): variance, covariance per view, invariance per ordered pair."""
         cfg, large, (count, n_views, width) = self.cfg, self.cfg.views.large, embeddings.shape
         pairs = large * (n_views - 1)
         e, everyone = method.fp32(embeddings), gather(embeddings)
@@ -308,13 +313,13 @@ class Objective(nn.Module):
         return self.regularised(invariance, everyone, index, e.new_full((n_views,), 1 / n_views))
 
     def local_loss(self, cells: Tensor, located: Tensor | None) -> dict[str, Tensor]:
-        """The loss of matched cells, (B, T, D), by place (B, M', 2) and by features: see `terms` for the weights."""
+        """Return the loss of cells (B, T, D) matched by location (B, M', 2) and by features; weights as in `terms`."""
         z, everyone, matches = method.fp32(cells), gather(cells), self.matches
         squared = squared_distances(z[:, : matches.large], z)
         slots = matches(squared.detach(), located)
         if self.cfg.criterion == "simclr":
             return self.contrastive(everyone, gather(slots.int()), matches.slot_weight.to(z.dtype))
-        # One cell of each slot is a large view's, and these come first: the table of distances has them all.
+        # Each slot has a cell of a large view, and those have the lowest indices. `squared` thus covers every slot.
         where = torch.minimum(slots[..., 0], slots[..., 1]) * z.shape[1] + torch.maximum(slots[..., 0], slots[..., 1])
         weight = matches.slot_weight.to(z.dtype) * (self.cfg.invariance / (len(z) * z.shape[2]))
         invariance = (squared.flatten(1).gather(1, where) * weight).sum()
@@ -335,7 +340,7 @@ class Objective(nn.Module):
 
 
 class Head(nn.Sequential):
-    """Linear layers, each but the last followed by a norm and ReLU; the last has no bias (released code)."""
+    """Linear layers. All but the last are followed by a norm and ReLU; the last has no bias (released code)."""
 
     def __init__(self, width: int, widths: tuple[int, ...], norm: Any) -> None:
         layers: list[nn.Module] = []
@@ -346,7 +351,7 @@ class Head(nn.Sequential):
 
 
 class Method(method.Method):
-    """VICRegL. Batch norm, which ResNet-50 and its heads have, sees the cells of one view at a time (released code)."""
+    """VICRegL. Batch norm, used with ResNet-50, sees the cells of one view at a time (released code)."""
 
     headline_metrics = ("embedding_std", "global_invariance")
 
@@ -390,7 +395,7 @@ class Method(method.Method):
         return loss, metrics
 
     def encode(self, batch: Batch, kind: str) -> list[Tensor]:
-        """The maps (B, cells, D) of each view of a kind."""
+        """Return the feature maps (B, cells, D) of each view of a kind."""
         pixels = batch.views[kind].pixels
         x = normalise(pixels, self.mean, self.std).unflatten(0, pixels.shape[:2])
         if self.one_by_one:
@@ -398,7 +403,7 @@ class Method(method.Method):
         return list(self.encoder(x.flatten(0, 1)).unflatten(0, pixels.shape[:2]).unbind(1))
 
     def on_views(self, head: Head, maps: list[Tensor]) -> Tensor:
-        """(B, cells, D) of each view -> (B, T, D'), all views one after another."""
+        """Apply `head` to maps (B, cells, D) of each view -> (B, T, D'), all views one after another."""
         if self.one_by_one:
             maps = [head(view.flatten(0, 1)).unflatten(0, view.shape[:2]) for view in maps]
             return torch.cat(maps, dim=1)
