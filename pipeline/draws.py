@@ -1,8 +1,8 @@
 """Everything random about a view, as a pure function of (seed, epoch, sample, view).
 
-Random numbers come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a keyed
-bijection of a counter, so that no state is carried from one view, sample or step to the next. The key is the seed; the
-counter is (block, view, epoch, sample). Crops and colours use blocks of their own, so a recipe that changes its colour
+Random numbers come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), a keyed
+bijection of a counter. No state is carried from one view, sample or step to the next. The key is the seed; the counter
+is (block, view, epoch, sample). Crops and colours use different blocks, so a recipe that changes its colour
 augmentation keeps its windows.
 """
 
@@ -50,7 +50,7 @@ DISTRIBUTION = np.dtype(
     + [(name, "<f8") for name in _PROBABILITIES]
     + [(name, "<i8") for name in _CHOICES]
 )
-"""What the numbers of one view are drawn from: ranges, probabilities, and the algorithms."""
+"""The distribution of one view's random numbers: ranges, probabilities and algorithms."""
 
 _FILTERS = {
     ("bilinear", False): BILINEAR,
@@ -59,11 +59,11 @@ _FILTERS = {
 }
 _RULES = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "centre": CENTRE, "scaled": SCALED, "mmseg": MMSEG}
 _ATTEMPTS = {TORCHVISION: 10, TENSORFLOW: 100, CENTRE: 0, SCALED: 0}
-_COLOUR_BLOCK = 1 << 15  # crops count blocks from 0, colours from here
+_COLOUR_BLOCK = 1 << 15  # first block of the colours; crops use blocks from 0
 
 
 def distributions(recipe: "Recipe") -> NDArray[np.void]:
-    """The recipe's numbers for `draw`: DISTRIBUTION (T,), one row per view in the order of the cuts."""
+    """Return the recipe's input for `draw`: DISTRIBUTION (T,), one row per view in the order of the cuts."""
     rows = []
     for cut in recipe.cuts:
         for a in cut.by_view:
@@ -91,11 +91,11 @@ def draw(
     sizes: NDArray[np.int32],
     attempt: int = 0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Windows f32 (B, T, 4) and parameters f32 (B, T, PARAMS) of all views of the samples `index` i64 (B,).
+    """Draw windows f32 (B, T, 4) and parameters f32 (B, T, PARAMS) for all views of the samples `index` i64 (B,).
 
-    `sizes` i32 (B, 2) holds the height and width of each stored image. Windows have whole numbers and are never empty;
-    only those of a "scaled" cut may reach beyond the image: below it, and behind its last column as the view shows it.
-    Another `attempt` moves these windows and changes nothing else. Raises ValueError when a size is not positive or the
+    `sizes` i32 (B, 2) holds the height and width of each stored image. Windows have whole numbers and are never empty.
+    Only windows of a "scaled" cut may extend beyond the image: below it, and at the right of the view as displayed.
+    Another `attempt` moves these windows and changes nothing else. Raises ValueError if a size is not positive or the
     shapes disagree.
     """
     index = np.ascontiguousarray(index, dtype=np.int64)
@@ -109,14 +109,14 @@ def draw(
 
 @kernel
 def _multiply(a, b):
-    """High and low half of the product of two 32-bit numbers held in uint64."""
+    """Return the high and low half of the product of two 32-bit numbers held in uint64."""
     product = a * b
     return product >> np.uint64(32), product & np.uint64(0xFFFFFFFF)
 
 
 @kernel
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10: four 32-bit words (as uint64) of a counter of four and a key of two."""
+    """Return Philox4x32-10's four 32-bit words (as uint64) for a counter of four words and a key of two."""
     mask = np.uint64(0xFFFFFFFF)
     for _ in range(10):
         high0, low0 = _multiply(np.uint64(0xD2511F53), c0)
@@ -129,13 +129,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @kernel
 def _unit(word):
-    """A float64 in [0, 1) of a 32-bit word."""
+    """Convert a 32-bit word to a float64 in [0, 1)."""
     return np.float64(word) * 2.0**-32
 
 
 @kernel
 def _below(word, n):
-    """A whole number in [0, n) of a 32-bit word; for n < 2**20 no value is favoured by more than 0.03 %."""
+    """Convert a 32-bit word to a whole number in [0, n); for n < 2**20 no value is favoured by more than 0.03 %."""
     return np.int64((word * np.uint64(n)) >> np.uint64(32))
 
 
@@ -159,9 +159,10 @@ def _words(seed, epoch, sample, view, block):
 
 @kernel
 def torchvision_box(words, attempt, height, width, scale, ratio):
-    """One attempt of torchvision's RandomResizedCrop: (found, y, x, h, w). Area uniform, aspect log-uniform.
+    """Make one attempt of torchvision's RandomResizedCrop. Returns (found, y, x, h, w).
 
-    The attempt past the last one (`attempt` < 0) is the fallback: the largest central box of an allowed aspect.
+    The area is uniform, the aspect log-uniform. `attempt` < 0 is the fallback after the last attempt: the largest
+    central box of an allowed aspect.
     """
     if attempt < 0:
         h, w = height, width
@@ -181,9 +182,10 @@ def torchvision_box(words, attempt, height, width, scale, ratio):
 
 @kernel
 def tensorflow_box(words, attempt, height, width, scale, ratio):
-    """One attempt of TensorFlow's sample_distorted_bounding_box: (found, y, x, h, w). Aspect and height are uniform.
+    """Make one attempt of TensorFlow's sample_distorted_bounding_box. Returns (found, y, x, h, w).
 
-    The fallback (`attempt` < 0) is the whole image. As there, the last possible offset is never drawn.
+    Aspect and height are uniform. As in TensorFlow, the last possible offset is never drawn. `attempt` < 0 is the
+    fallback after the last attempt: the whole image.
     """
     if attempt < 0:
         return True, 0, 0, height, width
@@ -214,7 +216,7 @@ def tensorflow_box(words, attempt, height, width, scale, ratio):
 
 @kernel
 def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, ratio):
-    """The box (y, x, h, w) of one view."""
+    """Return the box (y, x, h, w) of one view."""
     if sampler == CENTRE:
         side = max(1, _round(min(height, width) * scale[1]))
         return (height - side) // 2, (width - side) // 2, side, side
@@ -232,7 +234,7 @@ def _box(sampler, attempts, seed, epoch, sample, view, height, width, scale, rat
 
 @kernel
 def _scaled_box(seed, epoch, sample, view, height, width, d, attempt):
-    """The box (y, x, h, w) of a square of the image whose short side is resized to a drawn share of `short_side`."""
+    """Return the box (y, x, h, w) of a "scaled" view: a square of the image resized by a drawn factor."""
     factor = _between(_words(seed, epoch, sample, view, 1)[0], d["scale_min"], d["scale_max"])
     side = max(1, _round(d["size"] * min(height, width) / (factor * d["short_side"])))
     words = _words(seed, epoch, sample, view, 2 + attempt)
@@ -242,7 +244,10 @@ def _scaled_box(seed, epoch, sample, view, height, width, d, attempt):
 
 @kernel
 def _outside(start, length, limit, size):
-    """How many of the last of `size` pixels lie beyond `limit`, of `length` pixels from `start` on; never all."""
+    """Return how many of a view's `size` rows or columns are padding; at least one is not.
+
+    The view shows `length` stored pixels from `start`. Those from `limit` on are outside the image.
+    """
     return size - max(1, _round(size * min(limit - start, length) / length))
 
 
@@ -261,7 +266,7 @@ def _draw(distributions, seed, epoch, index, sizes, attempt):
                 y, x, h, w = _scaled_box(seed, epoch, index[b], v, height, width, d, attempt)
                 params[b, v, PAD_ROWS] = _outside(y, h, height, d["size"])
                 params[b, v, PAD_COLUMNS] = _outside(x, w, width, d["size"])
-                x = min(x, width - w) if flipped else x  # what lies outside stays at the right
+                x = min(x, width - w) if flipped else x  # keeps the padding at the right of the flipped view
             else:
                 y, x, h, w = _box(d["sampler"], d["attempts"], seed, epoch, index[b], v, height, width, scale, ratio)
             windows[b, v, 0] = y
@@ -283,7 +288,7 @@ def _draw(distributions, seed, epoch, index, sizes, attempt):
             p[SOLARIZE] = _unit(third[1]) < d["solarize"]
             p[FILTER] = d["filter"]
             p[RULE] = d["rule"]
-            if d["rule"] == MMSEG and d["jitter"] > 0:  # each operation by itself
+            if d["rule"] == MMSEG and d["jitter"] > 0:  # each operation has its own probability
                 chances = _words(seed, epoch, index[b], v, _COLOUR_BLOCK + 3)
                 p[ORDER] = CONTRAST_FIRST if _unit(third[2]) < 0.5 else CONTRAST_LAST
                 for k in range(4):

@@ -1,21 +1,22 @@
-"""Stored images in, views out: everything of DALI.
+"""The DALI pipeline that turns stored images into views. No other module uses DALI.
 
-Three forms of one graph, the same views from each:
+There are three forms of the graph, with the same views from each:
 
-- ``operators`` decodes, slices each window, resizes it (a window that runs backwards is flipped by the resize itself)
-  and leaves the colour augmentation to `colour.apply`. On a GPU all but the decoder's parser runs there.
-- ``fused`` decodes on the CPU, where one numba kernel per image cuts and augments all views: several times faster than
-  operators there. On a CPU it writes them, normalised if asked for, into `buffers` that are used again. For a GPU the
-  views are copied: DALI keeps what it copies from in pinned buffers of its own, copies on a stream of its own as soon
-  as a run's views are cut, and hands out what has arrived.
-- ``triton`` decodes and no more; `triton_views` cuts and augments the decoded images where they lie.
+- ``operators`` decodes, slices each window and resizes it; the resize itself flips windows with x1 < x0. Colour
+  augmentation is left to `colour.apply`. On a GPU everything except the decoder's parser runs on the device.
+- ``fused`` decodes on the CPU, where one numba kernel per image cuts and augments all views. This is several times
+  faster than operators on a CPU. There it writes the views, optionally normalised, into reusable `buffers`. For a GPU
+  DALI copies the views: it uses its own pinned buffers, copies on its own stream as soon as a run's views are cut, and
+  returns views whose copy has finished.
+- ``triton`` only decodes; `triton_views` cuts and augments the decoded images in place.
 
-The fused form decodes of an image what its views show: rows above cost their entropy decoding, rows below nothing. A
-GPU decodes images whole: nvImageCodec 0.9 crashes there on regions.
+The fused form decodes only the region of an image that its views show. Rows above it cost their entropy decoding, rows
+below it cost nothing. A GPU decodes whole images, since nvImageCodec 0.9 crashes on regions there.
 
-Runs are fed and taken by hand, so that each result belongs to the batch that was fed for it. The dynamic executor keeps
-its buffers alive for as long as a result is held, on a GPU also until the device has done what was queued by then (a
-thread of DALI's waits for it), and survives an image that it cannot decode: that run raises, the next one goes on.
+Runs are fed and taken explicitly, so each result belongs to the batch that was fed for it. DALI's dynamic executor
+keeps a result's buffers alive while the result is referenced. On a GPU it also keeps them until the device has finished
+the work queued by then (a DALI thread waits for it). An image that cannot be decoded makes its run raise; the next run
+succeeds.
 """
 
 import ctypes
@@ -56,12 +57,12 @@ _FILTERS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DAL
 
 
 class DecodeError(RuntimeError):
-    """A run failed; most often because an image of its batch cannot be decoded."""
+    """A run failed, usually because an image of its batch cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch's images u8 (H, W, 3) in memory of DALI's, which is theirs for as long as `owner` is held."""
+    """A batch's decoded images u8 (H, W, 3) in DALI's memory, which stays valid while `owner` is referenced."""
 
     addresses: NDArray[np.int64]  # (B,)
     sizes: NDArray[np.int32]  # (B, 2): heights and widths
@@ -69,7 +70,7 @@ class Decoded:
 
 
 def _call(schema: str, device: str, function: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
-    """An operator, after a look at DALI's registry: a missing GPU kernel shows without a GPU."""
+    """Create an operator after checking DALI's registry, which reports a missing GPU kernel even without a GPU."""
     registry: Any = backend
     registered = {
         "cpu": registry.RegisteredCPUOps,
@@ -94,7 +95,7 @@ def _decode(
 ) -> Any:
     arguments: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     if gpu:
-        arguments["jpeg_fancy_upsampling"] = True  # as the CPU decoder upsamples chroma
+        arguments["jpeg_fancy_upsampling"] = True  # upsample chroma as the CPU decoder does
         if hw_decoder_load is not None:
             arguments["hw_decoder_load"] = hw_decoder_load
         if largest:
@@ -104,16 +105,16 @@ def _decode(
     return _call("decoders__Image", "mixed" if gpu else "cpu", fn.decoders.image, images, **arguments)
 
 
-_WIDE = 0.8  # share of its columns beyond which an image is decoded in full width: parts of rows are copied once more
+_WIDE = 0.8  # share of columns above which images are decoded in full width: partial rows cost an additional copy
 
 
 def _regions(
     images: Images, windows: NDArray[np.float32], sizes: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Where the part of each image begins that its views show, and its shape: (y, x) and (height, width), i32 (B, 2).
+    """Return the region of each image that its views show: start (y, x) and shape (height, width), i32 (B, 2) each.
 
-    A file that breaks off has to fail wherever it is looked at, as on any device: all of a file is decoded that does
-    not end as a JPEG does.
+    A file without a JPEG's end marker is decoded whole. If it is cut off, it then fails whatever its views show, as it
+    does on every device.
     """
     edges = windows.reshape(len(images), -1, 2)
     low, high = np.floor(edges.min(1)), np.ceil(edges.max(1))
@@ -125,7 +126,7 @@ def _regions(
     return start.astype(np.int32), (np.clip(high, start + 1, sizes) - start).astype(np.int32)
 
 
-_WINDOWS = {  # what the operators read of a window: pairs (y, x)
+_WINDOWS = {  # the inputs of the operators for each view: pairs (y, x)
     "start": types.DALIDataType.INT32,
     "shape": types.DALIDataType.INT32,
     "roi_start": types.DALIDataType.FLOAT,
@@ -134,12 +135,12 @@ _WINDOWS = {  # what the operators read of a window: pairs (y, x)
 
 
 def _operators(image: Any, cuts: Sequence[Cut], device: str, batch_size: int) -> list[Any]:
-    """Each kind's views (V, S, S, 3), not augmented."""
+    """Return each kind's views (V, S, S, 3), not augmented."""
     kinds, view = [], 0
     for cut in cuts:
         views = []
         for _ in range(cut.count):
-            # A source of its own for each: a subscript is an operator, and DALI runs those of the CPU one at a time.
+            # One source per view and input: a subscript would be an operator, and DALI runs CPU operators in sequence.
             at = {name: _source(f"{name}{view}", dtype, 1) for name, dtype in _WINDOWS.items()}
             size = _source(f"size{view}", types.DALIDataType.FLOAT, 1) if cut.padded else (cut.size, cut.size)
             beyond = {"out_of_bounds_policy": "trim_to_shape"} if cut.padded else {}
@@ -157,7 +158,7 @@ def _operators(image: Any, cuts: Sequence[Cut], device: str, batch_size: int) ->
                 roi_relative=cut.padded,
                 interp_type=_FILTERS[cut.interpolation],
                 antialias=cut.antialias,
-                minibatch_size=batch_size,  # one launch for all images; by default for 32
+                minibatch_size=batch_size,  # one launch for all images, instead of one for every 32
             )
             if cut.padded:
                 whole = {"start": (0, 0), "shape": (cut.size, cut.size), "axes": (0, 1)}
@@ -177,7 +178,7 @@ _SETUP = numba_types.void(_SHAPES, _NDIMS, _INT, _SHAPES, _NDIMS, _INT, _INT)
 
 @intrinsic
 def _pointer(typing_context, address):
-    """The pointer that an integer is."""
+    """Cast an integer address to a pointer."""
 
     def codegen(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -187,10 +188,11 @@ def _pointer(typing_context, address):
 
 @cache
 def _cut_all() -> Any:
-    """All views of one decoded image, as DALI calls a numba operator: outputs, then inputs, by address and shape.
+    """Compile the C function that cuts all views of one decoded image, with the signature of DALI's numba operator.
 
-    The views go into DALI's outputs or, where a fourth input names places, there: an i64 row for each kind with its
-    address, views, side, bytes of an element and address of a `normalise.table`. u8 views have none.
+    The views are written to DALI's outputs or, if there is a fourth input, to the memory that it describes. It has an
+    i64 row for each kind: address, number of views, side, bytes of an element, and address of a `normalise.table`
+    (unused for u8).
     """
 
     def run(outputs, out_shapes, out_ndims, kinds, inputs, in_shapes, in_ndims, count):
@@ -222,7 +224,7 @@ def _cut_all() -> Any:
 
 @cache
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> Any:
-    """Tells DALI the shapes of the outputs of each sample."""
+    """Compile the C function that tells DALI the shapes of the outputs of each sample."""
     sizes, axes = np.array(shapes, dtype=np.int64), len(shapes[0])
 
     @cfunc(_SETUP)
@@ -236,13 +238,13 @@ def _shapes(shapes: tuple[tuple[int, ...], ...]) -> Any:
 
 
 def _fused(cuts: tuple[Cut, ...], gpu: bool) -> Any:
-    """DALI's numba operator with functions that are compiled already.
+    """Create DALI's numba operator with functions that are already compiled.
 
-    DALI wraps the functions it is given and compiles them in each process, which takes 3 to 10 s. What it then calls is
-    this: two C functions, the first of which numba keeps on disk. On a CPU it has a fourth input, and nothing to put
-    out; an operator must have an output.
+    DALI would wrap Python functions and compile them in each process, which takes 3 to 10 s. This operator passes it
+    two C functions; numba caches the first on disk. On a CPU the operator has a fourth input and a dummy output, since
+    an operator must have an output.
     """
-    from nvidia.dali.plugin.numba import NumbaFunction  # it asks numba about CUDA, which may fail where nobody needs it
+    from nvidia.dali.plugin.numba import NumbaFunction  # lazy: asks numba about CUDA, which may fail without a GPU
 
     shapes = tuple((cut.count, cut.size, cut.size, 3) for cut in cuts) if gpu else ((1,),)
 
@@ -267,7 +269,7 @@ def _fused(cuts: tuple[Cut, ...], gpu: bool) -> Any:
 
 @cache
 def _fits() -> bool:
-    """Whether this DALI calls a numba operator's functions as 2.4 does. Warns where it does not."""
+    """Return whether this DALI calls a numba operator's functions as 2.4 does, and warn if not."""
     from nvidia.dali.plugin.numba import NumbaFunction
 
     operator: Any = NumbaFunction
@@ -289,7 +291,10 @@ def _fits() -> bool:
 
 
 def settled(form: Form | Literal["auto"], gpu: bool) -> Form:
-    """The form that is taken: on a GPU "operators" for "auto", until docs/gpu.md holds measured rates of all three."""
+    """Resolve "auto": "fused" on a CPU with a DALI that fits, otherwise "operators".
+
+    A GPU keeps "operators" until docs/gpu.md has measured rates of all three forms.
+    """
     if form != "auto":
         return form
     return "fused" if not gpu and _fits() else "operators"
@@ -299,7 +304,7 @@ _alive = weakref.WeakSet[Any]()  # pipelines
 
 
 def _keep() -> None:
-    """In a forked child, where DALI's threads are not: to end a pipeline there kills the process or hangs."""
+    """Leak all pipelines in a forked child. DALI's threads do not exist there, so freeing one would crash or hang."""
     for pipe in list(_alive):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipe))
 
@@ -308,14 +313,14 @@ os.register_at_fork(after_in_child=_keep)
 
 
 class Graph:
-    """A recipe's pixels on one device. ``submit`` a batch, ``take`` its views, in the same order.
+    """A recipe's pixels on one device. ``submit`` batches, then ``take`` their views in the same order.
 
-    One thread may submit while another takes. DALI's executor has no lock for the runs that it has under way.
+    One thread may submit while another takes; locks protect the pending runs, since DALI's executor has none for them.
 
-    `device_id` is the GPU, or None for the CPU, where the fused form hands out `pixels` other than u8 normalised, with
-    ImageNet's mean and std; what else comes is u8. A GPU's JPEG engines decode the share `hw_decoder_load`; None: the
-    fastest, which is found out on the first batch. `largest` is the height and width for which they allocate. Raises
-    NotImplementedError where DALI lacks an operator for the device.
+    `device_id` is the GPU, or None for the CPU. The fused form on a CPU returns `pixels` other than u8 normalised with
+    ImageNet's mean and std; all other views are u8. A GPU's JPEG engines decode the share `hw_decoder_load` of the
+    images; None uses the fastest share, measured on the first batch. `largest` is the height and width for which the
+    decoder preallocates memory. Raises NotImplementedError if DALI lacks an operator for the device.
     """
 
     def __init__(
@@ -332,17 +337,17 @@ class Graph:
     ):
         gpu = device_id is not None
         self.form = settled(form, gpu)
-        # Any number of runs may be waiting; a depth of 1 only says how many the first call starts.
+        # Any number of runs may be pending; the depth is only how many runs the first call would start.
         self._settings = {"num_threads": num_threads, "device_id": device_id, "prefetch_queue_depth": 1}
         self._decoding = (gpu and self.form != "fused", hw_decoder_load, largest)
         sides = [(cut.padded, cut.size) for cut in recipe.cuts for _ in range(cut.count)]
         self._padded = {view: side for view, (padded, side) in enumerate(sides) if padded}
         self._submitting, self._running = Lock(), Lock()
         self._process = os.getpid()
-        self._started = deque[Any]()  # the pipeline of each run that is not yet taken: tuning may change it
+        self._started = deque[Any]()  # the pipeline of each run not yet taken: tuning may replace self._pipe
         self._single: dali.Pipeline | None = None
-        self._buffers: list[Buffers] = []  # of each kind, where the views are not DALI's
-        self._under_way = deque[list[Tensor]]()  # of each run: what DALI's threads may still write into
+        self._buffers: list[Buffers] = []  # one per kind, if the views are not in DALI's memory
+        self._under_way = deque[list[Tensor]]()  # for each run, the views that DALI's threads may still write to
         self._words = table(IMAGENET_MEAN, IMAGENET_STD, getattr(torch, pixels)) if pixels != "uint8" else None
         if self.form == "fused" and not gpu:
             for cut in recipe.cuts:
@@ -350,9 +355,9 @@ class Graph:
                 self._buffers.append(Buffers((batch_size, cut.count, *shape), getattr(torch, pixels)))
         self._make = partial(self._pipeline, recipe.cuts, batch_size)
         self._pipe: Any = self._make()
-        # Held until DALI's threads have ended, whoever holds the pipeline longer than this: a traceback may.
+        # Keep these views until DALI's threads have ended. The pipeline may outlive this object, as in a traceback.
         weakref.finalize(self._pipe, self._under_way.clear).atexit = False
-        self._tunes = 3 if self._decoding[0] and hw_decoder_load is None else 0  # attempts that are left
+        self._tunes = 3 if self._decoding[0] and hw_decoder_load is None else 0  # remaining attempts
 
     def _pipeline(self, cuts: tuple[Cut, ...], batch_size: int) -> Any:
         gpu = self._settings["device_id"] is not None
@@ -376,11 +381,11 @@ class Graph:
         return pipe
 
     def _tune(self, images: Images) -> None:
-        """Finds the share of the JPEG engines that decodes these images fastest, before the first run."""
+        """Find the share of the JPEG engines that decodes these images fastest, before the first run."""
         self._tunes -= 1
         try:
             share = tuning.fastest_share(lambda share: self._seconds(share, images))
-        except RuntimeError:  # one of them cannot be decoded: the next batch will do
+        except RuntimeError:  # an image cannot be decoded: try again with the next batch
             return
         self._tunes = 0
         if share != tuning.SHARES[0]:
@@ -388,13 +393,13 @@ class Graph:
             self._pipe = self._make()
 
     def _seconds(self, share: float, images: Images) -> float:
-        """What decoding them takes, with as many batches under way as a loader has."""
+        """Measure the seconds that it takes to decode `images`, with four batches in flight."""
         pipe: Any = dali.Pipeline(batch_size=len(images), exec_dynamic=True, **self._settings)
         with pipe:
             source = _source("image", types.DALIDataType.UINT8, 1)
             pipe.set_outputs(_decode(source, self._decoding[0], share, *self._decoding[2:]))
         start = 0.0
-        for count in (1, 4):  # memory grows in the first
+        for count in (1, 4):  # the first run is a warm-up that allocates memory
             start = time.perf_counter()
             for _ in range(count):
                 pipe.feed_input("image", list(images))
@@ -410,9 +415,9 @@ class Graph:
         params: NDArray[np.float32],
         sizes: NDArray[np.int32],
     ) -> None:
-        """Starts a run on stored images (B arrays of bytes), windows f32 (B, T, 4) and parameters f32 (B, T, P).
+        """Start a run on stored images (B arrays of bytes), windows f32 (B, T, 4) and parameters f32 (B, T, P).
 
-        `sizes` i32 (B, 2) are the images' heights and widths: a run fails where the decoder finds an image smaller.
+        `sizes` i32 (B, 2) are the images' heights and widths. The run fails if an image is smaller when decoded.
         """
         with self._submitting:
             if self._pipe is None:  # closed, by another thread
@@ -445,7 +450,7 @@ class Graph:
             y0, x0, y1, x1 = np.moveaxis(windows, -1, 0)
             height, width = y1 - y0, np.abs(x1 - x0)
             zero, flipped = np.zeros_like(height), x1 < x0
-            for view, side in self._padded.items():  # the part inside the image, whatever that is: relative to it
+            for view, side in self._padded.items():  # padded cuts have a relative roi: all that is inside the image
                 height[:, view] = width[:, view] = 1
                 feed(f"size{view}", np.ascontiguousarray(side - params[:, view, PAD_ROWS : PAD_COLUMNS + 1]))
             pairs = {
@@ -460,7 +465,7 @@ class Graph:
                     feed(f"{name}{view}", np.ascontiguousarray(column))
 
     def _places(self, count: int) -> NDArray[np.int64]:
-        """Memory for the views of a run of `count` images, as `_cut_all` reads it: i64 (count, kinds, 5)."""
+        """Allocate the views of a run of `count` images. Returns the input of `_cut_all`: i64 (count, kinds, 5)."""
         views = [buffers.take()[:count] for buffers in self._buffers]
         self._under_way.append(views)
         words = self._words.data_ptr() if self._words is not None else 0
@@ -472,11 +477,11 @@ class Graph:
         return places
 
     def take(self, stream: int | None = None) -> list[Any]:
-        """The views of the oldest run not yet taken: per kind an array for `from_dlpack`, u8 (B, V, S, S, 3) or what
-        `pixels` asks for; in the triton form one `Decoded`.
+        """Return the views of the oldest run not yet taken: per kind an array for `from_dlpack`, u8 (B, V, S, S, 3) or
+        normalised as `pixels` says. The triton form returns one `Decoded`.
 
-        On a GPU they are ready on the CUDA `stream` given, without the host waiting for them. Raises DecodeError when
-        the run failed; later runs are not affected.
+        On a GPU they are ready on the given CUDA `stream`; the host does not wait. Raises DecodeError if the run
+        failed; later runs are not affected.
         """
         views = self._under_way.popleft() if self._buffers else []
         try:
@@ -493,8 +498,8 @@ class Graph:
         return [output.as_tensor() for output in outputs]
 
     def close(self) -> None:
-        """Ends what is under way and frees the memory; views that were taken stay valid."""
-        if self._process != os.getpid():  # whoever held the lock when the process forked is not here to free it
+        """Discard pending runs and free the memory; views already taken stay valid."""
+        if self._process != os.getpid():  # in a forked child the lock may be held by a thread that does not exist
             return
         with self._submitting:
             self._started.clear()
@@ -503,9 +508,9 @@ class Graph:
     __del__ = close
 
     def decode_one(self, image: NDArray[np.uint8]) -> tuple[int, int]:
-        """Height and width of one stored image as this device decodes it. Raises DecodeError when it does not."""
+        """Decode one stored image on this device and return its height and width. Raises DecodeError if that fails."""
         if self._single is None:
-            # It lives until the graph is closed: one thread, not as many as decode the batches.
+            # This pipeline lives until the graph is closed: one thread is enough.
             self._single = dali.Pipeline(batch_size=1, exec_dynamic=True, **{**self._settings, "num_threads": 1})
             with self._single:
                 self._single.set_outputs(_decode(_source("image", types.DALIDataType.UINT8, 1), *self._decoding))
@@ -521,6 +526,6 @@ class Graph:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The sentence of DALI's message that says what happened, without the tracebacks around it."""
+    """Return the sentence of DALI's message that names the cause, without the tracebacks around it."""
     text = str(error).split("encountered:")[-1].split("Current pipeline object")[0]
     return " ".join(text.split()).strip(" :") or "DALI gives no reason"

@@ -1,14 +1,14 @@
-"""What the first and last bytes of a stored image say: its format, its size in pixels, whether its end is there.
+"""Header checks of stored images: format, size in pixels, and whether the end is there, from the first and last bytes.
 
-JPEG (ITU-T T.81, annex B), PNG (ISO/IEC 15948) and WebP (RFC 9649), read without a decoder: some 2 us per image, so
-that every image can be checked on its way to the decoder, which on some devices decodes a cut-off file silently.
+JPEG (ITU-T T.81, annex B), PNG (ISO/IEC 15948) and WebP (RFC 9649) are parsed without a decoder. This takes some 2 us
+per image, so every image can be checked before the decoder, which on some devices decodes a cut-off file silently.
 """
 
 UNKNOWN, JPEG, PNG, WEBP = 0, 1, 2, 3
-MORE = -1  # the buffer ends before the size is reached: read more
-MAX_PIXELS = 1 << 27  # 134 megapixels, 400 MB decoded: beyond it a header is a decompression bomb or damage
-MAX_BYTES = 3 * MAX_PIXELS  # a stored image that is larger is none, and is not read
-_TAIL = 64  # bytes at the end of a JPEG that may hold its end marker: padding may follow it
+MORE = -1  # the buffer ends before the size field: read more
+MAX_PIXELS = 1 << 27  # 134 megapixels, 400 MB decoded: a larger size means a decompression bomb or damage
+MAX_BYTES = 3 * MAX_PIXELS  # a larger file cannot be an image and is not read
+_TAIL = 64  # bytes at the end of a JPEG to search for its end marker, since padding may follow it
 
 OK, NO_IMAGE, OTHER_SIZE, TOO_LARGE, NO_END = range(5)
 REASONS = {
@@ -20,10 +20,10 @@ REASONS = {
 
 
 def jpeg_frame(head: bytes) -> tuple[int, int, int]:
-    """(marker, height, width) of a JPEG's start of frame: 0xC0 baseline, 0xC2 progressive, ... by its first bytes.
+    """Return (marker, height, width) of a JPEG's start of frame: 0xC0 baseline, 0xC2 progressive, ...
 
-    (UNKNOWN, 0, 0) where there is none; (MORE, bytes needed so far, 0) where it lies further in. Bytes between two
-    segments are passed over, as libjpeg does.
+    Returns (UNKNOWN, 0, 0) if there is none, and (MORE, bytes needed so far, 0) if it is not in `head`. Bytes between
+    two segments are skipped, as in libjpeg.
     """
     i, n = 2, len(head)
     while True:
@@ -44,10 +44,10 @@ def jpeg_frame(head: bytes) -> tuple[int, int, int]:
 
 
 def image_size(head: bytes) -> tuple[int, int, int]:
-    """(format, height, width) by the first bytes of an image.
+    """Return (format, height, width) from the first bytes of an image.
 
-    UNKNOWN where they are no image's; (MORE, bytes needed so far, 0) where the size lies further in: long EXIF or ICC
-    segments may put it behind 64 KiB and more.
+    Returns UNKNOWN if they are not an image, and (MORE, bytes needed so far, 0) if the size is not in `head`: it may
+    follow EXIF or ICC segments of 64 KiB and more.
     """
     if head.startswith(b"\xff\xd8\xff"):
         marker, height, width = jpeg_frame(head)
@@ -67,9 +67,9 @@ def image_size(head: bytes) -> tuple[int, int, int]:
 
 
 def check(image: bytes, height: int, width: int) -> int:
-    """OK, or what is wrong with a whole stored image that should measure `height` x `width`.
+    """Return OK, or the fault of a complete stored image that should have `height` x `width` pixels.
 
-    NO_END is a doubt rather than a verdict: some writers leave the end marker out or put other data behind it.
+    NO_END is not conclusive: some writers omit the end marker or append other data after it.
     """
     kind, h, w = image_size(image)
     if kind <= UNKNOWN:

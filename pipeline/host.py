@@ -1,4 +1,4 @@
-"""What the machine gives a process, and files that are whole or not there."""
+"""The resources of this process (cores, memory, cache folder), and atomic files, JSON and locks."""
 
 import fcntl
 import hashlib
@@ -16,20 +16,20 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """The CPU cores that this process may use: its affinity, or less where a container's quota says so."""
+    """Return the number of CPU cores that this process may use: its affinity, or less if a container has a quota."""
     allowed, limit = len(os.sched_getaffinity(0)), quota()
     return allowed if limit is None else min(allowed, math.ceil(limit))
 
 
 def quota() -> float | None:
-    """Cores' worth of CPU time that the control groups of this process (v1 or v2) allow; None: no limit."""
+    """Return the CPU time, in cores, that the control groups of this process (v1 or v2) allow; None if unlimited."""
     limits = map(_limit, _groups("cpu"))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def memory() -> int | None:
-    """Bytes that this process can still take: what the machine has available, or less where a control group's limit
-    says so. None where neither is known.
+    """Return the number of bytes that this process can still allocate: the machine's available memory, or less if a
+    control group has a limit. Returns None if neither is known.
     """
     lines = _text(Path("/proc/meminfo")).splitlines()
     found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -38,14 +38,14 @@ def memory() -> int | None:
             limit, used = (_text(group / name).strip() for name in names)
             if limit.isdecimal() and used.isdecimal():
                 pages = [line.split() for line in _text(group / "memory.stat").splitlines()]
-                cache = max((int(n) for name, n in pages if name.endswith("inactive_file")), default=0)  # given back
+                cache = max((int(n) for name, n in pages if name.endswith("inactive_file")), default=0)  # reclaimable
                 found.append(max(0, int(limit) - int(used) + cache))
     return min(found, default=None)
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """The folders of this process's control groups and of all above them, whose limits hold as well."""
-    yield from (_CGROUPS, _CGROUPS / controller)  # a container sees its own here, whatever its name is outside
+    """Yield the folders of this process's control groups and of their parents, whose limits apply as well."""
+    yield from (_CGROUPS, _CGROUPS / controller)  # in a container its own group is mounted here
     for line in _text(_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
@@ -69,7 +69,7 @@ def _text(path: Path) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """Where the cache `name` of this user lies, whether or not it exists. Raises OSError where there is no home."""
+    """Return the folder of this user's cache `name`, which may not exist. Raises OSError if there is no home."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -78,10 +78,10 @@ def cache_folder(name: str) -> Path:
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Writes `content`, or what it writes to an open file, in the place of `path`, durably: whole or not at all.
+    """Replace `path` atomically and durably with `content`, or with the output of `content(file)`.
 
-    The file's mode is the one that the umask gives. On a failure, whichever it is, `path` is what it was and nothing is
-    left beside it. A killed process leaves ``NAME.*.part``. Raises OSError, and what `content` raises.
+    The umask sets the file's mode. On any failure `path` is unchanged and no temporary file remains. A killed process
+    leaves ``NAME.*.part``. Raises OSError and the exceptions of `content`.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several hosts may write to one folder
     try:
@@ -98,7 +98,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable: what was created, renamed or removed there. Raises OSError."""
+    """Make a folder's entries durable: files created, renamed or removed in it. Raises OSError."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
@@ -107,7 +107,7 @@ def sync_folder(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where the file is missing, unreadable, torn, too deep or holds something else."""
+    """Read a JSON object from a file. Returns None if the file is missing or unreadable, or holds no valid object."""
     try:
         return json_object(path.read_bytes())
     except OSError:
@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def json_object(text: bytes) -> dict[str, Any] | None:
-    """The JSON object that `text` is; None where it is torn, too deep or something else."""
+    """Parse `text` as a JSON object. Returns None if it is invalid, nested too deeply or not an object."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -124,16 +124,16 @@ def json_object(text: bytes) -> dict[str, Any] | None:
 
 
 def digest(content: object) -> str:
-    """32 hexadecimal digits that name `content`, of which JSON must be able to hold all."""
+    """Return a hash of `content`, which JSON must be able to represent, as 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds the file `path`, created where it is missing, for this process alone.
+    """Hold an exclusive lock on the file `path`, which is created if missing.
 
-    The kernel drops the lock when the process ends, however it ends; the file stays. Raises BlockingIOError where
-    another process holds it, OSError where the file or its lock cannot be had.
+    The kernel releases the lock when the process ends, however it ends; the file stays. Raises BlockingIOError if
+    another process holds the lock, OSError if the file cannot be opened or locked.
     """
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""How this package compiles: one decorator for every numba kernel, and one folder for what it compiled.
+"""Compilation of numba kernels: one decorator for all of them, and one cache folder for the compiled code.
 
-numba asks of a kept kernel only whether the file of that one function has changed, but constants and kernels of other
-files are compiled in. The folder is therefore named by all that can be.
+numba invalidates a cached kernel only if the file of that function changes, but constants and kernels from other files
+are compiled in. The folder's name is therefore a hash of all files in COMPILED.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from numba.core import event
 
 from .host import cache_folder
 
-# Files that go into kernels.
+# The modules that are compiled into kernels.
 COMPILED = ("correspondence", "cutting", "draws", "jitter", "kernel", "order", "parameters", "plan", "simd")
 _UNUSED = 30 * 24 * 3600.0  # seconds without use after which another version's folder is removed
 _config: Any = numba.config
@@ -30,9 +30,9 @@ _lock = threading.RLock()
 
 
 class _Announcement(event.Listener):
-    """Says once why a process is silent for a while: on a slow machine kernels take minutes to compile.
+    """Logs once that kernels are being compiled, which can take minutes on a slow machine.
 
-    As a log message, so that a program can turn it off; of one rank of a machine.
+    It is a log message, so a program can turn it off. Only local rank 0 logs it.
     """
 
     _said = False
@@ -51,16 +51,16 @@ event.register("numba:compile", _Announcement())
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """`function` compiled without the interpreter lock, and kept on disk."""
+    """Compile `function` with numba, without the GIL and cached on disk."""
     with kept() as possible:
         return numba.njit(cache=possible, nogil=True)(function)
 
 
 @contextmanager
 def kept() -> Iterator[bool]:
-    """While it is open, numba keeps in this package's folder what it is asked to cache; False: there is no such folder.
+    """Make numba cache in this package's folder within the context. Yields False if there is no writable folder.
 
-    Without one each process compiles for itself, which costs it some seconds and nothing else.
+    Without a folder each process compiles the kernels again, which costs it some seconds and nothing else.
     """
     with _lock:
         before, folder = _config.CACHE_DIR, _folder()
@@ -73,7 +73,7 @@ def kept() -> Iterator[bool]:
 
 def _remove_unused(place: Path) -> None:
     for folder in place.glob("kernels-*"):
-        with suppress(OSError):  # another process may be at it
+        with suppress(OSError):  # another process may be removing it
             if folder.stat().st_mtime < time.time() - _UNUSED:
                 shutil.rmtree(folder)
 
@@ -89,7 +89,7 @@ def _folder() -> Path | None:
             folder = place() / f"kernels-{digest.hexdigest()}"
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-            os.utime(folder)  # used today
+            os.utime(folder)  # marks the folder as used
             _remove_unused(folder.parent)
             return folder
     return None

@@ -1,7 +1,7 @@
-"""Label maps: the class of every pixel of an image, stored as a PNG of one channel beside it.
+"""Label maps: the class of every pixel of an image, stored beside it as a PNG of one channel.
 
-They are decoded and cut on the host, whatever cuts the images: decoders of photographs would turn a palette's indices
-into colours, and a mask of a view's size is small to copy. The nearest pixel is exact, so all devices agree.
+They are always decoded and cut on the host. DALI's image decoders would turn palette indices into colours, and a mask
+of a view's size is cheap to copy. Masks take the nearest pixel, which is exact, so all devices agree.
 """
 
 import io
@@ -15,23 +15,23 @@ from .cutting import cut_mask
 from .parameters import VOID
 from .recipes import Cut
 
-ATTEMPTS = 10  # windows that are tried for a view of several classes; the last one is kept
+ATTEMPTS = 10  # windows to try until no class exceeds the cut's `most`; the last one is kept
 
 
 def decode_mask(data: bytes) -> NDArray[np.uint8]:
-    """The class indices u8 (H, W) of a stored label map; a palette counts by its indices, its colours mean nothing.
+    """Decode a stored label map to class indices u8 (H, W). For a palette image these are the palette's indices.
 
-    Raises ValueError where it has colours, more than 8 bits, or cannot be decoded as a PNG.
+    Raises ValueError if the map has colour channels or more than 8 bits, or cannot be decoded as a PNG.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # whatever a decoder raises on damaged bytes
+    except Exception as error:  # decoders raise many types on damaged bytes
         raise ValueError(f"its mask cannot be decoded: {error}") from None
     if mode not in ("1", "L", "P"):
         raise ValueError("its mask has more than 8 bits a pixel" if "I" in mode else f"its mask has colours ({mode})")
     bits = data[24]
-    if mode == "L" and bits < 8:  # Pillow stretches them to 0..255
+    if mode == "L" and bits < 8:  # Pillow scales the values to 0..255
         values = values // (255 // (2**bits - 1))
     return values.astype(np.uint8)
 
@@ -43,11 +43,11 @@ def cut_masks(
     params: NDArray[np.float32],
     redraw: Callable[[int], NDArray[np.float32]],
 ) -> dict[str, NDArray[np.uint8]]:
-    """The views' masks by kind, u8 (B, V, S, S), of B masks u8 (H, W).
+    """Cut B masks u8 (H, W) into the views' masks by kind, u8 (B, V, S, S).
 
-    `windows` f32 (B, T, 4) and `params` f32 (B, T, PARAMS) are those of all views. A window in which one class has more
-    than the cut's `most` of the labelled pixels gives way to that of the next attempt, in place: `redraw` gives all
-    windows of an attempt.
+    `windows` f32 (B, T, 4) and `params` f32 (B, T, PARAMS) hold all views. If one class has the cut's `most` or more of
+    the labelled pixels, the next attempt's window replaces the window in place. `redraw` returns all windows of an
+    attempt.
     """
     others: dict[int, NDArray[np.float32]] = {}
     by_kind, done = {}, 0
@@ -70,6 +70,6 @@ def cut_masks(
 
 
 def largest_share(mask: NDArray[np.uint8]) -> float:
-    """The share of the labelled pixels that the most frequent class has; 1 where none is labelled."""
+    """Return the most frequent class's share of the labelled pixels; 1 if none is labelled."""
     counts = np.bincount(mask.ravel(), minlength=VOID + 1)[:VOID]
     return counts.max() / max(counts.sum(), 1) if counts.any() else 1.0

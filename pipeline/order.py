@@ -1,12 +1,12 @@
 """The order in which an epoch visits the samples: a true permutation, computed position by position.
 
-A Feistel network over the smallest power of two that holds `n` values, walked along its cycles until the value falls
-below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Nothing is stored: any stretch of any
-epoch costs the same, whatever `n` is, so that a run resumes anywhere from three numbers. The walk takes less than two
-applications on average.
+The permutation is a Feistel network over the smallest power of two that holds `n` values. Cycle walking applies it
+until the value is below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), less than twice on
+average. Nothing is stored, and any range of any epoch costs the same, whatever `n` is. A run therefore resumes anywhere
+from three numbers.
 
-Two orders. ``global`` permutes all samples. ``block`` permutes the shards, joins every `window` of them and permutes
-inside: storage that hates random reads then sees a few shards at a time.
+There are two orders. ``global`` permutes all samples. ``block`` permutes the shards, joins every `window` of them and
+permutes the samples inside. Storage with slow random reads then serves only a few shards at a time.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def _key(seed, epoch, block):
 
 @kernel
 def _bits(n):
-    b = 2  # a Feistel network needs at least a bit on either side
+    b = 2  # a Feistel network needs at least one bit in each half
     while (np.int64(1) << b) < n:
         b += 1
     return b
@@ -42,7 +42,7 @@ def _bits(n):
 
 @kernel
 def _permute(value, n, bits, key):
-    """Where the permutation of [0, n) that `key` names sends `value`."""
+    """Return the image of `value` under the permutation of [0, n) with the given key."""
     low_bits = np.uint64(bits // 2)
     high_bits = np.uint64(bits) - low_bits
     x = np.uint64(value)
@@ -60,7 +60,7 @@ def _permute(value, n, bits, key):
 
 @kernel
 def _permuted(seed, epoch, block, start, stop, n):
-    """Where the permutation of [0, n) that (seed, epoch, block) names sends start..stop-1."""
+    """Return the images of start..stop-1 under the permutation of [0, n) with the key (seed, epoch, block)."""
     out = np.empty(stop - start, np.int64)
     key, bits = _key(seed, epoch, block), _bits(n)
     for k in range(stop - start):
@@ -81,7 +81,7 @@ def _block(seed, epoch, start, stop, first, window):
     base = end = np.int64(0)
     for k in range(stop - start):
         p = start + k
-        while p >= end:  # enter the window that holds p; whole windows are stepped over
+        while p >= end:  # enter the window that holds p, skipping whole windows
             left = right
             right = min(left + window, shards)
             base, end = ends[left], ends[right]
@@ -104,9 +104,9 @@ def _check(seed: int, epoch: int, start: int, stop: int, n: int) -> None:
 
 
 def positions(seed: int, epoch: int, start: int, stop: int, n: int) -> NDArray[np.int64]:
-    """The samples at positions `start` to `stop` (exclusive) of an epoch over `n` samples: i64 (stop - start,).
+    """Return the samples at positions `start` to `stop` (exclusive) of an epoch of `n` samples: i64 (stop - start,).
 
-    Over 0..n this is a permutation of 0..n-1. Raises ValueError on a negative number or a range outside the epoch.
+    Positions 0 to n give a permutation of 0..n-1. Raises ValueError on a negative number or a range outside the epoch.
     """
     _check(seed, epoch, start, stop, n)
     return _permuted(seed, epoch, 0, start, stop, n)
@@ -115,10 +115,10 @@ def positions(seed: int, epoch: int, start: int, stop: int, n: int) -> NDArray[n
 def block_positions(
     seed: int, epoch: int, start: int, stop: int, first: NDArray[np.int64], window: int = 16
 ) -> NDArray[np.int64]:
-    """Likewise, shard by shard: i64 (stop - start,).
+    """Return the samples at positions `start` to `stop` (exclusive) in block order: i64 (stop - start,).
 
-    `first` i64 (shards + 1,) holds each shard's first sample and, last, their number; `window` shards are mixed at a
-    time. Costs one pass over the shards per call. Raises ValueError as `positions` does, and where `window` < 1.
+    `first` i64 (shards + 1,) holds each shard's first sample, then the number of samples. `window` shards are mixed at
+    a time. Each call costs one pass over the shards. Raises ValueError as `positions` does, and if `window` < 1.
     """
     first = np.ascontiguousarray(first, dtype=np.int64)
     _check(seed, epoch, start, stop, int(first[-1]))
@@ -130,8 +130,8 @@ def block_positions(
 def next_shards(
     seed: int, epoch: int, position: int, first: NDArray[np.int64], window: int = 16
 ) -> tuple[NDArray[np.int64], int]:
-    """The shards as `block_positions` needs them from the window of `position` on, to the end of the next epoch: i64,
-    some of them twice; and how many of these belong to that window or the one behind it.
+    """Return the shards (i64) in the order in which `block_positions` visits them, from the window of `position` to the
+    end of the next epoch, and how many of them belong to that window and the next one. A shard may be listed twice.
     """
     first = np.ascontiguousarray(first, dtype=np.int64)
     shards = first.size - 1
@@ -148,18 +148,18 @@ def _replacement(seed, epoch, index, attempt, n):
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
-    """The sample that stands in for the bad sample `index` in this epoch; `attempt` counts from 1 where it is bad
-    too.
+    """Return the sample that replaces the bad sample `index` in this epoch. `attempt` counts from 1; it increases if
+    the replacement is bad as well.
     """
     return int(_replacement(seed, epoch, index, attempt, n))
 
 
 def shuffle_quality(samples: NDArray[np.int64], first: NDArray[np.int64], n: int, batch: int = 256) -> dict[str, float]:
-    """How well a stretch of an order (i64, at least one `batch`, from the start of an epoch) is mixed.
+    """Measure how well the first `samples` of an epoch (i64, at least one `batch`) are mixed.
 
-    ``spread``: mean distance of consecutive samples in the set, relative to a uniform permutation's; 0 as stored.
-    ``shards``: distinct shards in a batch, relative to what a uniform draw gives; near 1 is as good as random.
-    `first` as in `block_positions`. Both are estimates with the noise of the stretch's length.
+    ``spread``: mean distance of consecutive samples in the set, relative to a uniform permutation's; about 0 for the
+    stored order. ``shards``: distinct shards in a batch, relative to a uniform draw; near 1 is as good as random.
+    `first` is as in `block_positions`. Both are estimates; fewer samples make them noisier.
     """
     samples = np.asarray(samples, dtype=np.int64)
     spread = float(np.abs(np.diff(samples)).mean() / (n / 3)) if samples.size > 1 else 0.0

@@ -1,7 +1,7 @@
-"""What the GPU's kernels read of a batch besides its images: the host's share of `triton_views`.
+"""The host's part of `triton_views`: the inputs of the GPU's kernels besides the images.
 
-Whole-pixel windows, filter weights and Gaussians come from the functions that the CPU's kernel calls itself, so both
-devices weigh with the same integers. It costs 25 to 40 us of one core and some 50 kB an image.
+Whole-pixel windows, filter weights and Gaussians come from the same functions that the CPU's kernel calls, so both
+devices use the same integer weights. Planning costs 25 to 40 us of one core and some 50 kB per image.
 """
 
 from collections.abc import Sequence
@@ -20,45 +20,45 @@ if TYPE_CHECKING:
 
 # Columns of `Plan.views`.
 TOP, LEFT, FLIPPED = range(3)
-ROW_TAPS, COLUMN_TAPS = 3, 4  # of each row and column of the view
-ROW_SPANS, COLUMN_SPANS = 5, 6  # where in `Plan.spans` they begin
-ROW_WEIGHTS, COLUMN_WEIGHTS = 7, 8  # where in `Plan.weights`
-STEPS, BEFORE_CONTRAST, OPERATIONS = 9, 10, 11  # jitter operations, those before the contrast, and four of them in turn
-SHIFTED, IS_GRAY, RADIUS, SOLARIZED = 15, 16, 17, 18  # TensorFlow's rule, gray or not, of the blur (0: none), or not
+ROW_TAPS, COLUMN_TAPS = 3, 4  # number of taps for each row and column of the view
+ROW_SPANS, COLUMN_SPANS = 5, 6  # index of the first span in `Plan.spans`
+ROW_WEIGHTS, COLUMN_WEIGHTS = 7, 8  # index of the first weight in `Plan.weights`
+STEPS, BEFORE_CONTRAST, OPERATIONS = 9, 10, 11  # count of jitter operations, count before the contrast, first of four
+SHIFTED, IS_GRAY, RADIUS, SOLARIZED = 15, 16, 17, 18  # flags, but for the blur's radius (0: none); SHIFTED: TENSORFLOW
 COLUMNS = 19
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernels read of a batch besides its images, as the host plans it."""
+    """The inputs of the kernels for a batch, besides its images."""
 
-    widths: NDArray[np.int32]  # (B,): of the images
+    widths: NDArray[np.int32]  # (B,): widths of the images
     views: NDArray[np.int32]  # (B, T, COLUMNS)
-    factors: NDArray[np.float32]  # (B, T, 4): of the operations in turn
-    spans: NDArray[np.int32]  # (n, 2): of each row and column, the first source pixel and what rounds its sum
-    weights: NDArray[np.int16]  # (m,): of their taps; 2**14 weighs 1
-    gaussians: NDArray[np.int16]  # (B, T, widest): 2**14 weighs 1; RADIUS says how many count
+    factors: NDArray[np.float32]  # (B, T, 4): strengths of the jitter operations, in order of application
+    spans: NDArray[np.int32]  # (n, 2): for each row and column, its first source pixel and its rounding offset
+    weights: NDArray[np.int16]  # (m,): weights of the taps; 2**14 stands for 1
+    gaussians: NDArray[np.int16]  # (B, T, widest): blur weights; 2**14 stands for 1; 2 * RADIUS + 1 of them are used
 
 
 def plan(
     cuts: "Sequence[Cut]", windows: NDArray[np.float32], params: NDArray[np.float32], sizes: NDArray[np.int32]
 ) -> Plan:
-    """The plan of a batch: windows f32 (B, T, 4), parameters f32 (B, T, P), and `sizes` i32 (B, 2) of the images."""
+    """Plan a batch from windows f32 (B, T, 4), parameters f32 (B, T, P) and the images' `sizes` i32 (B, 2)."""
     sides = np.array([cut.size for cut in cuts for _ in range(cut.count)], dtype=np.int64)
     return Plan(np.ascontiguousarray(sizes[:, 1]), *_plan(sides, windows, params, sizes))
 
 
 @kernel
 def _axis(length, side, filtering, spans, weights, at, used):
-    """Writes one axis of one view behind `at` spans and `used` weights; returns the taps of each pixel.
+    """Write one axis of one view at index `at` of spans and `used` of weights. Returns the number of taps per pixel.
 
-    All have as many, some of weight 0, and all lie within the window: no load needs a mask.
+    All pixels have the same number of taps, some with weight 0. All taps are inside the window: no load needs a mask.
     """
     first, taps, own = resize_weights(length, side, filtering)
     most = taps.max()
     for i in range(side):
         start = min(first[i], length - most)
-        # Half a unit for the last rounding; each product is rounded down, by half a fractional bit on average.
+        # Half a unit for the final rounding, plus half a fractional bit per tap, since each product is rounded down.
         spans[at + i, 0], spans[at + i, 1] = start, 32 + (taps[i] >> 1)
         for k in range(most):
             weights[used + i * most + k] = 0
@@ -76,7 +76,7 @@ def _plan(sides, windows, params, sizes):
     for b in range(samples):
         for v in range(count):
             y0, y1, x0, x1 = _bounds(windows[b, v], sizes[b, 0], sizes[b, 1])
-            for length in (y1 - y0, x1 - x0):  # more than any filter takes
+            for length in (y1 - y0, x1 - x0):  # an upper bound for all filters
                 capacity += sides[v] * (2 * np.int64(np.ceil(2 * max(length / sides[v], 1.0))) + 1)
             if params[b, v, SIGMA] > 0:
                 widest = max(widest, len(blur_weights(params[b, v, SIGMA])))

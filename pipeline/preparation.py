@@ -1,6 +1,6 @@
-"""From positions of an epoch to all that the host does for a batch: bytes, windows, targets.
+"""The host's part of a batch: stored bytes, windows and targets for a range of positions of an epoch.
 
-Nothing here knows the loader, so that none of its threads keeps one alive.
+Nothing here refers to the loader, so the threads do not keep it alive.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,39 +26,39 @@ from .streams import Sample, Stream
 
 Order = Literal["global", "block"]
 
-_STORED_AHEAD = 4  # shards of a remote set that are fetched ahead where they are read one after the other
+_STORED_AHEAD = 4  # number of shards that a remote set prefetches in the stored order
 
 
 @dataclass(frozen=True)
 class Span:
-    """A batch before anything is read: this rank's positions of an epoch, and where the epoch stands after it."""
+    """The positions of an epoch that form this rank's part of a batch, and the next batch's (epoch, position)."""
 
     epoch: int
     start: int
     stop: int
-    after: tuple[int, int]  # (epoch, position)
+    after: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the host knows of a batch before its pixels. Tensors are pinned where a GPU will have copies of them."""
+    """A batch of B images and T views each, before decoding. Tensors are pinned if they will be copied to a GPU."""
 
     span: Span
     index: NDArray[np.int64]  # (B,)
-    images: list[NDArray[np.uint8]]
-    sizes: NDArray[np.int32]  # (B, 2): of the stored images, as their headers say
+    images: list[NDArray[np.uint8]]  # stored bytes
+    sizes: NDArray[np.int32]  # (B, 2): heights and widths of the stored images, from their headers
     windows: NDArray[np.float32]  # (B, T, 4)
     params: NDArray[np.float32]  # (B, T, P)
-    drawn: dict[str, Tensor]  # by kind: the parameters (B, V, P), where torch is to colour the views
-    planned: dict[str, Tensor]  # a `Plan` by the names of its fields, of the triton form
+    drawn: dict[str, Tensor]  # for the operators form: the parameters (B, V, P) by kind
+    planned: dict[str, Tensor]  # for the triton form: the fields of a `Plan` by name
     targets: dict[str, Tensor]
     label: Tensor  # i64 (B,)
-    masks: dict[str, Tensor]  # by kind: u8 (B, V, S, S), where the recipe has them
+    masks: dict[str, Tensor]  # u8 (B, V, S, S) by kind, if the recipe has masks
 
 
 @dataclass(frozen=True)
 class Task:
-    """Which batches: `batch` samples of all `ranks` together, of which `rank` takes its part."""
+    """The settings of a preparation. `batch` is the global batch size; each of the `ranks` takes its part of it."""
 
     recipe: Recipe
     seed: int
@@ -68,16 +68,16 @@ class Task:
     drop_last: bool
     form: Form
     pinned: bool
-    """Whether what a GPU reads is put where it can be copied from without the host waiting."""
+    """Whether to pin tensors in memory, so that copies to a GPU do not block the host."""
 
     def share(self, size: int) -> tuple[int, int]:
-        """This rank's part of a batch of `size`: from where, to where."""
+        """Return this rank's part of a batch of `size` samples as (start, stop)."""
         share = -(-size // self.ranks)
         return min(self.rank * share, size), min((self.rank + 1) * share, size)
 
 
 class Preparation:
-    """The batches of a shard set, in any order and from several threads at once. `order` None: as stored."""
+    """Prepares batches of a shard set, in any sequence and from several threads. `order` None is the stored order."""
 
     def __init__(self, task: Task, samples: Samples, order: Order | None):
         self._task, self.samples, self._order = task, samples, order
@@ -90,22 +90,22 @@ class Preparation:
 
     @property
     def bad(self) -> dict[int, str]:
-        """Why each bad sample met so far was rejected."""
+        """The bad samples found so far: number -> reason."""
         return dict(self.samples.bad)
 
     def start(self, epoch: int, position: int) -> tuple[int, int]:
-        """Where the first batch at or behind a position lies. Raises ValueError where the set has no such position."""
+        """Return the (epoch, position) of the first batch at or after a position. Raises ValueError if out of range."""
         n = len(self.samples.shards)
         if not 0 <= position < n:
             raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {n}")
         return (epoch + 1, 0) if n - position < (self._task.batch if self._task.drop_last else 1) else (epoch, position)
 
     def restart(self, epoch: int, position: int) -> tuple[int, int]:
-        """Where iterating goes on after what was read ahead was given up."""
+        """Return the (epoch, position) at which to resume after prefetched batches were discarded."""
         return epoch, position
 
     def span(self, epoch: int, position: int) -> Span:
-        """The batch at a position."""
+        """Return the span of the batch at a position."""
         n = len(self.samples.shards)
         taken = min(self._task.batch, n - position)
         start, stop = (position + end for end in self._task.share(taken))
@@ -113,7 +113,7 @@ class Preparation:
         return Span(epoch, start, stop, self.start(epoch, end) if end < n else (epoch + 1, 0))
 
     def positions(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at these positions of an epoch."""
+        """Return the samples at these positions of an epoch."""
         if self._order is None:
             return np.arange(start, stop)
         if self._order == "block":
@@ -127,25 +127,25 @@ class Preparation:
         return orders.shuffle_quality(found, self.samples.shards.first, n, batch=min(256, stop))
 
     def next_shards(self, epoch: int, position: int) -> tuple[list[int], int]:
-        """The shards in the order of their next use, and how many of them are wanted now."""
+        """Return the shards in the order of their next use, and how many of them to prefetch now."""
         first = self.samples.shards.first
         if self._order == "block":
             order, ahead = orders.next_shards(self._task.seed, epoch, position, first)
             return order.tolist(), ahead
-        if self._order is None:  # as stored, and then from the start
+        if self._order is None:  # the stored order, then again from its start
             now = int(np.searchsorted(first, position, side="right")) - 1
             return [*range(now, len(first) - 1), *range(now)], _STORED_AHEAD
         return list(range(len(first) - 1)), len(first) - 1
 
     def __call__(self, span: Span) -> Prepared | None:
-        """The batch of a span. None, of a stream only: there are no more."""
+        """Prepare the batch of a span. Returns None only for a stream that has ended."""
         index, images, masks = self.samples.load(span.epoch, self.positions(span.epoch, span.start, span.stop))
         rows = self.samples.shards.table[index]
         sizes = np.stack([rows["height"], rows["width"]], axis=-1)
         return self._prepared(span, index, images, sizes, rows["label"], masks)
 
     def again(self, prepared: Prepared, faults: dict[int, str]) -> Prepared | None:
-        """The same batch without the samples at the places that `faults` names, with the reasons."""
+        """Prepare a batch again without the samples at the indices in `faults`, a dict of index -> reason."""
         for k, reason in faults.items():
             self.samples.reject(int(prepared.index[k]), reason)
         return self(prepared.span)
@@ -162,7 +162,7 @@ class Preparation:
         recipe = self._task.recipe
         windows, params = draws.draw(self._distributions, self._task.seed, span.epoch, index, sizes)
         cut = {}
-        if recipe.masks:  # before the targets: windows may move
+        if recipe.masks:  # before the targets: this may redraw windows in place
             redraw = partial(self._redraw, span.epoch, index, sizes)
             cut = cut_masks(recipe.cuts, masks, windows, params, redraw)
         planned = vars(plan(recipe.cuts, windows, params, sizes)) if self._task.form == "triton" else {}
@@ -189,7 +189,7 @@ class Preparation:
 
 
 class StreamPreparation(Preparation):
-    """The batches of a stream, one after the other and by one thread: a span only says that another one is wanted."""
+    """Prepares the batches of a stream in sequence, from one thread; a call ignores its span and takes the next one."""
 
     def __init__(self, task: Task, stream: Stream, shuffle: bool):
         if task.recipe.masks:
@@ -234,7 +234,7 @@ class StreamPreparation(Preparation):
         return self._prepared(span, index, [s.image for s in samples], sizes, np.array([s.label for s in samples]))
 
     def again(self, prepared: Prepared, faults: dict[int, str]) -> Prepared | None:
-        """Good samples of the batch take the place of the others: the stream has gone on."""
+        """Prepare a batch again with good samples of the batch in place of the bad ones: a stream cannot go back."""
         for k, reason in faults.items():
             self._stream.reject(int(prepared.index[k]), f"number {prepared.index[k]}", reason)
         good = [k for k in range(len(prepared.images)) if k not in faults]
@@ -248,7 +248,7 @@ class StreamPreparation(Preparation):
         )
 
     def _batches(self, first: int) -> Iterator[tuple[Span, list[Sample]]]:
-        """This rank's samples of each batch, epoch after epoch."""
+        """Yield the span and this rank's samples of each batch, epoch after epoch."""
         task = self._task
         for epoch in count(first):
             samples = self._stream.samples(task.seed, epoch, self._shuffle)
@@ -268,7 +268,7 @@ class StreamPreparation(Preparation):
 
 
 def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """What the recipe's targets say of a batch. Raises ValueError where it is not a row of each array per image."""
+    """Compute the recipe's targets. Raises ValueError unless they are a dict of arrays with one row per image."""
     assert recipe.targets is not None
     found: object = recipe.targets(by_kind(recipe, windows))
     if not isinstance(found, dict):
@@ -283,7 +283,7 @@ def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[
 
 
 def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """All views' numbers (B, T, ...) by kind: (B, V, ...) each."""
+    """Split an array of all views (B, T, ...) by kind: (B, V, ...) each."""
     ends = np.cumsum([cut.count for cut in recipe.cuts])[:-1]
     parts = np.split(views, ends, axis=1)
     return {cut.kind: np.ascontiguousarray(part) for cut, part in zip(recipe.cuts, parts, strict=True)}

@@ -38,14 +38,16 @@ class Loca:
 
     The default fidelity is "released": that code gave the published 46.2 mIoU on ADE20k, and the paper leaves most
     numbers of its views open. Differences (paper / released code, ``projects/loca`` of google-research/scenic):
-        - crop: torchvision's RandomResizedCrop, as in BYOL's successors / TensorFlow's distorted box: side and aspect
-          uniform instead of area and log-aspect, aspect to 1.33, whole image after 100 attempts
-        - resize: antialiased / not antialiased
-        - flip of the reference: probability `flip`, since the paper lists flips for both views / never
-        - blur: p = 1.0, 0.1 and 0.5 for reference, query and focal, as the released configuration intends / none,
-          since that code passes the probability as the image height, and its kernel has one tap
-        - jitter: brightness is a factor, contrast is about the mean gray, saturation is towards gray (BYOL,
-          torchvision) / brightness is added, contrast is about each channel's mean, saturation is HSV (TensorFlow)
+
+    - crop: torchvision's RandomResizedCrop, as in BYOL's successors / TensorFlow's distorted box: side and aspect
+      uniform instead of area and log-aspect, aspect to 1.33, whole image after 100 attempts
+    - resize: antialiased / not antialiased
+    - flip of the reference: probability `flip`, since the paper lists flips for both views / never
+    - blur: p = 1.0, 0.1 and 0.5 for reference, query and focal, as the released configuration intends / none, since
+      that code passes the probability as the image height, and its kernel has one tap
+    - jitter: brightness is a factor, contrast is about the mean gray, saturation is towards gray (BYOL, torchvision) /
+      brightness is added, contrast is about each channel's mean, saturation is HSV (TensorFlow)
+
     One difference from both: the blur repeats edge pixels outwards (the released op pads with black).
     """
 
@@ -129,9 +131,11 @@ class VICRegL:
 
     The default fidelity is "paper", since the released code's default contradicts the paper. Differences (paper /
     released code, facebookresearch/VICRegL):
-        - flips in the location grids: followed, "account for the transformation" / ignored by default, so that only
-          pairs of two unflipped views are matched at their true locations
-        - standard deviation of the red channel: 0.229 / 0.228
+
+    - flips in the location grids: followed, "account for the transformation" / ignored by default, so that only pairs
+      of two unflipped views are matched at their true locations
+    - standard deviation of the red channel: 0.229 / 0.228
+
     Two differences from both: the blur is a true Gaussian, while the released code uses Pillow's three box passes; and
     colours are not rounded between the jitter's operations.
     """
@@ -256,11 +260,12 @@ class Segmentation:
     side is `short_side` times a draw from `scale`. A crop is drawn again, up to ten crops in all, while one class has
     the share `most` or more of its labelled pixels. It is flipped, its colours are jittered, and it is padded if the
     image is smaller than the crop. Differences:
-        - The window is cut first and resized once. Its edges are whole pixels of the stored image, so a drawn scale is
-          met within half a stored pixel of the window's side.
-        - Very long images (over 4:1) are not shrunk further.
-        - Colours are not rounded between operations.
-        - The padding is ImageNet's mean in whole levels, instead of an exact 0 after normalising.
+
+    - The window is cut first and resized once. Its edges are whole pixels of the stored image, so a drawn scale is met
+      within half a stored pixel of the window's side.
+    - Very long images (over 4:1) are not shrunk further.
+    - Colours are not rounded between operations.
+    - The padding is ImageNet's mean in whole levels, instead of an exact 0 after normalising.
     """
 
     size: int = 512

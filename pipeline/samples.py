@@ -1,12 +1,12 @@
-"""Good samples only: what a bad sample is, and which one takes its place.
+"""Loading of good samples: bad samples are detected and replaced.
 
-Whether a sample is bad depends on its stored bytes alone, so that every device, rank and resumed run replaces the same
-samples by the same others. Each image is checked on its way to the decoder (complete, an image, of the size that the
-table says, with its end); one in doubt is decoded once by Pillow. What a decoder refuses nevertheless, damage in the
-middle of its data, is rejected then; there devices may judge differently, but a set verified when it was made has none.
-Masks are decoded here. A sample known to be bad is not read again, so that a fault costs its batch once and nothing
-later. Bytes that cannot be had (a file system that fails, a shard that is gone) make no sample bad: which ones would
-depend on the moment.
+Whether a sample is bad depends only on its stored bytes. Every device, rank and resumed run therefore makes the same
+replacements. Each image is checked before the decoder gets it: complete, an image, of the size in the table, and with
+an end marker. If only the end marker is missing, Pillow decodes the image once to decide. Damage in the middle of the
+data shows only when a decoder fails, and the sample is rejected then. Devices may differ there, but a set that was
+verified when it was made has no such images. Masks are decoded here. A bad sample is not read again, so it costs time
+only once. Unreadable bytes (a failing file system, a missing shard) do not make a sample bad, since that would depend
+on the moment.
 """
 
 import io
@@ -28,24 +28,24 @@ from .shards import MASK, ReadError, ShardError, ShardSet
 _Stored = TypeVar("_Stored", bytes, bytes | None)
 _log = logging.getLogger(__name__)
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between attempts to read: a network file system may be away for that long
-_LISTED = 20  # bad samples that the closing error names
+_PAUSES = (0.1, 1.0, 5.0, 15.0)  # seconds between read attempts: network file systems may be unavailable that long
+_LISTED = 20  # number of bad samples that the final error lists
 
 
 class _Bad(ValueError):
-    """Why a sample is bad."""
+    """A bad sample; the message is the reason."""
 
 
 Loaded = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]
-"""The stored bytes of an image u8 (n,), and its mask u8 (H, W) where masks are asked for."""
+"""The stored bytes of an image u8 (n,), and its mask u8 (H, W) if masks are enabled."""
 
 
 class Samples:
     """The good samples of a shard set, for the draws of one seed.
 
-    `bad` holds why each bad sample found so far was rejected, by its place in the set. More than `max_bad` of the set
-    (a share) raise ShardError with a list; None stands for a hundredth of the set, but never fewer than 32 samples.
-    With `masks` a sample needs a label map of its image's size. Safe to use from several threads.
+    `bad` maps the number of each bad sample found so far to the reason. ShardError with a list is raised if more than
+    the share `max_bad` of the set is bad; None allows a hundredth of the set, but at least 32 samples. With `masks`, a
+    sample needs a label map of its image's size. Thread-safe.
     """
 
     def __init__(self, shards: ShardSet, seed: int, max_bad: float | None = None, masks: bool = False):
@@ -55,14 +55,14 @@ class Samples:
         self.shards, self.bad = shards, dict[int, str]()
         self._seed, self._masks = seed, masks
         self._allowed = min(n - 1, max(32, n // 100) if max_bad is None else int(max_bad * n))
-        self._decoded: set[int] = set()  # without an end mark, but decoded in full since
+        self._decoded: set[int] = set()  # images without an end marker that Pillow has decoded in full
         self._lock = threading.Lock()
 
     def load(
         self, epoch: int, wanted: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-        """The samples taken, i64 (B,), their stored images and their masks: those wanted, bad ones replaced for this
-        epoch. Raises ReadError where one cannot be had, ShardError where too many are bad.
+        """Load the samples `wanted`, with bad ones replaced for this epoch. Returns their numbers i64 (B,), stored
+        images and masks. Raises ReadError if one cannot be read, ShardError if too many are bad.
         """
         self.shards.advise(wanted)
         found = [self._load(epoch, int(i)) for i in wanted]
@@ -72,7 +72,7 @@ class Samples:
     def _load(self, epoch: int, wanted: int) -> tuple[int, Loaded]:
         taken, attempt = wanted, 0
         while (loaded := self._good(taken)) is None:
-            self._stop_if_too_many()  # also where another thread met the last ones: a set may hold no good sample
+            self._stop_if_too_many()  # other threads may have found more bad samples: perhaps no good one is left
             attempt += 1
             taken = replacement(self._seed, epoch, wanted, attempt, len(self.shards))
         return taken, loaded
@@ -87,7 +87,7 @@ class Samples:
             return None
 
     def _image(self, i: int) -> NDArray[np.uint8]:
-        """The stored bytes of an image. Raises _Bad."""
+        """Return the stored bytes of an image. Raises _Bad."""
         row = self.shards.table[i]
         if row["size"] > headers.MAX_BYTES:
             raise _Bad(f"too large: more than {headers.MAX_BYTES} bytes")
@@ -106,7 +106,7 @@ class Samples:
         return np.frombuffer(stored, np.uint8)
 
     def _mask(self, i: int) -> NDArray[np.uint8]:
-        """The label map of an image u8 (H, W). Raises _Bad."""
+        """Return the label map of an image, u8 (H, W). Raises _Bad."""
         stored = self._read(i, self.shards.read_mask)
         if stored is None:
             raise _Bad(f"no mask: its shard has no {self.shards.key(i)}.{MASK}")
@@ -124,7 +124,7 @@ class Samples:
         for pause in _PAUSES:
             try:
                 return read(i)
-            except ReadError:  # says itself what was tried
+            except ReadError:  # final: the message already says what was tried
                 raise
             except OSError:
                 time.sleep(pause)
@@ -137,7 +137,7 @@ class Samples:
             ) from error
 
     def reject(self, i: int, reason: str) -> None:
-        """Marks a sample as bad and names it, once. Raises ShardError when there are too many."""
+        """Mark a sample as bad and log it, once. Raises ShardError if there are too many."""
         with self._lock:
             if i in self.bad:
                 return
@@ -146,7 +146,7 @@ class Samples:
         self._stop_if_too_many()
 
     def add_bad(self, bad: dict[int, str]) -> None:
-        """Marks samples as bad that another process has named. Raises ShardError when there are too many."""
+        """Mark samples as bad that another process has logged. Raises ShardError if there are too many."""
         with self._lock:
             self.bad.update({i: reason for i, reason in bad.items() if i not in self.bad})
         self._stop_if_too_many()
@@ -171,12 +171,12 @@ class Samples:
 
 
 def why_undecodable(image: bytes) -> str | None:
-    """Why Pillow cannot decode an image, or None."""
+    """Return the reason why Pillow cannot decode an image, or None if it can."""
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             opened.load()
     except UnidentifiedImageError:
         return "cannot be decoded: its header is damaged"
-    except Exception as error:  # whatever a decoder raises on damaged bytes, the sample is bad
+    except Exception as error:  # decoders raise many types on damaged bytes; each means a bad sample
         return f"cannot be decoded: {error}"
     return None

@@ -1,6 +1,6 @@
 """A set of WebDataset shards as one numbered list of images.
 
-A table says where each image lies (see `tables`). Images are read by position, so that any order costs the same.
+A table holds the location of each image (see `tables`). Images are read by position, so any order costs the same.
 """
 
 import hashlib
@@ -35,29 +35,29 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE", "ReadError", "ShardError", "ShardSet", "Spec"]
 
 CACHE_SIZE = 16.0
-"""GB of a remote set that are kept on this machine's disk, unless told: two windows of the block order and more."""
+"""Default size in GB of the local cache for a remote set: room for two windows of the block order and more."""
 MASK = "seg.png"
 
 
 class ReadError(OSError):
-    """Stored bytes that cannot be had: an outage, which says nothing about the images."""
+    """Stored bytes cannot be read: an outage, which says nothing about the images."""
 
     passes = True
-    """Whether waiting may help: not where the bytes are gone, denied, or no longer what they were."""
+    """Whether waiting may help: not if the bytes are gone or have changed, or access is denied."""
 
 
 class ShardSet:
     """The images of a directory of tars, a brace pattern (``dir/x-{0000..1023}.tar``) or a list of tars, numbered.
 
-    Of a directory with several splits, `split` names one, as ``DIRECTORY:SPLIT`` does. Each may be an address, too:
-    ``s3://``, ``gs://``, ``az://``, ``http(s)://``. Then `paths` are objects whose text is their address, and up to
-    `cache_size` GB (1e9 bytes; 0: none) of shards are kept in the folder `cache` (default: "shards" in the user's cache
-    folder) by all processes of this machine.
+    For a directory with several splits, `split` selects one, as ``DIRECTORY:SPLIT`` does. Each of these may be an
+    address: ``s3://``, ``gs://``, ``az://``, ``http(s)://``. Then `paths` holds objects that convert to their address
+    with `str`. All processes of this machine share a cache of shards, up to `cache_size` GB (1e9 bytes; 0: no cache) in
+    the folder `cache` (default: "shards" in the user's cache folder).
 
-    `table` holds one SAMPLE row per image, memory-mapped where one file holds them all; `fingerprint` names the set by
-    its shards' names, lengths and counts, wherever it lies. Images that cannot be decoded are listed too. Raises
-    ShardError for a set that is missing, denied, empty, no tar, without images or ambiguous, ReadError where a server
-    does not answer.
+    `table` holds one SAMPLE row per image, memory-mapped if one file holds all rows. `fingerprint` identifies the set
+    by its shards' names, sizes and counts, independent of its location. The set includes images that cannot be decoded.
+    Raises ShardError if the set is missing, denied, empty, ambiguous, without images or not a tar, and ReadError if a
+    server does not answer.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ShardSet:
         self._files: _Files | RemoteFiles
         self._made_by = partial(ShardSet, cache=cache, cache_size=cache_size)
         self.remote = any(is_address(entry) for entry in entries)
-        """Whether the shards lie elsewhere: then `figures` says what reading them costs."""
+        """Whether the shards are at addresses: then `figures` holds the cost of reading them."""
         if self.remote:
             local = next((entry for entry in entries if not is_address(entry)), None)
             if local:
@@ -93,7 +93,7 @@ class ShardSet:
             raise ShardError(f"{_name(self.paths)} holds no images: members must be named KEY.{'|'.join(IMAGES)}")
         shard = self.table["shard"]
         self.first = np.array([bisect_left(shard, s) for s in range(len(self.paths) + 1)], dtype=np.int64)
-        """i64 (shards + 1,): the first image of each shard and, last, the number of images."""
+        """i64 (shards + 1,): the first image of each shard, then the number of images."""
         counts = np.diff(self.first).tolist()
         content = [[*file, count] for file, count in zip(files, counts, strict=True)]
         self.fingerprint = digest(content)
@@ -108,28 +108,26 @@ class ShardSet:
         return self._made_by, ([str(path) for path in self.paths],)
 
     def shard_of(self, i: int) -> "Path | Object":
-        """The tar that holds image `i`; as a string, its path or address."""
+        """Return the tar that holds image `i`; `str` of it is its path or address."""
         return self.paths[self.table["shard"][i]]
 
     def key(self, i: int) -> str:
-        """The WebDataset key of image `i`: its member's name up to the first dot. Raises OSError."""
+        """Return the WebDataset key of image `i`: its member's name up to the first dot. Raises OSError."""
         row = self.table[i]
         name = self._files.name(int(row["shard"]), int(row["offset"]))
         return _printable(split_name(name)[0]) if name else f"byte {row['offset']}"
 
     def read(self, i: int) -> bytes:
-        """The stored bytes of image `i`; fewer than the table says where the shard was cut off since. Raises
-        OSError.
-        """
+        """Return the stored bytes of image `i`; fewer than in the table if the shard is now shorter. Raises OSError."""
         row = self.table[i]
         return self._files.read(int(row["shard"]), int(row["offset"]), int(row["size"]))
 
     def read_mask(self, i: int) -> bytes | None:
-        """The stored label map of image `i`, its member KEY.seg.png; None where it has none. Raises OSError.
+        """Return the stored label map of image `i`, its member KEY.seg.png, or None if it has none. Raises OSError.
 
-        No table says where label maps lie, so that a table is the same with and without them. Our sharder puts each
-        right behind its image, where two reads find it; for one elsewhere the shard's headers are walked, once. Of a
-        remote set those are found only while the shard is in the cache.
+        Tables hold no locations of label maps, so a table is the same with and without them. Our sharder puts each
+        label map directly after its image, where two reads find it. To find others, the shard's headers are scanned
+        once. In a remote set this requires the shard to be in the cache.
         """
         row = self.table[i]
         shard, offset = int(row["shard"]), int(row["offset"])
@@ -143,9 +141,9 @@ class ShardSet:
         return None if member is None else read(member.offset, member.size)
 
     def only(self, names: Iterable[str]) -> "ShardSet":
-        """The set of the images that are named, as keys or as files, with or without folders and ending.
+        """Return a set of the named images: `names` are keys or file names, with or without folders and extension.
 
-        In the order in which they are stored, numbered again. Raises ValueError for a name of no image, or of two.
+        The images keep their stored order and get new numbers. Raises ValueError for a name of no image, or of two.
         """
         names = names if isinstance(names, str) else [*names]
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -174,13 +172,13 @@ class ShardSet:
         return chosen
 
     def open(self, shard: int) -> BinaryIO:
-        """A shard, to be read from its start. Raises OSError."""
+        """Open a shard for reading from its start. Raises OSError."""
         return self._files.open(shard)
 
     def webdataset(self, shardshuffle: "int | bool" = False, **options: Any) -> "webdataset.WebDataset":
-        """The same shards as a pipeline of webdataset, for code that has one: dicts of bytes by extension.
+        """Return the shards as a WebDataset pipeline, for code that uses webdataset: dicts of bytes by extension.
 
-        `options` are WebDataset's own, but for its cache. From here on webdataset runs in its secure mode, in this
+        `options` are those of WebDataset, except its cache. This call switches webdataset to its secure mode for the
         whole process: it unpickles nothing, and opens no file or command itself (WDS_SECURE=0 keeps the mode off).
         """
         from .streams import as_webdataset
@@ -188,55 +186,55 @@ class ShardSet:
         return as_webdataset(self, shardshuffle, **options)
 
     def advise(self, indices: NDArray[np.int64]) -> None:
-        """Asks the system to fetch these images, all at once, before they are read one by one."""
+        """Ask the operating system to prefetch these images, all at once, before they are read one by one."""
         self._files.advise(self.table[indices])
 
     def expect(self, order: Sequence[int], ahead: int) -> None:
-        """The order in which shards will be read. Of a remote set the first `ahead` are fetched whole, for which others
-        may leave the cache.
+        """Announce the order in which shards will be read. A remote set downloads the first `ahead` shards whole and
+        may evict other shards from the cache for them.
         """
         self._files.expect(order, ahead)
 
     @property
     def usual_size(self) -> tuple[int, int]:
-        """Height and width in pixels that 99 of 100 images do not exceed, by some ten thousand of them."""
+        """The 99th percentiles of height and width in pixels, from some ten thousand images."""
         some = self.table[:: max(1, len(self) // 10_000)]
         return int(np.quantile(some["height"], 0.99)), int(np.quantile(some["width"], 0.99))
 
     @property
     def figures(self) -> "Figures | None":
-        """What reading a remote set has cost this process so far; None for a local one."""
+        """The cost so far of reading a remote set in this process; None for a local set."""
         return self._files.figures
 
 
 class OpenShard:
-    """A descriptor, and the names of the shard's members by the offset of their content, once a walk was needed."""
+    """An open file descriptor. `names` maps content offsets to member names; it is empty until a scan was needed."""
 
     __slots__ = ("fd", "names")
 
     def __init__(self, fd: int):
         self.fd, self.names = fd, dict[int, str]()
 
-    def __del__(self) -> None:  # not before the last reader lets go
+    def __del__(self) -> None:  # runs after the last reader has dropped its reference
         os.close(self.fd)
 
 
 class OpenShards(ABC):
-    """Shards read by position; of many, the least recently used are closed. Safe to use from several threads."""
+    """Shards read by position. Closes the least recently used if too many are open. Thread-safe."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # open files of this process
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # limit of open files for this process
         self._most = max(16, min(allowed, 1 << 16) // 2)
 
     @abstractmethod
     def _descriptor(self, shard: int) -> int | None:
-        """Opens a shard; None where it does not lie on this machine. Raises OSError."""
+        """Open a shard; return None if it is not on this machine. Raises OSError."""
 
     @abstractmethod
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it ends. Raises OSError."""
+        """Return `size` bytes of a shard from `offset`; fewer at its end. Raises OSError."""
 
     def _file(self, shard: int) -> OpenShard | None:
         with self._lock:
@@ -250,12 +248,12 @@ class OpenShards(ABC):
             return file
 
     def name(self, shard: int, offset: int) -> str | None:
-        """The name of the member whose content starts at `offset`; None where that cannot be said. Raises OSError."""
+        """Return the name of the member whose content starts at `offset`, or None if unknown. Raises OSError."""
         start = max(0, offset - tar.NEAR)
         return tar.name_before(self.read(shard, start, offset - start)) or self.names(shard).get(offset)
 
     def names(self, shard: int) -> dict[int, str]:
-        """The names of all members by the offset of their content, by a walk; none where the shard lies elsewhere."""
+        """Scan a shard for its members' names by content offset. Returns {} if the shard is not on this machine."""
         file = self._file(shard)
         if file is None:
             return {}
@@ -264,10 +262,10 @@ class OpenShards(ABC):
         return file.names
 
     def _read_ahead(self, rows: NDArray[np.void]) -> list[tuple[int, int, int]]:
-        """Has the system fetch images (of SAMPLE), and gives (shard, offset, size) of those that lie elsewhere."""
+        """Ask the system to prefetch images (SAMPLE rows). Returns (shard, offset, size) of those on other machines."""
         elsewhere = []
         for shard, offset, size in zip(*(rows[name].tolist() for name in ("shard", "offset", "size")), strict=True):
-            with suppress(OSError):  # the read that follows says what is wrong
+            with suppress(OSError):  # the read that follows will report the error
                 if file := self._file(shard):
                     os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
                 else:
@@ -276,7 +274,7 @@ class OpenShards(ABC):
 
 
 class _Files(OpenShards):
-    """Shards of this machine."""
+    """Shards on this machine."""
 
     figures = None
 
@@ -292,7 +290,7 @@ class _Files(OpenShards):
         assert file
         try:
             return tar.read_at(file.fd, offset, size)
-        except OSError:  # the next attempt opens it again: a stale handle stays stale
+        except OSError:  # reopen the file at the next attempt: a stale handle stays stale
             with self._lock:
                 self._open.pop(shard, None)
             raise
@@ -301,7 +299,7 @@ class _Files(OpenShards):
         self._read_ahead(rows)
 
     def expect(self, order: Sequence[int], ahead: int) -> None:
-        """The system's own read-ahead does as well."""
+        """No-op: the system's own read-ahead is as good."""
 
     def open(self, shard: int) -> BinaryIO:
         return self._paths[shard].open("rb")

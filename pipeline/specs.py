@@ -1,6 +1,7 @@
-"""Which tars a spec names, and what the manifests beside them say.
+"""Resolution of a spec to tars, and the manifests beside them.
 
-A spec is a directory, a brace pattern, a tar, or a list of these; of a directory with several splits one is named.
+A spec is a directory, a brace pattern, a tar, or a list of these. A directory with several splits needs the name of
+one split.
 """
 
 import argparse
@@ -14,23 +15,23 @@ from .host import read_json
 
 Spec = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_MOST_SHARDS = 1_000_000  # in a range of a pattern
+_MOST_SHARDS = 1_000_000  # limit for one range of a pattern
 _SCHEMES = ("s3://", "gs://", "az://", "http://", "https://")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class ShardError(ValueError):
-    """A shard set that cannot be used, and what to do about it."""
+    """A shard set cannot be used; the message says why and names a remedy."""
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` names something in a bucket or on a web server."""
+    """Return whether `text` is an address in a bucket or on a web server."""
     return text.lower().startswith(_SCHEMES)
 
 
 def with_split(entry: str) -> tuple[str, str | None]:
-    """``DIRECTORY:SPLIT`` in two; a path that exists, a pattern or an address with a port is left alone."""
+    """Split ``DIRECTORY:SPLIT`` in two. An existing path, a pattern or an address with a port is left whole."""
     spec, colon, split = entry.rpartition(":")
     has_path = is_address(spec) and spec.count("/") > 2
     if not colon or "/" in split or "}" in split or Path(entry).exists() or not (has_path or Path(spec).is_dir()):
@@ -39,7 +40,7 @@ def with_split(entry: str) -> tuple[str, str | None]:
 
 
 def expand(pattern: str) -> list[str]:
-    """``a{00..02}b{x,y}`` -> a00bx, a00by, a01bx ..."""
+    """Expand a brace pattern: ``a{00..02}b{x,y}`` -> a00bx, a00by, a01bx ..."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -56,7 +57,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """What `parser` makes of the words; it ends the program where some are left, and says where they come from."""
+    """Parse `argv`. Exits with a message if words are left over; the likely cause is a pattern without quotes."""
     args, rest = parser.parse_known_args(argv)
     if rest and rest[0].startswith("-"):
         parser.error(f"unknown option {rest[0]}")
@@ -67,7 +68,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> a
 
 
 def resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:
-    """The tars that `entries` name, and the manifest of the split that they are, where there is one."""
+    """Return the tars that `entries` name, and the manifest if they are a split of one."""
     for entry in entries:
         if _ADDRESS.match(entry) and not Path(entry).exists():
             raise ShardError(
@@ -116,7 +117,7 @@ def _in_directory(folder: Path, split: str | None) -> tuple[list[Path], dict | N
 
 
 def one_split(folder: str, splits: Sequence[str], split: str | None) -> str:
-    """The split that is meant. Raises ShardError where that is not clear."""
+    """Return the chosen split, or the only one. Raises ShardError if it is ambiguous or missing."""
     if split is None and len(splits) > 1:
         choices = " or ".join(f"{folder}:{name}" for name in splits)
         raise ShardError(f"{folder} holds the splits {', '.join(splits)}: name one, {choices}")
@@ -139,7 +140,7 @@ def _listed_files(folder: Path, names: Sequence[str], where: str) -> list[Path]:
 
 
 def timm_splits(info: dict) -> dict[str, list[str]]:
-    """The tars by split, as timm's _info.json says it; none of a split of which it does not."""
+    """Return the tars of each split in timm's _info.json; an empty list if it lists no valid file names."""
     splits, found = info.get("splits"), dict[str, list[str]]()
     for name, split in splits.items() if isinstance(splits, dict) else ():
         files = split.get("filenames") if isinstance(split, dict) else None
@@ -150,7 +151,7 @@ def timm_splits(info: dict) -> dict[str, list[str]]:
 
 
 def find_manifests(folder: Path) -> dict[str, dict]:
-    """Our sharder's manifests in a folder, by split; anything else of that name is left alone."""
+    """Return our sharder's manifests in a folder, by split. Other files of that name are ignored."""
     found = {}
     for path in sorted({folder / "manifest.json", *folder.glob("*.manifest.json")}):
         manifest = read_json(path)
@@ -160,7 +161,7 @@ def find_manifests(folder: Path) -> dict[str, dict]:
 
 
 def is_manifest(manifest: dict) -> bool:
-    """Whether a JSON object is a manifest of our sharder's, of the one format that there is."""
+    """Return whether a JSON object is a manifest of our sharder, in format 1."""
     shards = manifest.get("shards")
     return (
         manifest.get("format") == 1

@@ -1,7 +1,7 @@
 """WebDataset shards that can only be read from their start: pipes, standard input, servers without sizes or ranges.
 
-webdataset takes the tars apart, in its secure mode: nothing is unpickled, and it opens no file and no command itself.
-What is opened here is what the caller names, never what a shard says.
+webdataset parses the tars in its secure mode: it unpickles nothing, and opens no file and no command itself. This
+module opens only what the caller names, never anything that a shard refers to.
 """
 
 import hashlib
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 _TIMEOUT = 60  # seconds without a byte from a server
 _PAUSE = 10.0  # seconds between two attempts
-_ALLOWED = 32  # bad samples, or a hundredth of those seen
+_ALLOWED = 32  # number of bad samples allowed, or a hundredth of those read if that is more
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image of a stream. `number` counts from the start of the epoch, as they lie in the stream."""
+    """An image of a stream. `number` counts the samples of the epoch in the order in which they are read."""
 
     number: int
     key: str
@@ -51,14 +51,18 @@ class Sample:
 
 
 class Stream:
-    """Tars read from their start to their end: a command (``pipe:CMD``, with its shell), standard input (``-``), a file
+    """Tars that are read from start to end: a command (``pipe:CMD``, run by the shell), standard input (``-``), a file
     or named pipe, an ``http(s)://`` address, or a list or brace pattern of these.
 
-    A Loader takes it as it takes a ShardSet, with what follows from reading in order: samples are shuffled in a buffer
-    of `buffer` of them, which holds their stored bytes (about 0.1 MB each), so that neighbours in the stream stay near
-    each other; every rank reads the whole stream, and takes its part of each batch; a run goes on at the start of an
-    epoch only. Bad samples are left out, counted and named. `bad` holds them by their number. One that breaks off is
-    opened again for `patience` minutes, and goes on behind the samples that it gave; standard input cannot.
+    A Loader accepts a Stream in place of a ShardSet, with the limits of sequential reading:
+
+    - Samples are shuffled in a buffer of `buffer` samples, which holds their stored bytes (about 0.1 MB each).
+      Neighbours in the stream stay near each other.
+    - Every rank reads the whole stream and takes its part of each batch.
+    - A run resumes only at the start of an epoch.
+    - Bad samples are skipped and logged; `bad` maps their numbers to the reasons.
+    - A stream that breaks off is reopened for up to `patience` minutes. It resumes after the last sample that it
+      yielded. Standard input cannot be reopened.
     """
 
     def __init__(self, spec: str | Sequence[str], buffer: int = 1000, patience: float = 0.0):
@@ -77,14 +81,14 @@ class Stream:
 
     @property
     def once(self) -> bool:
-        """Whether it can be read one time only."""
+        """Whether the stream can be read only once."""
         return "-" in self.entries
 
     def samples(self, seed: int, epoch: int, shuffle: bool) -> Iterator[Sample]:
-        """An epoch's samples; with `shuffle`, the tars in an order of their own and the samples buffered.
+        """Yield an epoch's samples. `shuffle` permutes the tars and shuffles the samples in the buffer.
 
-        Raises ReadError where a stream breaks off or its command fails, ShardError where it holds no tar or too many
-        bad samples.
+        Raises ReadError if a stream is no tar, breaks off or its command fails. Raises ShardError for an address that
+        is no stream, two files of one name in a sample, or too many bad samples.
         """
         draw = random.Random(f"{seed} {epoch}")
         entries = draw.sample(self.entries, len(self.entries)) if shuffle else self.entries
@@ -109,7 +113,7 @@ class Stream:
                 number += 1
 
     def _contents(self, entry: str) -> Iterator[dict[str, Any]]:
-        """What a tar holds, each once, however often it breaks off."""
+        """Yield each sample of a tar once, even if the stream breaks off and is reopened."""
         seen, end = 0, 0.0
         while True:
             try:
@@ -142,7 +146,7 @@ class Stream:
         return Sample(number, content["__key__"], np.frombuffer(data, np.uint8), height, width, _label(content))
 
     def reject(self, number: int, key: str, reason: str) -> None:
-        """Counts a bad sample and names it, once. Raises ShardError where there are too many."""
+        """Record a bad sample and log it, once. Raises ShardError if there are too many."""
         if number in self.bad:
             return
         self.bad[number] = f"{key}: {reason}"
@@ -159,20 +163,20 @@ def _label(content: dict[str, Any]) -> int:
 
 @contextmanager
 def _opened(entry: str) -> Iterator[BinaryIO]:
-    """What a stream's name stands for. A command must have ended well when its tar was read to the end."""
+    """Open a stream by its name. Raises ReadError if its command fails after its tar was read to the end."""
     try:
         if entry.startswith("pipe:"):
             with subprocess.Popen(entry.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as command:
                 assert command.stdout
                 try:
                     yield command.stdout  # type: ignore[misc]
-                    command.stdout.read()  # what follows a tar's end
-                except GeneratorExit:  # nobody wants the rest
+                    command.stdout.read()  # drain the bytes after the tar's end
+                except GeneratorExit:  # the caller stops early
                     command.terminate()
                     raise
                 except BaseException:
                     command.terminate()
-                    if command.wait() > 0:  # it failed of itself, which is why the tar breaks off
+                    if command.wait() > 0:  # the command itself failed, so the tar breaks off
                         raise ReadError(f"{entry!r} ended with exit code {command.returncode}") from None
                     raise
                 if command.wait():
@@ -196,7 +200,7 @@ def _opened(entry: str) -> Iterator[BinaryIO]:
 
 
 def secure() -> Any:
-    """webdataset, in its secure mode for this whole process, unless WDS_SECURE in the environment says otherwise."""
+    """Return webdataset in its secure mode, for this whole process, unless WDS_SECURE is set in the environment."""
     import webdataset
 
     if "WDS_SECURE" not in os.environ:
@@ -205,7 +209,7 @@ def secure() -> Any:
 
 
 class _Watched:
-    """Remembers how a stream begins and ends: a tar cut between two members, or in a header, is none to tarfile."""
+    """Remembers how a stream begins and ends: tarfile does not notice a tar cut between two members or in a header."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._first, self._last = file, b"", b""
@@ -216,7 +220,7 @@ class _Watched:
         return data
 
     def is_whole(self) -> bool:
-        """Whether it ends as a tar does; gzip and its like have a mark of their own, which is looked for when read."""
+        """Read to the end and return whether it has a tar's end mark. Compressed streams have their own end marks."""
         while self.read(1 << 20):
             pass
         return self._first[257:262] != b"ustar" or self._last.count(0) == len(self._last)
@@ -225,7 +229,7 @@ class _Watched:
 def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     tariterators, watched = secure().tariterators, _Watched(file)
     files = tariterators.tar_file_expander([{"url": entry, "stream": watched}])
-    held = None  # until the next begins, or the end mark is there: the last of a tar that breaks off may lack a part
+    held = None  # until the next sample begins or the end mark is seen: the last one of a cut tar may be incomplete
     try:
         for content in tariterators.group_by_keys(files):
             if held is not None:
@@ -242,7 +246,7 @@ def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def as_webdataset(found: ShardSet, shardshuffle: int | bool = False, **options: Any) -> "webdataset.WebDataset":
-    """What `ShardSet.webdataset` gives."""
+    """Implement `ShardSet.webdataset`."""
     wds = secure()
     made = wds.WebDataset([str(path) for path in found.paths], shardshuffle=shardshuffle, **options)
     stages = [_Opener(found) if isinstance(stage, wds.cache.StreamingOpen) else stage for stage in made.pipeline]
@@ -253,7 +257,7 @@ def as_webdataset(found: ShardSet, shardshuffle: int | bool = False, **options: 
 
 
 class _Opener:
-    """Opens shards in webdataset's place, which in secure mode opens none."""
+    """Opens shards in place of webdataset, which opens none in secure mode."""
 
     def __init__(self, found: ShardSet):
         self._found = found

@@ -1,7 +1,7 @@
-"""Sample tables: where each image of a set lies, in which shard, from which byte on, with its size and label.
+"""Sample tables: the shard, byte offset, sizes and label of each image of a set.
 
-They come from beside our own shards. For others they are made by one walk over each tar's headers, and kept in the
-user's cache folder. Index files are not read: a stale one cannot hurt.
+Our sharder stores them beside its shards. For other shards, one scan of each tar's headers makes the table, which is
+then cached in the user's cache folder. Index files are not read, so a stale index does no harm.
 """
 
 import logging
@@ -22,9 +22,9 @@ SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")]
 )
 IMAGES = ("jpg", "jpeg", "png", "webp")
-SCAN = 2  # counts up when a scan of the same bytes would give another table
+SCAN = 2  # version: increment when a scan of the same bytes gives another table
 
-_HEAD = 2048  # bytes read for an image's size; a long EXIF or ICC segment asks for more
+_HEAD = 2048  # bytes to read for an image's size; long EXIF or ICC segments need more
 _LARGEST_JSON = 1 << 20
 _log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ def joined(tables: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
 
 
 def load(path: Path, shards: int) -> NDArray[np.void] | None:
-    """The table of so many shards in a file; None where there is none, or one that no walk would have given."""
+    """Load a table of `shards` shards. Returns None if the file is missing or damaged, or the table is implausible."""
     try:
         table = np.lib.format.open_memmap(path, mode="r")
-    except Exception:  # a torn header fails in a dozen ways
+    except Exception:  # a damaged header raises many types
         return None
     if table.dtype != SAMPLE or table.ndim != 1 or not len(table):
         return None
@@ -76,7 +76,7 @@ def _listed(folder: Path, stamps: tuple[int, ...]) -> dict[str, dict]:
 
 
 def _sidecar(path: Path) -> NDArray[np.void] | None:
-    """The table beside one of our shards, if the manifest still describes the tar."""
+    """Load the table beside one of our shards. Returns None unless the manifest still matches the tar."""
     beside = path.with_suffix(".samples.npy")
     if not beside.is_file():
         return None
@@ -89,7 +89,7 @@ def _sidecar(path: Path) -> NDArray[np.void] | None:
 
 
 def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
-    """The table of shards that bring none: from the cache if they have not changed since, else by a walk."""
+    """Return the table of shards without tables: from the cache if they have not changed, else by a scan."""
     stats = [path.stat() for path in paths]
     stamp = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
     name = f"{digest([SCAN, stamp])}.npy"
@@ -102,13 +102,13 @@ def _scan_all(paths: Sequence[Path]) -> NDArray[np.void]:
     for path, (_, walk) in zip(paths, scans, strict=True):
         report(str(path), path.stat().st_size, walk, alone=len(paths) == 1)
     table = joined([rows for rows, _ in scans])
-    if len(table) and not any(walk.notes for _, walk in scans):  # a damaged set is scanned, and named, every time
+    if len(table) and not any(walk.notes for _, walk in scans):  # a damaged set is scanned and reported every time
         keep(table, name)
     return table
 
 
 def report(path: str, size: int, walk: tar.Walk, *, alone: bool) -> None:
-    """Says what a walk found wrong with a shard; where it's everything, raises ShardError."""
+    """Log a warning if a scan found a shard damaged. Raises ShardError if the file is not a tar at all."""
     if not walk.is_tar and (alone or size >= tar.BLOCK):
         what = "is empty" if size == 0 else "is not a tar"
         raise ShardError(f"{path} {what}: remove it from the set, or fetch it again")
@@ -119,7 +119,7 @@ def report(path: str, size: int, walk: tar.Walk, *, alone: bool) -> None:
 def cached(name: str, shards: int) -> NDArray[np.void] | None:
     try:
         return load(cache_folder("tables") / name, shards)
-    except OSError:  # no home
+    except OSError:  # no home directory
         return None
 
 
@@ -133,7 +133,7 @@ def keep(table: NDArray[np.void], name: str) -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension, as WebDataset splits it: at the first dot of the last part of the path."""
+    """Split a member's name into key and extension as WebDataset does: at the first dot of the path's last part."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem) if stem else "", extension.lower()
@@ -204,7 +204,7 @@ def label_in(text: bytes) -> int | None:
 
 
 def _image_size(file: tar.PlainFile, member: tar.Member) -> tuple[int, int]:
-    """Height and width of a stored image by its header, (0, 0) where it is none."""
+    """Read the height and width of a stored image from its header; (0, 0) if it is no image."""
     wanted = _HEAD
     while True:
         head = file.read_at(member.offset, min(wanted, member.size))
@@ -213,4 +213,4 @@ def _image_size(file: tar.PlainFile, member: tar.Member) -> tuple[int, int]:
             return (height, width) if max(height, width) < 2**31 else (0, 0)
         if len(head) < wanted:
             return 0, 0
-        wanted = max(2 * wanted, height)  # where more is needed, the second number says how much
+        wanted = max(2 * wanted, height)  # for MORE, `height` is the number of bytes needed

@@ -1,6 +1,6 @@
-"""Where the members of a tar lie, without reading their contents.
+"""Listing of a tar's members and their offsets, without reading their contents.
 
-A walk of our own over USTAR, GNU and PAX archives, in a file or in a gzip stream: the ready-made ones stop at the first
+This is our own parser of USTAR, GNU and PAX archives, in a file or a gzip stream. Existing parsers stop at the first
 damaged header, trust index files that may be stale, or read PAX archives wrongly. Nothing is ever extracted: a link, a
 device or `../../x` is an entry in a list and never a file, and pickles are not opened.
 """
@@ -28,30 +28,30 @@ _KINDS = {
     b"S": "sparse file",
 }
 _OCTAL = re.compile(rb"[\0 ]*([0-7]*)(?:[\0 ].*)?", re.DOTALL)
-_MAX_RECORD = 1 << 20  # bytes of a GNU long name or a PAX header: more is damage
-_MAX_DIGITS = 18  # of a number in a PAX header; Python refuses to read very long ones
+_MAX_RECORD = 1 << 20  # bytes of a GNU long name or a PAX header: more means damage
+_MAX_DIGITS = 18  # digits of a number in a PAX header; Python refuses to parse very long ones
 _CHUNK = 1 << 20
-NEAR = 4096  # bytes before a member's content in which its name stands, as a rule
+NEAR = 4096  # bytes before a member's content that usually contain its name
 
 
 class TarError(ValueError):
-    """A tar or gzip file that is damaged; the message names the file and the place."""
+    """A tar or gzip file is damaged; the message names the file and the place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One entry of a tar. `kind` is "file" or what it is instead."""
+    """One entry of a tar. `kind` is "file", "folder", "symbolic link" or another type."""
 
-    name: str  # bytes that are no UTF-8 are kept as surrogates
-    offset: int  # of its first byte in the archive
+    name: str  # bytes that are not valid UTF-8 are kept as surrogates
+    offset: int  # position of its first content byte in the archive
     size: int
     kind: str
 
 
 def read_at(fd: int, offset: int, size: int) -> bytes:
-    """`size` bytes of an open file, fewer only at its end. Raises OSError."""
+    """Read `size` bytes of an open file, fewer only at its end. Raises OSError."""
     data = os.pread(fd, size, offset)
-    while 0 < len(data) < size:  # a signal, a network file system or 2 GiB at once cut a read short
+    while 0 < len(data) < size:  # signals, network file systems and reads over 2 GiB may return fewer bytes
         more = os.pread(fd, size - len(data), offset + len(data))
         if not more:
             break
@@ -60,7 +60,7 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
 
 
 class PlainFile:
-    """Bytes of a file by offset."""
+    """Reads a file by offset."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -68,7 +68,7 @@ class PlainFile:
         self.size: int | None = os.fstat(self._fd).st_size
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """`size` bytes, fewer only at the end of the file. Raises OSError."""
+        """Read `size` bytes, fewer only at the end of the file. Raises OSError."""
         return read_at(self._fd, offset, size)
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class PlainFile:
 
 
 class GzipFile:
-    """The content of a gzip file by offset, forwards only: what lies between two reads is decompressed and dropped."""
+    """Reads a gzip file's content by offset, forwards only. Bytes between two reads are decompressed and dropped."""
 
     size: int | None = None  # known only at the end
 
@@ -86,7 +86,7 @@ class GzipFile:
         self._at = 0
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """`size` bytes, fewer only at the end. Raises TarError where the file is damaged or cut short."""
+        """Read `size` bytes, fewer only at the end. Raises TarError if the file is damaged or cut short."""
         if offset < self._at:
             raise ValueError(f"{self.path}: cannot go back from {self._at} to {offset} in a gzip file")
         try:
@@ -102,7 +102,7 @@ class GzipFile:
         return data
 
     def finish(self) -> None:
-        """Reads to the end, where gzip's checksum is."""
+        """Read to the end, which verifies gzip's checksum."""
         while self.read_at(self._at, _CHUNK):
             pass
 
@@ -112,7 +112,7 @@ class GzipFile:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes by offset of something else. `path` is what it is called."""
+    """Reads any other source by offset. `path` is its name in messages."""
 
     read_at: Callable[[int, int], bytes]
     path: object = ""
@@ -121,18 +121,19 @@ class Bytes:
 
 
 def open_bytes(path: Path) -> PlainFile | GzipFile:
-    """Compressed or not, by its first bytes. Raises OSError."""
+    """Open a file as gzip or plain, by its first bytes. Raises OSError."""
     with path.open("rb") as file:
         return GzipFile(path) if file.read(2) == b"\x1f\x8b" else PlainFile(path)
 
 
 class Walk:
-    """The members of a tar, in order, by its headers only: one read of 512 bytes for each.
+    """Iterates over the members of a tar in order, reading only headers: 512 bytes for each.
 
-    Where the tar is damaged or cut short a strict walk raises TarError. The other kind notes it in `notes` and
-    continues at the next valid header: a damaged header costs its member only; a member that reaches beyond the end is
-    left out. A tar must end in a block of zeros, so that even a cut exactly between two members is seen; what follows
-    that block is noted by both. `start` and `end` bound a tar that is a member, named `inside`, of another.
+    If the tar is damaged or cut short, a strict walk raises TarError. A walk that is not strict records the damage in
+    `notes` and continues at the next valid header. A damaged header then costs only its own member. A member that
+    extends beyond the end is skipped. A tar must end in a block of zeros, so even a cut exactly between two members is
+    detected. Both kinds of walk note any data after that block. `start` and `end` are the bounds of a tar that is
+    itself a member, named `inside`, of another tar.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Walk:
                 continue
             self.is_tar = True
             kind, content = header[156:157], at + BLOCK
-            if kind in b"123456":  # links, devices, folders and FIFOs have no content, whatever they say
+            if kind in b"123456":  # links, devices, folders and FIFOs have no content, whatever their size field
                 size = 0
             elif "size" in pax and kind not in b"LKxg":
                 if pax["size"].isdigit() and len(pax["size"]) <= _MAX_DIGITS:
@@ -187,7 +188,7 @@ class Walk:
                     pax, complete = _pax(self._read(content, size))
                     if not complete:
                         self._damage(f"damaged: an unreadable PAX header at byte {content - self._start}")
-                continue  # K and g, a long link name and fields for all members, move no member
+                continue  # K (a long link name) and g (fields for all members) do not change offsets
             name = pax.get("path") or long_name or _header_name(header)
             sparse = any(field.startswith("GNU.sparse") for field in pax)
             long_name, pax = b"", {}
@@ -204,7 +205,7 @@ class Walk:
         self.notes.append(what)
 
     def _next_valid(self, at: int) -> int:
-        """The place of the next valid header behind the damaged one at `at`, or the end."""
+        """Return the offset of the next valid header after the damaged one at `at`, or the end."""
         if self._strict or self._end is None:
             raise TarError(f"{self.where}: no tar, or damaged at byte {at - self._start}; get it again")
         found = next(self._valid_headers(at + BLOCK, self._end), self._end)
@@ -220,7 +221,7 @@ class Walk:
                     yield start + i
 
     def _look_behind(self, at: int) -> None:
-        """Notes what follows the end mark at `at`, if it is more than padding."""
+        """Note any data after the end mark at `at`, except padding."""
         mark, at = at, at + BLOCK
         while data := self._read(at, _CHUNK):
             if data.count(0) < len(data):
@@ -230,29 +231,29 @@ class Walk:
 
 
 def padded(size: int) -> int:
-    """How many bytes a content of `size` bytes takes in a tar."""
+    """Return the number of bytes that a content of `size` bytes occupies in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 
 def member_at(read: Callable[[int, int], bytes], start: int) -> Member | None:
-    """The member whose headers begin at `start`; None where none do. `read` gives bytes by offset and length."""
+    """Return the member whose headers begin at `start`, or None. `read` returns bytes by offset and length."""
     with suppress(TarError):
         return next(iter(Walk(Bytes(read), start, strict=True)), None)
     return None
 
 
 def names(fd: int) -> dict[int, str]:
-    """The names of the members of an open tar by the offset of their content, by a walk."""
+    """Scan an open tar. Returns the members' names by the offset of their content."""
     source = Bytes(partial(read_at, fd), size=os.fstat(fd).st_size)
     return {member.offset: member.name for member in Walk(source, strict=False)}
 
 
 def name_before(before: bytes) -> str | None:
-    """The name of a member by the bytes that precede its content, up to NEAR of them; None: walk to know."""
+    """Return a member's name from the bytes before its content, up to NEAR of them; None if only a scan can tell."""
     header = before[-BLOCK:]
     if len(header) < BLOCK or _content_size(header) is None:
         return None
-    name = b"" if header[99] and not header[345] else _header_name(header)  # cut off, perhaps: a record says more
+    name = b"" if header[99] and not header[345] else _header_name(header)  # a full field may be a truncated name
     for start in range(0, len(before) - BLOCK, BLOCK):  # a long name's record ends where the header begins
         record, content = before[start : start + BLOCK], before[start + BLOCK : -BLOCK]
         size = _content_size(record) if record[257:262] == b"ustar" and record[156:157] in b"Lx" else None
@@ -263,7 +264,7 @@ def name_before(before: bytes) -> str | None:
 
 
 def _pax(text: bytes) -> tuple[dict[str, bytes], bool]:
-    """The fields of a PAX header, and whether all of it can be read."""
+    """Parse a PAX header. Returns its fields, and whether all of it is valid."""
     fields = dict[str, bytes]()
     while text.strip(b"\0"):
         length = text.partition(b" ")[0]
@@ -280,7 +281,7 @@ def _text(name: bytes) -> str:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or base 256 where the first bit is set (GNU, 8 GiB and more); None where it is neither."""
+    """Parse octal digits, or base 256 if the first bit is set (GNU, 8 GiB and more). Returns None if it is neither."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = _OCTAL.fullmatch(field)
@@ -288,10 +289,10 @@ def _number(field: bytes) -> int | None:
 
 
 def _content_size(header: bytes) -> int | None:
-    """The size that a header gives; None where its checksum is wrong: it is no header, or damaged."""
+    """Return the size in a header, or None if its checksum is wrong: it is damaged or no header."""
     checksum, others = _number(header[148:156]), header[:148] + header[156:]
     total = sum(others) + 8 * 32
-    if checksum != total and checksum != total - 256 * sum(byte > 127 for byte in others):  # old writers summed signed
+    if checksum != total and checksum != total - 256 * sum(byte > 127 for byte in others):  # old tars sum signed bytes
         return None
     return _number(header[124:136])
 

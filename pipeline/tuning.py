@@ -1,16 +1,16 @@
-"""Which share of its images a GPU's JPEG engines should decode, found out on the first batch."""
+"""Tuning of the share of images that a GPU's JPEG engines decode, on the first batch."""
 
 import logging
 from collections.abc import Callable
 
 SHARES = (0.65, 0.0, 0.25, 0.5, 0.8, 1.0)
-"""What is tried; the first is DALI's own, which stays unless another takes less than `_WORTH` of its time."""
+"""The shares to try. The first is DALI's default, which is kept unless another takes less than `_WORTH` of its time."""
 _WORTH = 0.97
 _log = logging.getLogger(__name__)
 
 
 def fastest_share(seconds: Callable[[float], float]) -> float:
-    """The best of SHARES by the `seconds` that a batch takes with one."""
+    """Return the best of SHARES, where `seconds(share)` is the time that a batch takes."""
     taken = {share: seconds(share) for share in SHARES}
     best = min(taken, key=lambda share: taken[share])
     best = best if taken[best] < _WORTH * taken[SHARES[0]] else SHARES[0]
