@@ -1,7 +1,7 @@
-"""Checkpoints: one file a step, whole or absent, written while the run goes on.
+"""Checkpoints: one file per saved step, written atomically and in the background.
 
-`last` links to the newest. A file that cannot be read is passed over, with a warning, for the one before it. Nothing is
-unpickled: tensors and plain values only (`weights_only=True`).
+`last` links to the newest. If a file cannot be read, the one before it is used, with a warning. Files are loaded with
+`weights_only=True`: they hold tensors and plain values, and no code is unpickled.
 """
 
 import threading
@@ -29,14 +29,14 @@ from trainer.method import Method
 FORMAT = 1
 Payload = dict[str, Any]
 NEEDED = {"step": int, "method": str, "config": str, "model": dict}  # the config is YAML
-OPTIONAL = {"optimizer": dict, "loader": dict, "scaler": dict}  # what a run needs to go on
-_PAUSES = (5.0, 30.0)  # seconds between attempts to write: others free a full disk, or a server comes back
+OPTIONAL = {"optimizer": dict, "loader": dict, "scaler": dict}  # needed to resume a run
+_PAUSES = (5.0, 30.0)  # seconds between attempts to write: a full disk may be freed, a file server may return
 
 
 class Writer:
-    """Writes the checkpoints of one folder in a thread of its own, one at a time: the run goes on meanwhile.
+    """Writes the checkpoints of one folder in a background thread, one at a time, while training continues.
 
-    A write that the disk refuses is tried again, then given up with a warning.
+    A write that fails is retried twice. Each failure is a warning, not an error.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -45,13 +45,13 @@ class Writer:
         self._kept = True
 
     def save(self, payload: Payload) -> None:
-        """Begins to write `payload`, which nobody may change from now on, when the one before it is done."""
+        """Wait for the previous write, then start to write `payload`, which must not be modified any more."""
         self.wait()
         self._thread = threading.Thread(target=self._save, args=(payload,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> bool:
-        """Waits for the last one. Whether it is on the disk; True if there was none."""
+        """Wait for the last write. Return whether it succeeded; True if there was none."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -67,13 +67,13 @@ class Writer:
 
 
 def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None) -> bool:
-    """Writes `payload` as ``folder/step_XXXXXXXXX.pt`` and removes what need not be kept. False if the disk refused.
+    """Write `payload` as ``folder/step_XXXXXXXXX.pt`` and remove old checkpoints. Return False if writing failed.
 
-    A full disk costs this checkpoint, not the run and not the checkpoints before it. One process at a time may save.
+    A full disk costs this checkpoint only, neither the run nor earlier checkpoints. One process at a time may save.
     """
     target = folder / f"step_{payload['step']:09d}.pt"
     try:
-        for part in folder.glob("*.part"):  # of a writer that was killed
+        for part in folder.glob("*.part"):  # left by a writer that was killed
             part.unlink()
         write(target, payload)
         link = folder / "last.part"
@@ -90,16 +90,16 @@ def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None)
 
 
 def write(path: Path, payload: Payload) -> None:
-    """Writes one file, whole or not at all. Raises OSError."""
+    """Write one file atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         host.write_atomic(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
-    except RuntimeError as error:  # torch hides a full disk behind one of its own
+    except RuntimeError as error:  # torch replaces the OSError of a full disk by its own RuntimeError
         raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
 def load(path: Path) -> Payload:
-    """The checkpoint in `path` (a file, or a folder's newest readable one). Raises ValueError naming what is wrong."""
+    """Load the checkpoint `path`: a file, or a folder's newest readable one. Raises ValueError naming the defect."""
     if path.is_dir():
         payload = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if payload is None:
@@ -107,7 +107,7 @@ def load(path: Path) -> Payload:
         return payload
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
-    except Exception:  # a torn file fails in a dozen ways
+    except Exception:  # a truncated file raises many kinds of errors
         why = "it is damaged, or something else" if path.exists() else "there is no such file or folder"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -123,9 +123,9 @@ def load(path: Path) -> Payload:
 
 
 def latest(folder: Path) -> Payload | None:
-    """The newest checkpoint in `folder` that can be read; None where there is none.
+    """Load the newest readable checkpoint in `folder`; return None if there are no checkpoints.
 
-    Raises ValueError where there are some and none can be read: whoever goes on without would overwrite them.
+    Raises ValueError if there are some but none is readable: a run that started over would overwrite them.
     """
     return (_newest(folder) or (None, None))[1]
 
@@ -142,9 +142,10 @@ def _newest(folder: Path) -> tuple[Path, Payload] | None:
 
 
 def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload | None:
-    """Sets the method called `name` and its optimizer to the newest readable checkpoint, and returns the rest of it.
+    """Load the newest readable checkpoint into the method `name` and its optimizer, and return its other entries.
 
-    None where there is none. Rank 0 alone reads. Raises ValueError, on every rank, naming the file that does not fit.
+    Returns None if there is no checkpoint. Only rank 0 reads. Raises ValueError, on every rank, if the file does not
+    fit; the message names the file.
     """
     found = None
     with parallel.agreed():
@@ -169,7 +170,7 @@ def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Op
 
 
 def restore(payload: Payload) -> Method:
-    """The method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
+    """Build the method that a checkpoint holds, with its settings and weights. Raises ValueError if they do not fit."""
     name = payload["method"]
     if name not in methods.names():
         raise ValueError(f"the checkpoint is of method {name!r}, which is none of {', '.join(methods.names())}")
@@ -185,34 +186,34 @@ def restore(payload: Payload) -> Method:
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Whatever a lying file leads to becomes a ValueError of one sentence."""
+    """Turn any error that an invalid file causes in the block into a ValueError of one sentence."""
     try:
         yield
-    except Exception as error:  # a file can lie in more ways than errors have types
+    except Exception as error:  # an invalid file can raise almost any type
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise ValueError(f"{what}: {reason}") from None
 
 
 def state(method: nn.Module, optimizer: torch.optim.Optimizer) -> Payload:
-    """Copies of weights and optimizer state, by name and whole, on the host; all ranks must ask, rank 0 is answered.
+    """Return unsharded copies of weights and optimizer state on the host. Collective: only rank 0 gets the values.
 
-    By name, so that a run can go on with another number of ranks, sharded or not.
+    Entries are keyed by parameter name, so that a run can resume with another number of ranks, sharded or not.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optim = get_state_dict(method, optimizer, options=options)
-    if next(method.parameters()).device.type == "cpu":  # there torch's "offload" hands out what the next step changes
+    if next(method.parameters()).device.type == "cpu":  # there cpu_offload returns the live tensors, not copies
         model, optim = tree_map_only(torch.Tensor, torch.clone, (model, optim))
     return {"model": model, "optimizer": optim}
 
 
 def check_fit(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payload) -> None:
-    """Raises ValueError where names or shapes differ: in the midst of a broadcast it would be too late to say so."""
+    """Raise ValueError if names or shapes differ. Checked on rank 0 before the broadcast, where an error would hang."""
     with _one_sentence("the checkpoint was made with other settings of the method or the optimizer"):
         _check_weights(method, payload)
         shapes = {name: p.shape for name, p in method.named_parameters() if p.requires_grad}
         saved = payload["optimizer"]
         for name, shape in shapes.items():
-            for key, value in saved["state"][name].items():  # torch would take an absent state for a fresh start
+            for key, value in saved["state"][name].items():  # KeyError if absent: torch would silently start fresh
                 if isinstance(value, torch.Tensor) and value.ndim and value.shape != shape:
                     raise ValueError(f"{key} of {name} has the shape {[*value.shape]} instead of {[*shape]}")
         grouped = [name for group in saved["param_groups"] for name in group["params"]]
@@ -230,7 +231,7 @@ def _check_weights(method: nn.Module, payload: Payload) -> None:
 
 
 def set_weights(method: nn.Module, payload: Payload) -> None:
-    """The weights alone, to begin with, read by each rank. Raises ValueError where names or shapes do not fit."""
+    """Load the weights of a checkpoint into `method`, on each rank. Raises ValueError if names or shapes differ."""
     with parallel.agreed(), _one_sentence("the checkpoint's weights do not fit the method's settings"):
         _check_weights(method, payload)
     set_model_state_dict(method, payload["model"], options=_from_rank_0())

@@ -1,4 +1,4 @@
-"""What the commands beside run.py share: a mistake in what was asked for is one sentence and exit code 2."""
+"""Error handling shared by the commands other than run.py: one sentence on stderr, and run.py's exit codes."""
 
 import argparse
 import sys
@@ -12,11 +12,11 @@ from trainer.folder import stop_code
 
 
 class Stopped(Exception):
-    """A signal or a time limit ended a training, after a checkpoint."""
+    """Training was stopped by a signal or a time limit, after writing a checkpoint."""
 
 
 def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], int]]:
-    """A decorator that makes a program called `name` of a function of its arguments: it returns run.py's exit codes."""
+    """Return a decorator that turns `main(argv)` into the program `name`, which returns run.py's exit codes."""
 
     def decorate(main: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
         @wraps(main)
@@ -39,10 +39,10 @@ def command(name: str) -> Callable[[Callable[[list[str]], None]], Callable[[list
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for an ``--untrained`` that is no seed and a ``--device`` that is not there."""
+    """Raise ValueError if ``--untrained`` is not a seed or ``--device`` is not available."""
     if args.untrained is not None and not 0 <= args.untrained < 2**63:
         raise ValueError(f"--untrained {args.untrained}: a seed lies between 0 and 2**63")
     try:
         torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:  # torch has no one error for a device that is not there
+    except (AssertionError, RuntimeError) as error:  # torch's error for a missing device depends on the build
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None

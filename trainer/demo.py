@@ -1,7 +1,7 @@
-"""Shards for a run that names none: photographs that scikit-image brings along, cut into many smaller pictures.
+"""Shards for a run that names none, made from the photographs that come with scikit-image.
 
-Ten photographs become 800 pictures, each nearly the whole of one, by crops from a seeded generator. That is enough to
-see everything work and a model learn; it is not enough to learn anything about the world.
+A seeded generator cuts 800 crops out of ten photographs; each crop shows nearly the whole photograph. That is enough
+to see the pipeline work and the loss fall, but not to learn useful features.
 """
 
 import fcntl
@@ -17,19 +17,19 @@ PHOTOGRAPHS = (
     "astronaut.png camera.png chelsea.png coffee.png coins.png hubble_deep_field.jpg moon.png motorcycle_left.png "
     "retina.jpg rocket.jpg"
 ).split()
-CROPS = 80  # of each photograph
+CROPS = 80  # per photograph
 SHARDER = Path(__file__).resolve().parents[1] / "tools" / "shard_imagenet.py"
 
 
 def shards() -> str:
-    """The folder with the default run's shards, made by the real sharder on first use (some ten seconds)."""
+    """Return the folder with the default run's shards. The first call makes them with the sharder (ten seconds)."""
     try:
         home = host.cache_folder("photographs")
         made = home / "shards"
         if not (made / "manifest.json").exists():
             home.mkdir(parents=True, exist_ok=True)
             with (home / "lock").open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another first run may be making them: wait for its end
+                fcntl.flock(file, fcntl.LOCK_EX)  # wait if another process is making them
                 if not (made / "manifest.json").exists():
                     _make(home / "pictures", made)
     except OSError as error:
@@ -39,7 +39,7 @@ def shards() -> str:
 
 def _make(pictures: Path, made: Path) -> None:
     _cut(pictures)
-    # --part: all of it, whatever rank this is
+    # --part 0/1: all of it; the sharder would otherwise take only the part of this rank
     options = ["--split", "train", "--workers", "2", "--part", "0/1"]
     done = subprocess.run([sys.executable, str(SHARDER), str(pictures), str(made), *options], check=False)
     if done.returncode:
@@ -50,7 +50,7 @@ def _make(pictures: Path, made: Path) -> None:
 
 
 def _cut(folder: Path) -> None:
-    """The pictures as an ImageFolder tree, a class per photograph: 160 to 320 pixels on the short side."""
+    """Write the pictures as an ImageFolder tree: one class per photograph, short sides of 160 to 320 pixels."""
     import skimage
     from PIL import Image
 

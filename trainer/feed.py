@@ -1,4 +1,4 @@
-"""The batches of each step, waited for where the storage fails, on all ranks alike."""
+"""The batches of each training step. During a storage outage, all ranks wait and retry together."""
 
 import itertools
 import sys
@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pipeline import Batch, Loader, ReadError, ShardError
 from trainer import parallel
 
-PAUSE = 10.0  # seconds between tries; each lasts as long as reading repeats a request
+PAUSE = 10.0  # seconds between attempts; each attempt includes the reader's own retries
 _CONTINUE, _WAIT, _STOP = range(3)
 
 
 class Feed:
-    """`count` batches a call. `stop` says whether this rank was asked to stop. An outage of the storage is waited for
-    `patience` minutes: on every rank, since a rank that has its batches meets the others at each try.
+    """Returns `count` batches per call. `stop` tells whether this rank was asked to stop.
 
-    `failure` is why there are no more batches: an outage that outlasts this, or too many bad samples.
+    In a storage outage, reading is retried for up to `patience` minutes. All ranks take part in every attempt, even
+    those that have their batches. `failure` is the reason why there are no more batches: a longer outage, or too many
+    bad samples.
     """
 
     def __init__(self, loader: Loader, count: int, patience: float, stop: Callable[[], bool]) -> None:
@@ -25,7 +26,10 @@ class Feed:
         self.failure: ReadError | ShardError | None = None
 
     def __call__(self, *, ends: bool, may_stop: bool) -> list[Batch]:
-        """The next batches; none where a rank has none, `ends`, or was asked to stop and `may_stop`."""
+        """Return the next batches; [] on every rank if one of them gave up reading, has `ends`, or was asked to stop.
+
+        A request to stop counts only if `may_stop`, or if the rank is waiting for its batches.
+        """
         position, taken, end = self._loader.state_dict(), list[Batch](), 0.0
         while True:
             if not taken:
@@ -33,7 +37,7 @@ class Feed:
                     taken = list(itertools.islice(self._batches, self._count))
                     self.failure = None
                 except (ReadError, ShardError) as error:
-                    self._loader.load_state_dict(position)  # one of several batches may have come
+                    self._loader.load_state_dict(position)  # rewind: some of the batches may have been read
                     end = end if self.failure else self._announced(error)
                     self.failure = error
             ends |= (may_stop or not taken) and self._stop()
@@ -44,7 +48,7 @@ class Feed:
             time.sleep(PAUSE)
 
     def _announced(self, error: ReadError | ShardError) -> float:
-        """When to give up on an error, by time.monotonic."""
+        """Print the error if waiting may help. Return the time, by time.monotonic, at which to give up."""
         if not self._patience or isinstance(error, ShardError) or not error.passes:
             return 0.0
         print(f"run.py: {error}; waiting for up to {self._patience / 60:g} minutes", file=sys.stderr, flush=True)

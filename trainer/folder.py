@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes to it, with settings that fit what it holds, and says how it goes."""
+"""The folder of a run: its lock, the check that settings fit the earlier run, config.yaml and status.json."""
 
 import json
 import os
@@ -13,40 +13,41 @@ import yaml
 from pipeline import host
 from trainer import config
 
-# Settings whose change would make the rest of a run meaningless. Shards may have moved: the loader compares contents.
+# A run cannot resume with other values of these. `shards` may change, since the loader compares their contents.
 FIXED = ("method", "seed", "optim.name", "METHOD.backbone", "METHOD.views.")
-FREE = ("out", "stop_after", "patience")  # settings that each start may name again
+FREE = ("out", "stop_after", "patience")  # settings whose changes are not reported
 
 State = Literal["running", "done", "stopped", "failed"]
 
 
 def stop_code() -> int:
-    """The exit code of a run that was stopped after a checkpoint: EX_TEMPFAIL, run it again to go on.
+    """Return the exit code of a run that stopped after writing a checkpoint: 75 (EX_TEMPFAIL), or 0 under torchrun.
 
-    Under torchrun it is 0: any other is a failure, for which torchrun would restart what was just stopped.
+    torchrun takes any other code for a failure and would restart the run that was just stopped.
     """
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended that did not fail."""
+    """The outcome of a run that did not fail."""
 
     out: Path
-    """its folder"""
+    """folder of the run"""
     state: State
-    """"done", or "stopped" by a signal, a time limit or an outage of the storage, with a checkpoint: train again"""
+    """"done", or "stopped" by a signal, a time limit or a storage outage, with a checkpoint to resume from"""
     step: int
+    """steps done so far"""
     of: int
-    """steps it has made, and is to make"""
+    """total steps of the run"""
     record: dict[str, Any]
-    """its last line of log.jsonl; empty where there was nothing left to do"""
+    """the last record written to log.jsonl; empty if no step was left to do"""
 
 
 class RunFolder:
-    """The folder `path`, which this process has locked.
+    """The folder `path`, locked by this process.
 
-    Functions given to `at_exit` are called before the lock is released, also where an exception ends the run.
+    Functions registered with `at_exit` are called before the lock is released, even if an exception ends the run.
     """
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
@@ -54,16 +55,16 @@ class RunFolder:
         self.at_exit = stack.callback
 
     def status(self, state: State, step: int) -> None:
-        """Writes status.json: {"state", "step", "of": `total`}. A full disk costs the status, not the run."""
+        """Write status.json: {"state", "step", "of": `total`}. Errors such as a full disk are ignored."""
         self.step = step
         content = json.dumps({"state": state, "step": step, "of": self.total}) + "\n"
         with suppress(OSError):
             host.write_atomic(self.path / "status.json", content.encode())
 
     def changes(self, settings: config.Settings) -> list[str]:
-        """What differs from the settings of this folder's run, a sentence each. Raises UsageError for one that may not.
+        """Return a sentence for each setting that differs from the earlier run in this folder.
 
-        Where there is no checkpoint yet, everything may.
+        Raises UsageError if a setting in FIXED differs and there is a checkpoint.
         """
         written = self.path / "config.yaml"
         before = config.read_yaml(written) if written.exists() else {}
@@ -79,7 +80,7 @@ class RunFolder:
         return found
 
     def write_config(self, text: str) -> None:
-        """Writes config.yaml. Raises UsageError."""
+        """Write config.yaml. Raises UsageError."""
         try:
             host.write_atomic(self.path / "config.yaml", text.encode())
         except OSError as error:
@@ -88,9 +89,9 @@ class RunFolder:
 
 @contextmanager
 def held(path: Path) -> Iterator[RunFolder]:
-    """Makes the folder and locks it. Its run is "failed" where an exception ends it once its `total` is known.
+    """Create the folder and lock it. An exception in the block sets the status to "failed" if `total` is known by then.
 
-    Raises UsageError where another run holds it, or it cannot be written to.
+    Raises UsageError if another run holds the lock or the folder cannot be written.
     """
     with ExitStack() as stack:
         folder = RunFolder(path, stack)

@@ -6,21 +6,21 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PATIENCE = 3.0  # seconds after which a second Ctrl-C is meant as one: launchers and terminals each pass the first on
+PATIENCE = 3.0  # seconds: an earlier second SIGINT is the same Ctrl-C, passed on by both terminal and launcher
 MESSAGE = b"\nstopping after this step, with a checkpoint; Ctrl-C again, some seconds later, ends at once without one\n"
 
 
 class Interrupt:
-    """Remembers that a signal, or the time limit in minutes, asked to stop: the run does so after writing a checkpoint.
+    """Records that a signal or the time limit `stop_after` (minutes) asks the run to stop after a checkpoint.
 
-    Further signals change nothing, since schedulers and launchers send several. Only a SIGINT some seconds after
-    another one ends the process at once, without a checkpoint.
+    Further signals are ignored, since schedulers and launchers send several. Only a SIGINT more than PATIENCE seconds
+    after the first one ends the process at once, without a checkpoint.
     """
 
     def __init__(self, stop_after: float | None) -> None:
         self._deadline = time.monotonic() + 60 * stop_after if stop_after is not None else None
         self._asked = False
-        self._ctrl_c: float | None = None  # when the first one came
+        self._ctrl_c: float | None = None  # time of the first SIGINT
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -36,5 +36,5 @@ class Interrupt:
                 self._ctrl_c = now
 
     def stop(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Return whether this process should stop."""
         return self._asked or (self._deadline is not None and time.monotonic() > self._deadline)

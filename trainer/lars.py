@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD in which each weight's step is proportional to its own norm (You et al. 2017).
+    """Momentum SGD in which the step of each weight tensor is proportional to its norm (You et al. 2017).
 
-    As the released VICReg and VICRegL codes have it: g = grad + weight_decay * p, scaled by trust * |p| / |g| (by 1
-    where a norm is 0); m = momentum * m + g; p -= lr * m. One-dimensional parameters (biases, gains) get neither decay
-    nor scaling. A step for which `found_inf` is set, as a gradient scaler sets it, changes nothing, and the host does
-    not wait to learn of it.
+    The formulas are those of the released VICReg and VICRegL code: g = grad + weight_decay * p, scaled by
+    trust * |p| / |g| (by 1 if a norm is 0); m = momentum * m + g; p -= lr * m. One-dimensional parameters (biases,
+    gains) get neither decay nor scaling. If `found_inf` is set, as a gradient scaler does, the step is a no-op. This is
+    decided on the device, so the host does not wait.
     """
 
     _step_supports_amp_scaling = True
@@ -55,7 +55,7 @@ class LARS(torch.optim.Optimizer):
             ours, theirs = (torch.stack(torch._foreach_norm(x)) for x in (parameters, gradients))
             trust = torch.where((ours > 0) & (theirs > 0), group["trust"] * ours / theirs, 1.0)
             gradients = torch._foreach_mul(gradients, list(trust.unbind()))
-        if (found := self.found_inf) is not None:  # stay where we are: no new gradient, no momentum lost, no step
+        if (found := self.found_inf) is not None:  # a no-op: gradients 0, momentum 1, learning rate 0
             stay = found.reshape(()) > 0
             gradients = [torch.where(stay, 0.0, g) for g in gradients]
             momentum, lr = torch.where(stay, 1.0, momentum), torch.where(stay, 0.0, lr)

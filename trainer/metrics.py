@@ -1,4 +1,4 @@
-"""Numbers on their way to the log: kept on the device, fetched once a line."""
+"""Logging: metrics are kept on the device, fetched once per log line, and written to several outputs."""
 
 import json
 import math
@@ -24,9 +24,9 @@ from trainer.console import Console, informing
 
 
 class Meter:
-    """Means of 0-d tensors over steps and ranks. Adding costs no synchronisation; `fetch` is the one that waits.
+    """Means of 0-d tensors over steps and ranks. `add` does not synchronise with the device; `fetch` does.
 
-    What is not finite is left out: a skipped step is counted elsewhere and must not hide the others.
+    Non-finite values are left out: one skipped step, counted elsewhere, must not turn the mean into NaN.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class Meter:
             self._values.setdefault(name, []).append(value.detach().float())
 
     def fetch(self, largest: str) -> dict[str, float]:
-        """The means since the last fetch, equal on all ranks, and the maximum of one value, which ranks must share.
+        """Return the means since the last fetch, equal on all ranks, and the maximum of the value named `largest`.
 
-        NaN where nothing was finite.
+        Ranks must have equal values of `largest`; its maximum is named NAME_max. NaN stands for no finite value.
         """
         stacked = {name: torch.stack(values) for name, values in self._values.items()}
         finite = {name: values.isfinite() for name, values in stacked.items()}
@@ -53,7 +53,7 @@ class Meter:
 
 
 class Clock:
-    """Where the time goes between two lines of the log. Pauses, for checkpoints, do not count."""
+    """Measures step time, waiting time and throughput between two log lines. Pauses for checkpoints do not count."""
 
     def __init__(self, batch_size: int, world_size: int) -> None:
         self._batch_size, self._world_size = batch_size, world_size
@@ -64,7 +64,7 @@ class Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data."""
+        """Count the block as time spent waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -72,7 +72,7 @@ class Clock:
     @contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what is still computed is no pause
+            torch.cuda.synchronize(device)  # the steps still running on the device are not part of the pause
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -92,14 +92,15 @@ class Clock:
 
 
 class Network:
-    """What reading shards from a bucket or the web costs this rank; nothing for shards on a disk."""
+    """Measures this rank's reads of shards in a bucket or on the web. Reports nothing for shards on a disk."""
 
     def __init__(self, shards: ShardSet) -> None:
         self._shards, self._before = shards, shards.figures
 
     def since_last_line(self, seconds: float) -> dict[str, float]:
-        """The share of images found on this machine's disk, MB/s over the network, and how much of the time the
-        loader's threads waited for it, added up: 2 means that two of them always did.
+        """Return the share of images found in the local cache, MB/s over the network, and the threads waiting for it.
+
+        The last is a sum over the loader's threads: 2 means that two of them waited all the time.
         """
         now = self._shards.figures
         if now is None or self._before is None:
@@ -113,7 +114,7 @@ class Network:
 
 
 class Profile:
-    """A trace of five early steps, written for chrome://tracing, and a table of where their time went."""
+    """Traces five early steps, writes the trace for chrome://tracing and prints a table of the time spent."""
 
     PARTS = ("data", "forward", "backward", "optimizer", "after_step")
 
@@ -142,13 +143,13 @@ class Profile:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: on the GPU, or resident on the host."""
+    """Return the peak memory of this process in GB: allocated on the GPU, or resident on the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-# The names of a record by group; all others are the method's, and belong to its loss.
+# The names in a log record by group. All other names are the method's own and belong to the group "loss".
 GROUPS = {
     "probe": "knn segment_miou",
     "optim": "epoch lr weight_decay grad_norm grad_norm_max loss_scale skipped ema_momentum",
@@ -158,16 +159,16 @@ GROUPS = {
 
 
 def group(name: str) -> str:
-    """loss, probe, optim or speed: where a number of the log stands in TensorBoard and in the report."""
+    """Return the group of a metric in TensorBoard and in the report: loss, probe, optim or speed."""
     return next((group for group, names in GROUPS.items() if name in names.split()), "loss")
 
 
 class Log:
-    """Where a line of numbers goes: log.jsonl, the terminal, TensorBoard, wandb. Rank 0 only.
+    """Writes records to log.jsonl, the terminal, TensorBoard and wandb. For rank 0 only.
 
-    Lines that an interrupted run wrote after its last checkpoint are cut off, so that every step stands there once. A
-    full disk costs lines, not the run. Raises UsageError where wandb is asked for and not installed, or the log cannot
-    be written to begin with. `headline_metrics` is Console's; `config` is shown by TensorBoard.
+    Lines that an interrupted run wrote after its last checkpoint are removed, so that log.jsonl has each step once. A
+    full disk costs log lines, not the run. Raises UsageError if wandb is requested but not installed, or if an earlier
+    log cannot be rewritten. `headline_metrics` go to Console, `config` to TensorBoard.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class Log:
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
             self._board.add_text("config", f"```yaml\n{config}```", start)
         if cfg.wandb:
-            name = out / "wandb_id"  # the run's own: folders of one name are other runs
+            name = out / "wandb_id"  # a random id, since different runs may have folders of the same name
             if not name.exists():
                 name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
             self._wandb = wandb.init(
@@ -214,12 +215,12 @@ class Log:
             )
 
     def line(self, record: dict[str, Any]) -> None:
-        """One object in log.jsonl, one line on the terminal. `record` has at least step, epoch and step_ms."""
+        """Write `record`, which has at least step, epoch and step_ms, to all outputs."""
         step = record["step"]
         numbers = {name: value for name, value in record.items() if math.isfinite(value)}
         try:
-            self._file.write(json.dumps(dict.fromkeys(record) | numbers) + "\n")  # JSON has null, and no NaN
-            self._file.flush()  # what cannot be written now is written with the next line
+            self._file.write(json.dumps(dict.fromkeys(record) | numbers) + "\n")  # null for NaN, which JSON lacks
+            self._file.flush()  # if this fails, the buffered line is written with the next one
         except OSError as error:
             warnings.warn(f"log.jsonl: {error}; the run goes on", stacklevel=2)
         self._console.line(record)
@@ -230,13 +231,13 @@ class Log:
             self._wandb.log(numbers, step=step)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """An image u8 (H, W, 3): NAME.png in the run's folder, and TensorBoard. Raises OSError."""
+        """Write an image u8 (H, W, 3) to NAME.png in the run's folder and to TensorBoard. Raises OSError."""
         if self._board:
             self._board.add_image(name, pixels, step, dataformats="HWC")
         host.write_atomic(self._out / f"{name}.png", lambda file: Image.fromarray(pixels).save(file, "PNG"))
 
     def step(self, batch: Batch, step: int) -> None:
-        """A step begins. The views of the first batch are kept as a picture."""
+        """Advance the progress bar as a step begins. The first call also writes a picture of the batch's views."""
         if not self._seen:
             self._seen = True
             with informing("picture of the views"):
@@ -257,4 +258,4 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+        return float("inf")  # a line truncated by a crash

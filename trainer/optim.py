@@ -1,4 +1,4 @@
-"""The optimizers, and the steps that a non-finite loss or gradient made them skip."""
+"""The optimizers, and the record of steps that were skipped for a non-finite loss or gradient."""
 
 import json
 import warnings
@@ -11,11 +11,11 @@ from torch import Tensor
 from trainer.config import Optim, RunError
 from trainer.method import Method
 
-STATES = {"adamw": 2, "lars": 1, "sgd": 1}  # numbers that an optimizer keeps for each trainable one
+STATES = {"adamw": 2, "lars": 1, "sgd": 1}  # numbers of optimizer state per trainable parameter
 
 
 def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
-    """The optimizer over the method's own parameter groups. Its learning rate is set before each step."""
+    """Build the optimizer over the method's parameter groups. The caller sets the learning rate before each step."""
     groups = method.parameter_groups(cfg.weight_decay)
     if cfg.name == "lars":
         from trainer.lars import LARS
@@ -27,7 +27,7 @@ def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
 
 
 class Guard:
-    """Counts the steps that were skipped, writes down which samples they had seen, and ends a run that only skips."""
+    """Counts skipped steps, writes their samples to skipped.jsonl, and fails the run after `limit` of them in a row."""
 
     def __init__(self, out: Path, limit: int) -> None:
         self.skipped = 0
@@ -35,11 +35,11 @@ class Guard:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, finite: Tensor, index: Tensor) -> None:
-        """Notes a step's flag (0-d bool, on the device) and its samples (B,), without waiting for either."""
+        """Store a step's flag (0-d bool, on the device) and its samples (B,) without waiting for the device."""
         self._seen.append((finite, index))
 
     def check(self, step: int, key: Callable[[int], str]) -> None:
-        """Reads the flags of the steps up to `step`, waiting for the device. Raises RunError past the limit."""
+        """Read the flags stored up to `step`; waits for the device. Raises RunError at the limit."""
         flags = torch.stack([finite for finite, _ in self._seen]).tolist()
         for i, (finite, (_, index)) in enumerate(zip(flags, self._seen, strict=True)):
             self._in_a_row = 0 if finite else self._in_a_row + 1

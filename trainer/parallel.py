@@ -1,7 +1,7 @@
-"""Ranks: connecting, DDP and FSDP, collectives with and without gradients.
+"""Distributed training: process groups, DDP and FSDP, collectives with and without gradients.
 
-Every loss here is a mean over ranks, because DDP averages gradients; with `mean_over_ranks` and `gather` inside a loss,
-the average of the ranks' gradients is the gradient of the one-process loss. With one process both are the identity.
+Every loss here is a mean over ranks, because DDP averages gradients. If a loss uses `mean_over_ranks` and `gather`, the
+average of the ranks' gradients is the gradient of the one-process loss. With one process, both are the identity.
 """
 
 import inspect
@@ -20,26 +20,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
-# Newer torch renamed these and warns of the old names.
+# Newer versions of torch renamed these and warn about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _NAMES = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _BUFFERS_STAY: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
 }
-_PATIENCE = timedelta(minutes=30)  # of a rank that waits for another: the first one probes, and opens remote sets
+_PATIENCE = timedelta(minutes=30)  # for collectives: ranks wait while rank 0 probes and opens remote sets
 K = TypeVar("K")
 T = TypeVar("T")
 
 
 def connect() -> torch.device:
-    """The device of this process, set up, and a connection to the other ranks where torchrun started several."""
+    """Set up and return the device of this process. Connect to the other ranks if torchrun started several."""
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Autocast takes the heavy products; what it leaves in fp32 are small differences in losses. TF32 loses those.
+        # Autocast covers the large products. What stays in fp32, small differences in losses, would be lost in TF32.
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.benchmark = True  # shapes never change
+        torch.backends.cudnn.benchmark = True  # pays off because shapes never change
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank_here, world = next(rendezvous("env://", timeout=_PATIENCE))
         store.set_timeout(_PATIENCE)
@@ -55,12 +55,12 @@ def connect() -> torch.device:
 
 
 def _meet(store: dist.Store, rank_here: int, world: int) -> str:
-    """A name that these ranks alone know, for what they keep in `store`.
+    """Agree on a random key prefix for `store` that is unique to this start of the ranks, and return it.
 
-    Ranks that torchrun restarts get the store of those before them, and torch takes addresses of dead processes from
-    it. No variable tells the starts apart: a node that joins counts restarts from 0, and a change of the number of
-    nodes is not counted. So each rank asks under a name of its own until rank 0, which may read a dead rank's question
-    first, has answered it.
+    Ranks that torchrun restarts get the store of the previous start, and torch would read the addresses of dead
+    processes from it. No variable identifies a start: a node that joins counts restarts from 0, and a change of the
+    number of nodes is not counted. Hence each rank posts a question with a random token and waits until rank 0 answers
+    this token. Rank 0 may read a dead rank's question first, so it answers until every living rank has confirmed.
     """
     mine = secrets.token_hex(8)
     if rank_here > 0:
@@ -99,7 +99,7 @@ def rank() -> int:
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)  # collectives take nothing else
+        y = x.clone(memory_format=torch.contiguous_format)  # collectives need contiguous tensors
         dist.all_reduce(y)
         return y / dist.get_world_size()
 
@@ -133,17 +133,17 @@ def shard_(
     copies: int = 1,
     gather: torch.dtype | None = None,
 ) -> None:
-    """FSDP2: shards the weights of each unit, and of the rest of `module`, over the ranks, in place.
+    """Shard the weights of each unit, and of the rest of `module`, over the ranks, in place (FSDP2).
 
-    With `copies`, each part of the ranks holds all of them (HSDP). Raises ValueError where they cannot be parted so.
-    Weights of the units are gathered as `gather`, which autocast must take; the rest, where the losses are, and all
-    gradients travel as they are stored.
+    With `copies` above 1, the ranks form that many groups, and each group holds all weights (HSDP). Raises ValueError
+    if the ranks do not divide into equal groups. Weights of the units are gathered in the type `gather`, which must be
+    autocast's. The rest, which computes the losses, is gathered as stored. Gradients are reduced in fp32.
     """
     if world_size() % copies:
         raise ValueError(f"{world_size()} ranks cannot hold {copies} copies of the weights in equal parts")
     mesh = init_device_mesh(device.type, (copies, world_size() // copies), mesh_dim_names=("copies", "shards"))
     where = mesh if copies > 1 else mesh["shards"]
-    # Autocast casts what it needs: inputs stay as they are, and so do the sums along the blocks.
+    # Autocast casts where needed. FSDP must not cast inputs: the residual stream stays in its own precision.
     policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
         fully_shard(unit, mesh=where, mp_policy=policy)
@@ -151,10 +151,10 @@ def shard_(
 
 
 def compile_(units: list[nn.Module], backend: str = "inductor") -> None:
-    """Compiles each unit's forward pass in place: a graph for each shape that it is called with.
+    """Compile each unit's forward pass in place, with one graph for each input shape.
 
-    Torch counts the graphs of one code, and runs what comes after the eighth without compiling it: blocks share theirs,
-    and each may have a drop rate of its own.
+    By default, torch stops compiling after eight graphs of the same code. The limit is raised here, because all blocks
+    share their code and each may have its own drop rate.
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     for unit in units:
@@ -162,17 +162,17 @@ def compile_(units: list[nn.Module], backend: str = "inductor") -> None:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over all ranks; its gradient is averaged likewise."""
+    """Return the mean of `x` over all ranks. Its gradient is averaged over ranks as well."""
     return x if world_size() == 1 else _Mean.apply(x)
 
 
 def gather(x: Tensor) -> Tensor:
-    """All ranks' `x` (b, ...) one after another along the first axis; gradients of all copies are summed."""
+    """Concatenate all ranks' `x` (b, ...) along the first axis. Its gradient is summed over ranks."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 
 def largest(number: int) -> int:
-    """The largest of the ranks' numbers, on every rank: the hosts wait for each other, the devices work on."""
+    """Return the largest of the ranks' numbers. Only the hosts wait for each other; the devices continue."""
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -182,9 +182,9 @@ def largest(number: int) -> int:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What the block raises on one rank, it raises on all of them: nobody waits for a rank that has ended.
+    """Raise an exception of the block on every rank, so that none waits for a rank that has ended.
 
-    There must be no collective inside.
+    The block must not contain collectives.
     """
     mine: Exception | None = None
     try:
@@ -201,7 +201,7 @@ def agreed() -> Iterator[None]:
 
 
 def from_rank_0(value: T) -> T:
-    """What `value` is on rank 0; it must be picklable."""
+    """Broadcast rank 0's `value`, which must be picklable."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -209,7 +209,7 @@ def from_rank_0(value: T) -> T:
 
 
 def merged(mapping: dict[K, T]) -> dict[K, T]:
-    """The mappings of all ranks in one; they must be picklable."""
+    """Merge the mappings of all ranks, which must be picklable."""
     parts = [mapping]
     if world_size() > 1:
         parts = [mapping] * world_size()
@@ -218,19 +218,22 @@ def merged(mapping: dict[K, T]) -> dict[K, T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank, on every rank, as `largest` does it."""
+    """Return whether `flag` is true on any rank. Synchronises the hosts only, like `largest`."""
     return largest(flag) > 0
 
 
 def sum_over_ranks_(x: Tensor) -> Tensor:
-    """Sums `x` over the ranks in place, without a gradient (Sinkhorn's column sums)."""
+    """Sum `x` over the ranks in place, without a gradient. Used for Sinkhorn's column sums and for metrics."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP. Gradients are views of what is sent, one copy less; buffers are not: equal weights make equal ones."""
+    """Wrap `module` in DDP. Gradients are views of the communication buckets, which saves a copy of them.
+
+    Buffers are not broadcast: the same computation yields the same buffers on every rank.
+    """
     return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
