@@ -1,8 +1,8 @@
-"""Views and correspondences of your own: a wide view, narrow ones, and which patches of the wide one they show.
+"""A custom recipe: one wide view, four narrow views, and the patches of the wide view that the narrow views show.
 
     python examples/own_recipe.py SHARDS
 
-SHARDS: a folder of WebDataset tars. Prints what a batch holds, and how much of the narrow views lies in the wide one.
+SHARDS: a folder of WebDataset tars. Prints what a batch holds, and the share of narrow patches inside the wide view.
 """
 
 import sys
@@ -15,9 +15,9 @@ NARROW = Cut("narrow", count=4, size=96, grid=6, scale=(0.05, 0.25), augmentatio
 
 
 def targets(windows):
-    """The patch of the wide view that each patch of the narrow ones shows, -1 outside: i32 (B, 4, 36).
+    """For each patch of the narrow views, the index of the wide view's patch that it shows, or -1: i32 (B, 4, 36).
 
-    Called on the host with the windows of a batch by kind, f32 (B, V, 4), while its pixels are decoded.
+    The loader calls this on the host while the batch is decoded. `windows` maps each kind of view to f32 (B, V, 4).
     """
     wide, narrow = windows["wide"][:, 0], windows["narrow"]
     return {"patches": patch_targets(wide, narrow, reference_grid=14, query_grid=6, query_size=96, rule="overlap")}

@@ -1,4 +1,4 @@
-"""SimCLR on two augmented views of each image: VICRegL's views with a loss of your own.
+"""SimCLR on two augmented views of each image: VICRegL's large views with a custom loss.
 
     python examples/simclr.py SHARDS --model resnet18 --steps 100
 
@@ -16,7 +16,7 @@ from pipeline import Loader, recipes
 
 
 def contrastive_loss(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """NT-Xent of two views' embeddings (B, D): the other view is the positive, all other images are negatives."""
+    """NT-Xent loss of two views' embeddings (B, D): the other view is the positive, all other images are negatives."""
     x = F.normalize(torch.cat([a, b]), dim=1)
     logits = (x @ x.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, torch.arange(len(x), device=x.device).roll(len(a)))

@@ -1,7 +1,7 @@
 #!/bin/bash
-# A run on several nodes that SLURM may stop, preempt and start again, until it is done. From the checkout, in its environment:
+# Train on several nodes. SLURM may stop, preempt and requeue the job until the run is done. From the checkout, in its environment:
 #     sbatch examples/slurm.sh runs/loca_b16 --method loca --shards /data/shards
-# The first word is the run's folder, on storage that all nodes share; the rest are run.py's options. docs/cluster.md says why.
+# The first argument is the run's folder, on storage that all nodes share; the rest are run.py options. See docs/cluster.md.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,7 +24,7 @@ code=$?
 after=$(cat "$out/status.json" 2>/dev/null)
 case $after in
     *'"done"'*) exit 0 ;;
-    *'"stopped"'*) # "$before" again: this start did nothing, and another would do no more
+    *'"stopped"'*) # an unchanged status means that this start made no progress, so another would make none either
         if [ "$after" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
 esac
 exit "$code"

@@ -1,9 +1,9 @@
-"""Supervised training of a timm model on random resized crops: the data loader in a loop of your own.
+"""Supervised training of a timm model on random resized crops: the data loader in your own training loop.
 
     python examples/supervised.py SHARDS --model resnet18 --steps 100
 
-SHARDS: a folder of labelled WebDataset tars, as tools/shard_imagenet.py makes them. Prints loss and accuracy on the
-way.
+SHARDS: a folder of labelled WebDataset tars, as written by tools/shard_imagenet.py. Prints loss and accuracy every 10
+steps.
 """
 
 import argparse
