@@ -47,8 +47,8 @@ def load(run_or_checkpoint: str | Path) -> "nn.Module":
     """Return the trained backbone from a run's folder or a checkpoint file, in evaluation mode.
 
     A method with an EMA teacher yields the teacher's backbone. The input is f32 (B, 3, H, W), normalised as
-    `pipeline.View.tensor` does by default; the output is patch features (B, N, D). Raises ValueError if there is no
-    readable checkpoint.
+    `pipeline.View.tensor` does by default; the output is patch features (B, N, D), after a CLS token if the backbone
+    has one. Raises ValueError if there is no readable checkpoint.
     """
     from trainer import checkpoint  # imported here because torch takes seconds to load
 

@@ -1,7 +1,7 @@
-"""Backbones that give one feature per patch or cell, and the first step of every method: normalising the pixels.
+"""Backbones that return one feature per patch or cell, and the normalisation of pixels that every method starts with.
 
 Weights keep timm's names (`blocks.*`, `patch_embed.*`, `norm.*`, `pos_embed`), so a trained backbone loads into timm's
-model of the same shape as it is.
+model of the same shape without conversion.
 """
 
 import re
@@ -24,35 +24,35 @@ from trainer.parallel import gather, world_size
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """u8 (B, V, S, S, 3) -> f32 (B*V, 3, S, S), image-major: view v of image b is row b*V + v.
+    """Normalise u8 (B, V, S, S, 3) -> f32 (B*V, 3, S, S), image-major: view v of image b is row b*V + v.
 
-    `mean` and `std` are of the unit range. A permuted view: the result lies channels-last in memory, as the pixels did.
+    `mean` and `std` are in the unit range. The result is channels-last in memory, like the pixels.
     """
     x = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks in `module`: the units in which a large model is sharded, recomputed and compiled."""
+    """Return the repeated blocks in `module`, the units in which a large model is sharded, recomputed and compiled."""
     return [m for m in module.modules() if isinstance(m, Block | timm_convnext.ConvNeXtBlock | timm_resnet.Bottleneck)]
 
 
 def checkpoint_activations_(module: nn.Module) -> None:
-    """Makes every block drop its activations and compute them again in the backward pass."""
+    """Make every block drop its activations and recompute them in the backward pass."""
     for block in blocks(module):
         block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]
 
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    if torch.compiler.is_compiling():  # a graph's mutations are not computed again
+    if torch.compiler.is_compiling():  # a compiled graph does not repeat its mutations in the recomputation
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    contexts = lambda: (nullcontext(), _statistics_at_rest(block))  # noqa: E731 - of the first and the second pass
+    contexts = lambda: (nullcontext(), _statistics_at_rest(block))  # noqa: E731 - for forward pass and recomputation
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager
 def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Batch norms in `block` normalise as in training and leave their running statistics alone."""
+    """Within the context, batch norms of `block` use batch statistics but do not update their running statistics."""
     momenta = {m: m.momentum for m in block.modules() if isinstance(m, BatchNorm)}
     for norm in momenta:
         norm.momentum = 0.0
@@ -64,21 +64,21 @@ def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
 
 
 def stride(backbone: Any) -> int:
-    """Pixels per side of a patch or cell, of our backbones and of timm's."""
+    """Return the side of a patch or cell in pixels, for backbones of this module and of timm."""
     return backbone.patch if hasattr(backbone, "patch") else backbone.feature_info[-1]["reduction"]
 
 
 def input_size(backbone: Any) -> int:
-    """The side of the images that a backbone of ours is made for: a ViT's by its positions, any other's about 224."""
+    """Return the image side that a backbone of this module is made for: by its positions for a ViT, about 224 else."""
     return getattr(backbone, "grid", 224 // backbone.patch) * backbone.patch
 
 
 def feature_map(backbone: Any, pixels: Tensor, layers: Sequence[int] = (-1,), *, norm: bool = True) -> Tensor:
-    """f32 (B, 3, H, W), both sides multiples of the stride -> (B, D, rows, columns) of any backbone, timm's included.
+    """Return features (B, D, rows, columns) of f32 (B, 3, H, W), for any backbone, including timm's.
 
-    `layers` are blocks of a ViT or stages of a convolutional network (of ResNet, the stem is stage 0); several maps
-    lie one after another along D, resized bilinearly to the finest one's grid. `norm` applies the final norm: to every
-    block of a ViT, as DINOv2 does, and to the last stage of a ConvNeXt. A ResNet has none.
+    H and W must be multiples of the stride. `layers` are blocks of a ViT or stages of a convolutional network (stage 0
+    of a ResNet is the stem). Several maps are resized bilinearly to the finest grid and concatenated along D. `norm`
+    applies the final norm: to every block of a ViT, as in DINOv2, to the last stage of a ConvNeXt. ResNets have none.
     """
     maps = backbone.forward_intermediates(pixels, indices=list(layers), norm=norm, intermediates_only=True)
     if norm and isinstance(backbone, timm_convnext.ConvNeXt) and {-1, len(backbone.stages) - 1} & set(layers):
@@ -96,10 +96,10 @@ def named(
     cls_token: bool = False,
     dilated: bool = True,
 ) -> nn.Module:
-    """The backbone called `name`, a `vit`, a `convnet`, or timm's ``timm:NAME``, with random weights.
+    """Build the backbone `name` with random weights: a `vit`, a `convnet`, or a model of timm as ``timm:NAME``.
 
-    The positions of a ViT are for images of side `size`; None: 224, or what timm has. A `dilated` ResNet has output
-    stride 8. Raises ValueError.
+    A ViT's position grid is made for images of side `size`; None means 224, or timm's default. A `dilated` ResNet has
+    output stride 8. Raises ValueError.
     """
     if name.startswith("timm:"):
         options: dict[str, Any] = {"size": size, "drop_path": drop_path, "dilated": dilated}
@@ -116,11 +116,11 @@ def named(
 def timm_backbone(
     name: str, *, pretrained: bool, size: int | None = None, drop_path: float = 0.0, dilated: bool = True
 ) -> nn.Module:
-    """timm's model `name` without its classifier, in evaluation mode, for images of any rectangle.
+    """Build timm's model `name` without its classifier, in evaluation mode, for images of any height and width.
 
-    A ViT's position grid is resized once to images of side `size`, where that is given. A `dilated` ResNet has output
-    stride 8, as segmentation uses it. Raises ValueError for a name that timm does not know and for a network that takes
-    images of one size only, or no drop-path that is asked for; whatever the hub raises where weights cannot be fetched.
+    If `size` is given, a ViT's position grid is resized once to images of that side. A `dilated` ResNet has output
+    stride 8, as segmentation uses it. Raises ValueError for an unknown name, and for a network that supports only one
+    image size or no `drop_path`. Errors of the hub are passed on.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: timm.list_models() names all")
@@ -132,7 +132,7 @@ def timm_backbone(
         try:
             network = timm.create_model(name, pretrained=pretrained, **always, **options).eval()
             break
-        except TypeError:  # an argument that this family lacks
+        except TypeError:  # this family of models lacks one of the arguments
             continue
     else:
         raise ValueError(f"timm's {name} takes no drop_path: set it to 0")
@@ -146,7 +146,7 @@ def timm_backbone(
 
 # ---- Vision Transformers ---------------------------------------------------------------------------------------------
 
-# width, blocks, heads; the MLP is four times as wide. "pico" and "nano" are no published sizes: they train on a CPU.
+# width, blocks, heads; the MLP is four times as wide. "pico" and "nano" are not published sizes; they train on a CPU.
 VIT_SIZES = {
     "pico": (96, 2, 4),
     "nano": (128, 4, 4),
@@ -159,7 +159,7 @@ VIT_SIZES = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """Its weights may be narrower than its input, as FSDP gathers them: the CPU's kernel takes no such pair."""
+    """LayerNorm for weights of lower precision than the input, which FSDP gathers and the CPU kernel rejects."""
 
     def forward(self, x: Tensor) -> Tensor:
         kind = torch.promote_types(x.dtype, self.weight.dtype)
@@ -178,7 +178,7 @@ class VitShape(NamedTuple):
 
 
 def vit_shape(name: str) -> VitShape:
-    """What ``vit_{pico,nano,tiny,small,base,large,huge}_patch{8,14,16,...}`` stands for. Raises ValueError."""
+    """Parse the name ``vit_{pico,nano,tiny,small,base,large,huge}_patch{8,14,16,...}``. Raises ValueError."""
     match = re.fullmatch(r"vit_([a-z]+)_patch([1-9]\d*)", name)
     if match is None or match[1] not in VIT_SIZES:
         raise ValueError(f"unknown backbone {name!r}: choose vit_SIZE_patchP with SIZE one of {', '.join(VIT_SIZES)}")
@@ -186,18 +186,18 @@ def vit_shape(name: str) -> VitShape:
 
 
 def vit(name: str, *, size: int = 224, drop_path: float = 0.0, cls_token: bool = False) -> "VisionTransformer":
-    """The ViT called `name` (see `vit_shape`) for images of side `size`."""
+    """Build the ViT `name` (see `vit_shape`) for images of side `size`."""
     width, depth, heads, patch = vit_shape(name)
     return VisionTransformer(width, depth, heads, patch=patch, size=size, drop_path=drop_path, cls_token=cls_token)
 
 
 class Block(timm_vit.Block):
-    """timm's pre-norm block. Which images drop a branch may be decided outside, so that several passes share it."""
+    """timm's pre-norm block. The caller may pass the drop-path draws, so that several passes share them."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, attn_mask: Tensor | None = None, drops: Tensor | None = None
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D). `drops` (B, 2), uniform in [0, 1), decides on attention and MLP; None draws."""
+        """(B, N, D) -> (B, N, D). `drops` (B, 2) has uniform draws in [0, 1) for attention and MLP; None: draw here."""
         if drops is None:
             return super().forward(x, attn_mask)
         kept = 1 - getattr(self.drop_path1, "drop_prob", 0.0)
@@ -207,11 +207,11 @@ class Block(timm_vit.Block):
 
 
 class VisionTransformer(nn.Module):
-    """A pre-norm ViT with learned 2-D positions and, as LOCA's code has it, no CLS token; its output is normalised.
+    """A pre-norm ViT with learned 2-D positions and a final norm. By default it has no CLS token, as in LOCA's code.
 
-    `size` is the side of the images that the position grid is learned for; other sides get the grid resized. Block l of
-    L drops its branches, per sample, with probability ``drop_path * l / (L - 1)``. Tanh GELU, LayerNorm eps 1e-6 and
-    the initialisation are the released LOCA code's: official weights only fit with them.
+    `size` is the side of the images that the position grid is learned for; for other sides the grid is resized. Block l
+    of L drops its branches, per sample, with probability ``drop_path * l / (L - 1)``. Tanh GELU, LayerNorm eps 1e-6 and
+    the initialisation are those of the released LOCA code, whose weights require them.
     """
 
     def __init__(
@@ -231,11 +231,11 @@ class VisionTransformer(nn.Module):
                 f"images of side {size} do not divide into patches of {patch}: choose a multiple of {patch}"
             )
         self.width, self.heads, self.patch, self.grid = width, heads, patch, size // patch
-        self.num_features = width  # timm's name of it
+        self.num_features = width  # timm's name for the width
         self.num_prefix_tokens = int(cls_token)
         self.patch_embed = PatchEmbed(None, patch, 3, width)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, width))
-        if cls_token:  # without a position of its own
+        if cls_token:  # has no position embedding
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
             Block(
@@ -269,12 +269,12 @@ class VisionTransformer(nn.Module):
         context: Tensor | None = None,
         drops: Tensor | None = None,
     ) -> Tensor:
-        """f32 (B, 3, H, W) -> (B, N, D), or (B, 1 + N, D) with a CLS token in front.
+        """f32 (B, 3, H, W) -> (B, N, D), or (B, 1 + N, D) with the CLS token first.
 
-        `keep`, i64 (n,) for all images alike or (B, n), names the patches that enter the first block; the others cost
-        nothing. `positions=False` leaves the position embeddings out. `context`, bool (1 or B, N), names the tokens
-        that serve as keys and values in every block; by default all do. `drops` (B, L, 2), uniform in [0, 1), decides
-        which branches are dropped; by default each pass draws for itself.
+        `keep`, i64 (n,) for all images or (B, n), selects the patches that enter the first block; the others cost
+        nothing. `positions=False` leaves the position embeddings out. `context`, bool (1 or B, N), selects the tokens
+        that serve as keys and values in every block; by default all do. `drops` (B, L, 2) are uniform draws in [0, 1)
+        that decide which branches are dropped; by default each pass makes its own draws.
         """
         x = self.embed(pixels, keep, positions)
         mask = None if context is None else context[:, None, None, :]
@@ -285,7 +285,7 @@ class VisionTransformer(nn.Module):
     def forward_intermediates(
         self, pixels: Tensor, indices: Sequence[int], *, norm: bool, intermediates_only: Literal[True] = True
     ) -> list[Tensor]:
-        """The patches after the blocks at `indices`, each (B, D, rows, columns): timm's function of that name."""
+        """Return the patches after the blocks at `indices`, each (B, D, rows, columns), like timm's method."""
         x, maps = self.embed(pixels), []
         wanted = {range(len(self.blocks))[i] for i in indices}
         for index, block in enumerate(self.blocks):
@@ -296,7 +296,7 @@ class VisionTransformer(nn.Module):
         return maps
 
     def embed(self, pixels: Tensor, keep: Tensor | None = None, positions: bool = True) -> Tensor:
-        """f32 (B, 3, H, W) -> the tokens that enter the first block."""
+        """Turn f32 (B, 3, H, W) into the tokens that enter the first block."""
         rows, columns = pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch
         if (rows * self.patch, columns * self.patch) != tuple(pixels.shape[-2:]):
             raise ValueError(f"images of {tuple(pixels.shape[-2:])} do not divide into patches of {self.patch}")
@@ -311,9 +311,9 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def set_input_size(self, size: int) -> None:
-        """Resizes the position grid once, for good, to train on images of side `size`: every patch has its own vector.
+        """Resize the position grid permanently to images of side `size`, so that training has a vector for each patch.
 
-        A grid that is resized in every forward pass trains the few vectors of its old size. Raises ValueError.
+        A grid that is resized in every forward pass would only train the vectors of its old size. Raises ValueError.
         """
         if size % self.patch:
             raise ValueError(f"images of side {size} do not divide into patches of {self.patch}")
@@ -322,7 +322,7 @@ class VisionTransformer(nn.Module):
         self.grid = grid
 
     def position_grid(self, rows: int, columns: int) -> Tensor:
-        """The position embeddings (1, rows*columns, D), resized bilinearly and antialiased where the grid shrinks."""
+        """Return position embeddings (1, rows*columns, D), resized bilinearly, antialiased if the grid shrinks."""
         if (rows, columns) == (self.grid, self.grid):
             return self.pos_embed
         grid = self.pos_embed.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
@@ -330,7 +330,7 @@ class VisionTransformer(nn.Module):
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, n, ...) of (B, N, ...) at `index`: i64 (n,) or (1, n) for all images alike, or (B, n)."""
+    """Select tokens (B, n, ...) of (B, N, ...) by `index`: i64 (n,) or (1, n) for all images, or (B, n)."""
     if index.ndim == 1 or len(index) == 1:
         return tokens.index_select(1, index.flatten())
     index = index.reshape(*index.shape, *(1,) * (tokens.ndim - 2))
@@ -339,8 +339,8 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Normal of standard deviation 1/sqrt(fan in), cut at two deviations of the uncut normal; bias 0."""
-    std = layer.weight[0].numel() ** -0.5 / 0.8796256610342398  # what the cut takes from the deviation
+    """Set weights to a truncated normal of standard deviation 1/sqrt(fan in), cut at +-2 sigma, and the bias to 0."""
+    std = layer.weight[0].numel() ** -0.5 / 0.8796256610342398  # the factor by which truncation lowers the deviation
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -348,9 +348,10 @@ def lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
 
 @torch.no_grad()
 def block_init_(block: Any) -> None:
-    """Initialises every linear layer of a transformer block as the first ViT did.
+    """Initialise every linear layer of a transformer block as in the original ViT.
 
-    Xavier uniform weights, q, k and v as square matrices of their own; biases 0 in attention, N(0, 1e-6) in the MLP.
+    Weights are Xavier uniform, with q, k and v as separate square matrices. Biases are 0 in attention and normal with
+    standard deviation 1e-6 in the MLP.
     """
     for name, layer in block.named_modules():
         if isinstance(layer, nn.Linear):
@@ -374,7 +375,7 @@ RESNET50 = (3, 4, 6, 3)
 
 
 def convnet(name: str, *, drop_path: float = 0.0) -> "ConvNeXt | ResNet":
-    """The network called `name`: ``resnet50`` or ``convnext_{tiny,small,base,large,xlarge}``. Raises ValueError."""
+    """Build the network `name`: ``resnet50`` or ``convnext_{tiny,small,base,large,xlarge}``. Raises ValueError."""
     if name == "resnet50":
         return ResNet(RESNET50, drop_path=drop_path)
     if (size := name.removeprefix("convnext_")) in CONVNEXT_SIZES and name != size:
@@ -384,13 +385,13 @@ def convnet(name: str, *, drop_path: float = 0.0) -> "ConvNeXt | ResNet":
 
 
 class ConvNeXt(timm_convnext.ConvNeXt):
-    """timm's ConvNeXt as VICRegL trains it (released code): no layer scale, the last LayerNorm on every cell.
+    """timm's ConvNeXt as in the released VICRegL code: no layer scale, and the last LayerNorm applied to every cell.
 
-    The original pools first and normalises the mean; here maps and their mean share the norm (`head.norm` in timm).
-    Block l of L drops its branch, per sample, with probability ``drop_path * l / (L - 1)``.
+    The original ConvNeXt normalises the pooled mean instead. The norm is `head.norm`, as in timm. Block l of L drops
+    its branch, per sample, with probability ``drop_path * l / (L - 1)``.
     """
 
-    patch = 32  # pixels per cell side
+    patch = 32  # side of a cell in pixels
 
     def __init__(self, depths: tuple[int, ...], widths: tuple[int, ...], *, drop_path: float = 0.0) -> None:
         super().__init__(num_classes=0, depths=depths, dims=widths, ls_init_value=None, drop_path_rate=drop_path)
@@ -403,9 +404,10 @@ class ConvNeXt(timm_convnext.ConvNeXt):
 
 
 class ResNet(timm_resnet.ResNet):
-    """timm's bottleneck ResNet (v1.5: the stride is in the 3x3 convolution); maps after the last block's ReLU.
+    """timm's bottleneck ResNet (v1.5: the stride is in the 3x3 convolution). Features follow the last block's ReLU.
 
-    Convolutions start as Kaiming normal by fan-out, the last norm of each block with gain 0 (released VICRegL code).
+    Convolutions are initialised as Kaiming normal by fan-out, the last norm of each block with gain 0 (released VICRegL
+    code).
     """
 
     def __init__(self, depths: tuple[int, ...], *, drop_path: float = 0.0, output_stride: int = 32) -> None:
@@ -421,9 +423,9 @@ class ResNet(timm_resnet.ResNet):
         self.width, self.patch = self.num_features, output_stride
 
     def dilated(self, output_stride: int = 8) -> "ResNet":
-        """This network with dilations in place of strides: cells of `output_stride` pixels.
+        """Return this network with dilations in place of strides, so that a cell has `output_stride` pixels.
 
-        In evaluation mode. The weights are the same tensors, not copies.
+        The result is in evaluation mode and shares its weights with this network.
         """
         depths = tuple(len(getattr(self, f"layer{stage}")) for stage in (1, 2, 3, 4))
         with torch.device("meta"):
@@ -438,9 +440,10 @@ class ResNet(timm_resnet.ResNet):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of (B, D) or (B, D, H, W) whose statistics run over all ranks, on any device, with exact gradients.
+    """Batch norm of (B, D) or (B, D, H, W) with statistics over all ranks, on any device, with exact gradients.
 
-    One gather of two vectors per layer and direction; nothing with one process. The names are nn.BatchNorm2d's.
+    Each layer gathers two vectors in the forward and in the backward pass; with one process it gathers none. Parameters
+    and buffers have the names of nn.BatchNorm2d.
     """
 
     momentum: float

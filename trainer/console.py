@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal, a line every half minute elsewhere, and a summary at the end."""
+"""Terminal output of a run: a progress bar on a terminal, a line every 30 seconds elsewhere, and a final summary."""
 
 import math
 import os
@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-PAUSE = 30.0  # seconds between two lines where there is no terminal: a job's output is read afterwards
-PROBES = ("knn", "segment_miou")  # seldom in a record; never passed over
+PAUSE = 30.0  # seconds between two lines without a terminal, where output is read later
+PROBES = ("knn", "segment_miou")  # rare metrics: a record with one of them is always printed
 
 
 class Console:
-    """The progress of a run of `total` steps that has made `start`; `headline_metrics` stand in its line."""
+    """Shows the progress of a run from step `start` to `total`, with `headline_metrics` in each line."""
 
     def __init__(self, start: int, total: int, headline_metrics: Sequence[str]) -> None:
         self._total, self._headline_metrics = total, headline_metrics
@@ -27,14 +27,14 @@ class Console:
         self._seconds, self._lines, self._pending, self._due = 0.0, 0, "", 0.0
 
     def step(self) -> None:
-        """A step was begun: the bar moves."""
+        """Advance the progress bar by one step."""
         self._bar.update()
 
     def line(self, record: dict[str, Any]) -> None:
-        """`record` in short. It has at least step, epoch, loss and step_ms."""
+        """Show a short form of `record`, which has at least step, epoch, loss and step_ms."""
         seconds = record["step_ms"] / 1e3
         self._lines += 1
-        # The first line's steps compiled and filled buffers: they say nothing of the others.
+        # The first line's steps include compilation and filling buffers: the second line replaces their time.
         self._seconds = seconds if self._lines <= 2 else 0.7 * self._seconds + 0.3 * seconds
         text, probed = self._text(record), any(name in record for name in PROBES)
         if not self._bar.disable:
@@ -65,19 +65,19 @@ class Console:
 
 
 def short(name: str, value: float) -> str:
-    """A number as people read it: shares of what is right in percent, all others with four digits."""
+    """Format a metric for people: accuracies and mIoU in percent, others with four significant digits."""
     if name == "segment_miou":
         return f"{value:.1f}%"
     return f"{value:.1%}" if in_percent(name) else f"{value:.4g}"
 
 
 def in_percent(name: str) -> bool:
-    """Whether a number is a share, from 0 to 1, that people read in percent."""
+    """Return whether the metric `name` is a fraction from 0 to 1 that is shown in percent."""
     return name == "knn" or name.endswith("accuracy")
 
 
 def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: float) -> str:
-    """What a run leaves behind, and the commands that come next, to be pasted."""
+    """Return a summary of the run's results and files, and the commands to run next."""
     folder, last = shlex.quote(str(out)), records[-1] if records else {}
     minutes, rest = divmod(round(seconds), 60)
     lines = [f"{state} at step {last.get('step', 0):,} after {minutes // 60}:{minutes % 60:02d}:{rest:02d} hours"]
@@ -106,7 +106,7 @@ def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: f
 
 
 def counting(title: str | None, images: Iterable[Any] | None = None, **options: Any) -> Any:
-    """A tqdm bar that counts images, none without a title; it is rewritten seldom where there is no terminal."""
+    """Return a tqdm bar that counts images. It is hidden without a title, and rarely redrawn without a terminal."""
     pause = 0.1 if sys.stderr.isatty() else PAUSE
     options |= {"mininterval": pause, "maxinterval": max(10.0, pause), "disable": not title}
     return tqdm(images, title, unit=" images", **options)
@@ -114,7 +114,7 @@ def counting(title: str | None, images: Iterable[Any] | None = None, **options: 
 
 @contextmanager
 def informing(what: str) -> Iterator[None]:
-    """For what only informs: it can fail, out of memory for example, and the run goes on without `what`."""
+    """Guard optional output, named `what`: if the block fails, print the reason and continue the run without it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a step costs: operations and memory, counted without computing it, a GPU's peak, and a trial on noise."""
+"""Cost of a training step: operations and memory, estimated without computing, and a trial run on noise."""
 
 import itertools
 import time
@@ -25,7 +25,7 @@ from trainer.method import Method
 from trainer.metrics import memory_gb
 from trainer.step import TrainingStep
 
-# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets, keyed by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "V100": 125e12}
 
 
@@ -38,7 +38,7 @@ def _attention_backward(_: Any, query: torch.Size, key: torch.Size, value: torch
 
 
 _ops = torch.ops.aten
-# The CPU's attention is not among what torch counts; of a GPU's it counts the scores that the kernels compute again.
+# Torch does not count the CPU's attention. For a GPU, it also counts the scores that the backward kernels recompute.
 ATTENTION: dict[Any, Any] = {
     _ops._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -49,7 +49,7 @@ ATTENTION: dict[Any, Any] = {
 
 
 def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
-    """A batch of `count` images of noise, every view showing the whole image, with the recipe's own targets."""
+    """Return a batch of `count` images of noise. Every view shows the whole image; targets are the recipe's."""
     windows = {cut.kind: np.tile(np.array([0, 0, 256, 256], np.float32), (count, cut.count, 1)) for cut in recipe.cuts}
     targets = recipe.targets(windows) if recipe.targets else {}
     views = {
@@ -68,12 +68,12 @@ def synthetic(recipe: Recipe, count: int, device: torch.device | str) -> Batch:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a method costs, counted on tensors that have a shape and no contents: in seconds, and before it is built."""
+    """The cost of a method, counted on fake tensors (shapes without data), before the real method is built."""
 
     flops_per_image: float
-    """of one forward and backward pass: products and convolutions, a multiply-add as two"""
+    """operations of one forward and backward pass: matrix products and convolutions, a multiply-add counts twice"""
     memory: float
-    """bytes of a rank: weights, gradients, optimizer state, and the most that a pass holds at one time"""
+    """bytes per rank: weights, gradients, optimizer state, and the peak of other tensors in a pass"""
 
 
 def estimate(
@@ -85,9 +85,9 @@ def estimate(
     states: int = 2,
     checkpointing: bool = False,
 ) -> Estimate:
-    """Of micro-batches of `count` images and an optimizer with `states` numbers per trainable one, in fp32.
+    """Estimate the cost, in fp32, of micro-batches of `count` images with `states` optimizer numbers per parameter.
 
-    Zeros, with a warning, for a method that cannot be run without contents: it may train nevertheless.
+    If the method cannot run on fake tensors, the estimate is 0, with a warning. Such a method may still train.
     """
     try:
         with torch.device("meta"):
@@ -100,13 +100,13 @@ def estimate(
                     setattr(module, name, torch.empty_like(b, device=device))
             counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
             peak = _Peak([*method.parameters(), *method.buffers()])
-            if checkpointing:  # what is computed again takes less memory, and is no operation of the method's
+            if checkpointing:  # count operations without the recomputation, but memory with it
                 with counter:
                     _forward_and_backward(method, synthetic(recipe, count, device))
                 checkpoint_activations_(method)
             with peak, nullcontext() if checkpointing else counter:
                 _forward_and_backward(method, synthetic(recipe, count, device))
-    except Exception as error:  # whatever it is, nothing is wrong with the run
+    except Exception as error:  # a failed estimate must not stop the run
         warnings.warn(f"the cost of a step is not known: {' '.join(str(error).split())[:200]}", stacklevel=2)
         return Estimate(0.0, 0.0)
     state = states * sum(p.nbytes for p in method.parameters() if p.requires_grad)
@@ -119,7 +119,7 @@ def _forward_and_backward(method: Method, batch: Batch) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes that `tensors`, and those made under this mode, held at one time."""
+    """Records the peak number of bytes held by `tensors` and all tensors created under this mode."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class _Peak(TorchDispatchMode):
 
 
 def require_memory(needed: float, remedy: str) -> None:
-    """Raises UsageError where this machine has fewer bytes than `needed`; `remedy` is what else can be done."""
+    """Raise UsageError if this machine has fewer than `needed` bytes free. `remedy` becomes part of the message."""
     left = host.memory()
     if left is not None and needed > left:
         raise UsageError(
@@ -151,9 +151,9 @@ def require_memory(needed: float, remedy: str) -> None:
 
 
 def too_long(estimate: Estimate, images: float, ranks: int, remedy: str) -> list[str]:
-    """A warning, where `images` take days on a CPU that `ranks` share: such a run was hardly meant for it.
+    """Return a warning, or [], if `images` take more than 24 hours on a CPU shared by `ranks`.
 
-    The time is that of products of matrices alone, at a speed measured just now: it can only be longer.
+    The estimate is a lower bound: it counts matrix products only, at a speed measured in this call.
     """
     a, times = torch.ones(1024, 1024), []
     for _ in range(3):
@@ -167,7 +167,7 @@ def too_long(estimate: Estimate, images: float, ranks: int, remedy: str) -> list
 
 
 def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device, flops: float) -> None:
-    """Runs three steps whose micro-batches are `count` images of noise, and prints what the last one took."""
+    """Run three steps on micro-batches of `count` images of noise, and print the time and memory of the last one."""
     batches, progress = itertools.repeat(synthetic(recipe, count, device)), torch.zeros((), device=device)
     for _ in range(3):
         start = time.perf_counter()
@@ -183,7 +183,7 @@ def dry_run(step: TrainingStep, recipe: Recipe, count: int, device: torch.device
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The GPU's bf16 peak in FLOP/s, or None where it is not known."""
+    """Return the GPU's bf16 peak in FLOP/s, or None if it is unknown or `device` is a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

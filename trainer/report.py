@@ -1,4 +1,4 @@
-"""report.html in a run's folder: how it stands, curves, pictures, machine and settings; one file, no requests."""
+"""report.html in a run's folder: state, curves, pictures, machine and settings in one file without network requests."""
 
 import base64
 import io
@@ -20,8 +20,8 @@ from pipeline import host
 from trainer.console import in_percent, short
 from trainer.metrics import group
 
-POINTS = 400  # of a curve: a longer one is averaged
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 190, 54, 22, 10, 10  # of a chart and its margins, in pixels
+POINTS = 400  # most points of a curve; longer curves are averaged
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 190, 54, 22, 10, 10  # sizes of a chart and its margins, in pixels
 CAPTIONS = {
     "views": "the views of the first batch of this start, an image a row",
     "placements": "where the model places the patches of queries, and where they are",
@@ -38,7 +38,7 @@ img { max-width: 100%; border: 1px solid #e4e4e4 } pre { background: #fafafa; pa
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a line that a crash has torn is left out."""
+    """Read the records of a log.jsonl. Lines truncated by a crash are skipped."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -51,7 +51,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write(out: Path, facts: Sequence[str]) -> None:
-    """Writes report.html from the other files of the run's folder. `facts` are lines about machine, model and data."""
+    """Write report.html from the other files of the run's folder. `facts` are lines about machine, model and data."""
     records, status = read_log(out / "log.jsonl"), host.read_json(out / "status.json") or {}
     title, facts = out.resolve().name, [*facts, _versions()]
     state = f"{status.get('state', 'running')}: step {status.get('step', 0):,} of {status.get('of', 0):,}"
@@ -86,7 +86,7 @@ def _curves(records: Sequence[dict[str, Any]]) -> str:
 
 
 def chart(name: str, records: Sequence[dict[str, Any]]) -> str:
-    """A figure of one number over the steps, as inline SVG; nothing where it was never finite."""
+    """Return a chart of one metric over the steps, as inline SVG; "" if the metric was never finite."""
     known = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float) and math.isfinite(r[name])]
     if not known:
         return ""
@@ -116,7 +116,7 @@ def chart(name: str, records: Sequence[dict[str, Any]]) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, three to six of them, that enclose a range."""
+    """Return three to six round numbers that enclose the range from `low` to `high`."""
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-30):
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
     step = 10 ** math.floor(math.log10((high - low) / 2))
@@ -125,7 +125,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
-    """The ticks in figures, with as many decimals as tell them apart."""
+    """Format ticks with enough decimals to tell them apart."""
     scale = 100 if percent else 1
     decimals = max(0, -math.floor(math.log10(scale * (ticks[1] - ticks[0])) + 1e-9))
     form = f",.{decimals}f" if decimals <= 5 else ".4g"

@@ -1,4 +1,4 @@
-"""Arrays on disk that are filled in any number of sittings, and a name for all that decides what is in them."""
+"""Resumable arrays on disk, and a fingerprint of everything that determines their contents."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Layout = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]  # type and shape of ea
 
 
 def fingerprint(network: nn.Module, *settings: Any) -> str:
-    """A name of 16 hexadecimal digits made of every weight of `network` and of `settings`, which JSON can hold."""
+    """Return a hash, 16 hexadecimal digits, of all weights of `network` and of `settings`, which must fit into JSON."""
     found = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
     for name, weight in network.state_dict().items():
         found.update(name.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -25,10 +25,11 @@ def fingerprint(network: nn.Module, *settings: Any) -> str:
 
 
 def arrays(folder: Path | None, layout: Layout) -> dict[str, NDArray[Any]]:
-    """The arrays in `folder`, memory-mapped for reading and writing: found there, or new and zero. None: in memory.
+    """Open the arrays in `folder`, memory-mapped for reading and writing. Create them, filled with 0, if it is missing.
 
-    Their space is taken at once, since a disk that fills up later would kill the process that writes through a map.
-    Raises OSError where the disk is too small or refuses, ValueError for files that are something else.
+    With `folder` None they are in memory. Disk space is allocated at once, because a full disk would later kill the
+    process that writes through the map. Raises OSError if the disk is too small or cannot be written, and ValueError if
+    the files are damaged or have other types or shapes.
     """
     if folder is None:
         return {name: np.zeros(shape, kind) for name, (kind, shape) in layout.items()}
@@ -56,9 +57,9 @@ def arrays(folder: Path | None, layout: Layout) -> dict[str, NDArray[Any]]:
 
 
 def keep(found: Mapping[str, NDArray[Any]], filled: int) -> None:
-    """Writes what is in the arrays to the disk, and then to the array ``filled``, i64 (1,), how many rows they hold.
+    """Flush the arrays to disk, then set the array ``filled``, i64 (1,), to the number `filled` of valid rows.
 
-    In this order: a power cut may lose rows, but never call lost ones filled.
+    The order ensures that a power cut may lose rows, but never leaves lost rows marked as filled.
     """
     for name, part in found.items():
         if name != "filled":

@@ -1,4 +1,4 @@
-"""Pictures of a run: the views of a batch, and, for LOCA, where the model places the patches of its queries."""
+"""Pictures of a run: the views of a batch and, for LOCA, the predicted places of the queries' patches."""
 
 import colorsys
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pipeline import Batch
 
-SIDE, GAP, CAPTION = 448, 12, 22  # pixels of a panel, between panels, of the line above
+SIDE, GAP, CAPTION = 448, 12, 22  # pixels: side of a panel, space between panels, height of a caption
 
 
 def views(batch: Batch, rows: int = 4, side: int = 96) -> NDArray[np.uint8]:
-    """The views of the first `rows` images of a batch, an image a row: u8 (H, W, 3)."""
+    """Draw the views of the first `rows` images of a batch, one image per row: u8 (H, W, 3)."""
     rows = min(rows, len(batch.index))
     strips = [view.pixels[:rows].cpu().numpy() for view in batch.views.values()]
     small = [
@@ -27,12 +27,12 @@ def views(batch: Batch, rows: int = 4, side: int = 96) -> NDArray[np.uint8]:
 def placements(
     path: Path, batch: Batch, predicted: dict[str, Tensor], visible: Tensor, *, grid: int, rows: int = 3
 ) -> None:
-    """Writes a PNG with a row for each of the first `rows` images of the batch: the reference view with the windows of
-    all queries; the queries; the places the model gives to the patches of each query, tied to where they belong.
+    """Write a PNG with a row for each of the first `rows` images of the batch, in three panels.
 
-    `predicted` has, by kind of query, the reference patch given to every query patch, i64 (B, V, n); `visible`, i64
-    (1 or B, m), names the reference patches that the model could look at: they stay bright in the third picture. The
-    reference has `grid` patches a side.
+    The panels show the windows of all queries in the reference view, the queries, and lines from the predicted to the
+    true place of each query patch. `predicted` has, by kind of query, the predicted reference patch of each query
+    patch, i64 (B, V, n). `visible`, i64 (1 or B, m), are the reference patches that the model could see; they are
+    brighter in the third panel. The reference has `grid` patches per side.
     """
     rows = min(rows, batch.label.shape[0])
     picture = Image.new("RGB", (3 * SIDE + 4 * GAP, rows * (SIDE + CAPTION + GAP) + GAP), "white")
@@ -92,14 +92,14 @@ def _panels(
 
 
 def _in_reference(reference: NDArray[np.float32], window: NDArray[np.float32]) -> tuple[float, float, float, float]:
-    """The window's rectangle in the panel of the reference view, as that view is shown: flipped if it is."""
+    """Return a window's rectangle in the panel of the reference view, mirrored if the reference is flipped."""
     ends = (window.reshape(2, 2) - reference[:2]) / (reference[2:] - reference[:2]) * SIDE
     (y0, x0), (y1, x1) = np.sort(ends, axis=0).tolist()
     return x0, y0, x1, y1
 
 
 def _box(patch: int, grid: int) -> tuple[int, int, int, int]:
-    """Where a patch lies in the panel of the reference view: left, top, right, bottom."""
+    """Return the box of a patch in the panel of the reference view: left, top, right, bottom."""
     row, column = divmod(patch, grid)
     left, top, right, bottom = (round(i * SIDE / grid) for i in (column, row, column + 1, row + 1))
     return left, top, right, bottom
