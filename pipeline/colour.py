@@ -1,8 +1,8 @@
 """The colour augmentation of whole batches on a GPU, in plain torch: the formulas of `cutting`, in float32.
 
-A sample's order of the jitter's operations is data, so every step runs one form that is each of them: brightness,
-contrast and saturation move a pixel away from a base (black, the mean gray, its own gray), and a hue shift of 0
-changes nothing. Values are rounded where `cutting` rounds them: after the jitter, and after each direction of the blur.
+The order of the jitter's operations differs by view, so every step computes one formula that covers all operations.
+Brightness, contrast and saturation move a pixel away from a base (black, the mean gray, its own gray); a hue shift of 0
+is a no-op. Values are rounded where `cutting` rounds them: after the jitter, and after each direction of the blur.
 """
 
 import math
@@ -43,12 +43,11 @@ def apply(
     padded: bool = False,
     compiled: bool | None = None,
 ) -> Tensor:
-    """The views u8 (B, V, S, S, 3) after jitter, gray, blur and solarize, as params f32 (B, V, PARAMS) say.
+    """Apply jitter, gray, blur and solarize to views u8 (B, V, S, S, 3), with parameters f32 (B, V, PARAMS).
 
-    `augmentations` are the cut's, of one rule: what none of them can draw is left out. `padded` views may show what
-    lies outside the image, and keep it as it is.
-    `compiled` (None: on a GPU) fuses the steps into a few kernels at the first call for each shape. Each step alone
-    reads and writes the whole batch.
+    `augmentations` are those of the cut and share one rule. Operations that none of them can draw are skipped. In
+    `padded` views the padding outside the image stays unchanged. `compiled` (default: on a GPU) fuses the steps into a
+    few kernels, compiled at the first call for each shape. Otherwise each step reads and writes the whole batch.
     """
     jitter = augmentations[0].rule if any(a.jitter > 0 for a in augmentations) else None
     gray = any(a.gray > 0 for a in augmentations)
@@ -68,7 +67,7 @@ def _permutations(device: torch.device) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    # Each kind of view, batch size and recipe is a graph of its own; at its default torch refuses the ninth.
+    # Each kind of view, batch size and recipe has its own graph; torch's default limit is eight.
     many = torch._dynamo.config.patch(recompile_limit=256)
     return many(torch.compile(_augment, dynamic=False, fullgraph=True))
 
@@ -83,7 +82,7 @@ def _augment(
     solarize: bool,
     padded: bool,
 ) -> Tensor:
-    p = params[..., None, None]  # (B, V, PARAMS, 1, 1): a column is one number per view
+    p = params[..., None, None]  # (B, V, PARAMS, 1, 1): a column holds one number per view
     x = pixels.movedim(-1, 2).float()  # (B, V, 3, S, S)
     if jitter:
         x = _jitter(x, params, permutations, jitter)
@@ -107,7 +106,7 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """The gray (B, V, 1, S, S) of each pixel."""
+    """Return the luma of each pixel, (B, V, 1, S, S)."""
     r, g, b = x.unbind(2)
     return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(2)
 
@@ -126,7 +125,7 @@ def _jitter(x: Tensor, params: Tensor, permutations: Tensor, rule: str) -> Tenso
         contrast, saturation = only(CONTRAST, 1.0), only(SATURATION, 1.0)
         if rule == "torchvision":
             gray = _luma(x)
-            factor = only(BRIGHTNESS, 1.0) * contrast * saturation  # one of them is not 1, at most
+            factor = only(BRIGHTNESS, 1.0) * contrast * saturation  # at most one of them differs from 1
             base = (1 - contrast) * gray.mean((-2, -1), keepdim=True) + (1 - saturation) * gray
             x = (x * factor + base).clamp(0, 255)
         else:
@@ -140,7 +139,7 @@ def _jitter(x: Tensor, params: Tensor, permutations: Tensor, rule: str) -> Tenso
 
 
 def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """HSV's hue moved by `shift` of the circle = 1; value and saturation stay."""
+    """Shift the hue of HSV by `shift`, where 1 is the whole circle. Value and saturation stay unchanged."""
     r, g, b = x.split(1, 2)
     value = x.amax(2, keepdim=True)
     chroma = value - x.amin(2, keepdim=True)
@@ -152,11 +151,11 @@ def _turn_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """A Gaussian of each view's own sigma (B, V); 0 leaves the view as it is. Edge pixels are repeated outwards."""
+    """Blur with a Gaussian of each view's sigma (B, V); 0 is a no-op. Edge pixels are repeated outwards."""
     b, v, _, s, _ = x.shape
     distance = torch.arange(-radius, radius + 1, device=x.device).abs()
     reach = (RADII * sigma).ceil()[..., None]
-    # A vanishing sigma is one tap: its neighbours weigh exp(-0.5 / 1e-12) = 0.
+    # A sigma of 0 gives one tap: its neighbours weigh exp(-0.5 / 1e-12) = 0.
     weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)[..., None]) ** 2) * (distance <= reach)
     weights = (weights / weights.sum(-1, keepdim=True)).reshape(b * v, 1, 1, 1, -1)
     x = x.reshape(b * v, 3, s, s)

@@ -1,17 +1,16 @@
-"""One decoded image in, all views out: the CPU's pixels.
+"""The CPU kernel that cuts and augments all views of one decoded image.
 
-A view is resized inside its window (crop first, then resize: no pixel outside the window is read), then augmented as
-its parameters say: jitter, gray, blur, solarize. Everything but the jitter is one primitive, the weighted sum of
-rows of bytes:
+A view is cropped first and then resized, so no pixel outside its window is read. Its parameters determine the
+augmentation: jitter, gray, blur, solarize. Resize and blur use one primitive, the weighted sum of rows of bytes:
 
     image rows --weigh--> S rows of the window --transpose--> columns --weigh--> S columns, flipped or not
     --jitter, gray--> --weigh (blur)--> --transpose--> interleaved rows --weigh (blur)--> view --solarize-->
 
-Columns lie as (x, channel, y), so that a column of all channels is one contiguous row, a channel of it is another, and
-one transpose yields interleaved pixels. Steps hand bytes on, as Pillow does: each rounds to a whole level once. The
-whole jitter, gray included, is one step (`jitter`).
+Columns are stored as (x, channel, y). A column is contiguous, over all channels and within each channel, and one
+transpose yields interleaved pixels. The steps pass bytes, as in Pillow: each rounds to a whole level once. The whole
+jitter, including gray, is one step (`jitter`).
 
-Nothing here raises, makes Python objects or needs the interpreter lock, so that DALI's numba operator can call it.
+Nothing here raises, creates Python objects or needs the GIL, so DALI's numba operator can call it.
 """
 
 import numpy as np
@@ -37,7 +36,7 @@ from .simd import TALL, transpose, weigh
 
 @kernel
 def _bicubic(x):
-    """Keys' cubic with a = -0.5, as Pillow's."""
+    """Evaluate Keys' cubic with a = -0.5, as in Pillow."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -48,9 +47,11 @@ def _bicubic(x):
 
 @kernel
 def resize_weights(length, size, filtering):
-    """How `length` pixels become `size`: first source pixel and taps i64 (size,), weights i16 (size, max_taps).
+    """Compute the filter that resizes `length` pixels to `size`.
 
-    Antialiased filters are widened by the scale when shrinking, as Pillow does; half-pixel centres; 2**14 weighs 1.
+    Returns each output pixel's first source pixel and number of taps, i64 (size,), and weights i16 (size, max_taps),
+    where 2**14 stands for 1. Pixel centres are at half-integers. When shrinking, antialiased filters are widened by the
+    scale, as in Pillow.
     """
     scale = length / size
     widening = 1.0 if filtering == BILINEAR else max(scale, 1.0)
@@ -63,7 +64,7 @@ def resize_weights(length, size, filtering):
     exact = np.empty(max_taps)
     for i in range(size):
         centre = (i + 0.5) * scale
-        if filtering == BILINEAR:  # without antialiasing a sample beyond the edge is the edge
+        if filtering == BILINEAR:  # without antialiasing, samples beyond the edge repeat the edge pixel
             centre = min(max(centre, 0.5), length - 0.5)
         low = max(int(centre - support + 0.5), 0)
         count = min(int(centre + support + 0.5), length) - low
@@ -82,7 +83,7 @@ def resize_weights(length, size, filtering):
 
 @kernel
 def blur_weights(sigma):
-    """The Gaussian at whole pixels within RADII sigmas, i16 (2 radius + 1,)."""
+    """Return the Gaussian at whole pixels within RADII sigmas, i16 (2 radius + 1,); 2**14 stands for 1."""
     radius = max(1, int(np.ceil(RADII * sigma)))
     weights = np.empty(2 * radius + 1, dtype=np.int16)
     total = 0.0
@@ -95,7 +96,7 @@ def blur_weights(sigma):
 
 @kernel
 def _bounds(window, height, width):
-    """Whole pixels (y0, y1, x0, x1) of the window inside the image: at least one, whatever the window says."""
+    """Return the part of the window inside the image in whole pixels (y0, y1, x0, x1); at least one pixel."""
     low_x, high_x = min(window[1], window[3]), max(window[1], window[3])
     y0, y1 = _within(window[0], window[2], height)
     x0, x1 = _within(low_x, high_x, width)
@@ -111,16 +112,16 @@ def _within(low, high, length):
 
 @kernel
 def _columns(columns, image, bounds, flipped, shape, filtering):
-    """Resizes the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), reversed if flipped.
+    """Resize the window of `image` into `columns` u8 (size, 3 * padded): (x, channel, y), reversed if flipped.
 
-    To `shape`, rows and columns; the last ones are repeated where that is less.
+    The result has `shape`, (rows, columns). Its last row and column are repeated to fill `columns`.
     """
     y0, y1, x0, x1 = bounds
     padded = columns.shape[1] // 3
     row = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * x0 : 3 * x1]
     turned = np.empty((3 * (x1 - x0), padded), dtype=np.uint8)
     strip = np.empty((TALL, 3 * (x1 - x0)), dtype=np.uint8)
-    clips = filtering == BICUBIC_ANTIALIAS  # whose weights are also negative
+    clips = filtering == BICUBIC_ANTIALIAS  # only these weights can be negative
     first, taps, weights = resize_weights(y1 - y0, shape[0], filtering)
     for y in range(0, padded, TALL):
         i = min(y, shape[0] - 1)
@@ -134,7 +135,7 @@ def _columns(columns, image, bounds, flipped, shape, filtering):
 
 @kernel
 def _extend(rows, radius):
-    """Repeats the first and the last of the middle rows outwards."""
+    """Fill `radius` rows at either end with copies of the nearest row between them."""
     last = len(rows) - 1 - radius
     for k in range(radius):
         for j in range(rows.shape[1]):
@@ -144,7 +145,7 @@ def _extend(rows, radius):
 
 @kernel
 def cut_view(out, image, window, p):
-    """One view u8 (S, S, 3) of `image` u8 (H, W, 3), as window f32 (4,) and parameters f32 (PARAMS,) say."""
+    """Cut one view u8 (S, S, 3) of `image` u8 (H, W, 3) by a window f32 (4,) and parameters f32 (PARAMS,)."""
     size = out.shape[0]
     padded = max((size + TALL - 1) // TALL * TALL, LANES)
     height, width = image.shape[0], image.shape[1]
@@ -182,7 +183,7 @@ def cut_view(out, image, window, p):
 
 @kernel
 def cut_image(outputs, image, windows, params):
-    """All views of one image, a tuple of u8 (V, S, S, 3); windows f32 (T, 4) and params f32 (T, PARAMS) in turn."""
+    """Cut all views of one image into a tuple of u8 (V, S, S, 3), by windows f32 (T, 4) and params f32 (T, PARAMS)."""
     done = 0
     for out in outputs:
         for view in range(len(out)):
@@ -192,7 +193,7 @@ def cut_image(outputs, image, windows, params):
 
 @kernel
 def look_up(out, pixels, table):
-    """out[channel, y, x] = table (3, 256)[channel, level] for pixels u8 (H, W, 3); elements are of any type."""
+    """Set out[channel, y, x] = table (3, 256)[channel, level] for pixels u8 (H, W, 3); the table may have any dtype."""
     for c in range(3):
         words = table[c]
         for y in range(len(pixels)):
@@ -203,9 +204,9 @@ def look_up(out, pixels, table):
 
 @kernel
 def cut_mask(out, mask, window, p):
-    """One view u8 (S, S) of class indices `mask` u8 (H, W), as window f32 (4,) and parameters f32 (PARAMS,) say.
+    """Cut one view u8 (S, S) of class indices `mask` u8 (H, W) by a window f32 (4,) and parameters f32 (PARAMS,).
 
-    Each place's nearest pixel, VOID outside the image.
+    Each pixel takes the nearest class, or VOID outside the image.
     """
     size = out.shape[0]
     rows, columns = size - np.int64(p[PAD_ROWS]), size - np.int64(p[PAD_COLUMNS])

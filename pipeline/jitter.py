@@ -1,11 +1,11 @@
 """Jitter and grayscale of one view on the CPU, in 16-bit fixed point, 32 pixels at a time.
 
-A level is 128 units, so that 0..255 fits an int16; an operation is wrong by one to three units, 0.02 levels. float32
-has half the lanes and needs conversions on both sides. Written as portable LLVM vector code: numba would widen int16
-to 64 bits. Additions saturate, which is what makes the clipping exact.
+A level is 128 units, so 0..255 fits an int16. The error of an operation is one to three units, 0.02 levels. float32
+would have half the lanes and need conversions on both sides. The code is portable LLVM vector code, since numba would
+widen int16 to 64 bits. Additions saturate, which makes the clipping exact.
 
-The operations run in the drawn order while a block stays in registers. The contrast needs the mean of what precedes it.
-Hence two passes: bytes -> what precedes the contrast -> int16 and sums; int16 -> the rest and the gray -> bytes.
+The operations run in the drawn order while a block stays in registers. The contrast needs the mean of its input, which
+takes two passes: bytes -> operations before the contrast -> int16 and sums; int16 -> the rest and the gray -> bytes.
 """
 
 from typing import NamedTuple
@@ -33,18 +33,18 @@ from .parameters import (
 )
 from .simd import splat
 
-LANES = 32  # pixels of a block; a column of a view has at least as many rows of memory
+LANES = 32  # pixels of a block; a column of a view has memory for at least as many rows
 LEVEL = 128
 TOP = 255 * LEVEL
 _SHIFT, _AFFINE, _AFFINE_FAR, _SATURATE, _SATURATE_FAR, _SATURATE_HSV, _HUE = range(7)
-_NUMBERS = 8  # int16 of a step: see `_plan`
+_NUMBERS = 8  # number of int16 parameters of a step: see `_plan`
 
 _BYTE, _SHORT, _INT, _LONG, _FLOAT = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 _BYTES, _SHORTS, _INTS, _FLOATS = (ir.VectorType(element, LANES) for element in (_BYTE, _SHORT, _INT, _FLOAT))
 
 
 class _Row:
-    """LANES int16 in the making; a number beside one stands for LANES of it."""
+    """A vector of LANES int16 in the code being generated. An int operand is broadcast."""
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
         self.builder, self.value = builder, value
@@ -64,11 +64,11 @@ class _Row:
         return self._saturating("ssub", other)
 
     def __mul__(self, other: "_Row | int") -> "_Row":
-        """The product, which must fit."""
+        """Return the product, which must fit an int16."""
         return _Row(self.builder, self.builder.mul(self.value, self.like(other)))
 
     def part(self, share: "_Row | int") -> "_Row":
-        """The product over 2**16, rounded down."""
+        """Return the product divided by 2**16, rounded down."""
         wide = (self.builder.sext(value, _INTS) for value in (self.value, self.like(share)))
         upper = self.builder.ashr(self.builder.mul(*wide), ir.Constant(_INTS, [16] * LANES))
         return _Row(self.builder, self.builder.trunc(upper, _SHORTS))
@@ -94,7 +94,7 @@ class _Row:
         return self.builder.icmp_signed("==", self.value, other.value)
 
     def where(self, mask: ir.Value, other: "_Row") -> "_Row":
-        """Itself in the lanes of the mask, the other elsewhere."""
+        """Return this vector in the lanes of the mask, and `other` elsewhere."""
         return _Row(self.builder, self.builder.select(mask, self.value, other.value))
 
     def floats(self) -> ir.Value:
@@ -110,13 +110,13 @@ class _Pixels(NamedTuple):
         return _Pixels(*(x.at_least(0).at_most(TOP) for x in self))
 
     def luma(self) -> _Row:
-        """Rounded down thrice; green's weight is above a half, which is as far as an int16 share goes."""
+        """Return the luma, rounded down three times. Green's weight exceeds the maximum of an int16 share, 0.5."""
         r, g, b = (round(65536 * share) for share in LUMA)
         return self.r.part(r) + self.g.part(g - 65536) + self.g + self.b.part(b) + 1
 
 
 class _Numbers:
-    """The int16 of one step, each as LANES of it when asked for."""
+    """The int16 parameters of one step. Indexing loads one and broadcasts it."""
 
     def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
         self.builder, self.address = builder, address
@@ -134,10 +134,10 @@ def _shift(pixels: _Pixels, n: _Numbers) -> _Pixels:
 
 
 def _away(pixels: _Pixels, anchors: tuple[_Row, ...], n: _Numbers, far: bool) -> _Pixels:
-    """Every value x moved from its anchor a: x + (factor - 1) * (x - a), clipped.
+    """Move every value x away from its anchor a: x + (factor - 1) * (x - a), clipped.
 
-    factor - 1 is a share of at most a half, and, where it is `far` from 0, whole numbers: -1 before it or up to 2 after
-    it. In this order a sum that leaves the range does so for good.
+    factor - 1 is split into a share of at most a half and, if it is `far` from 0, whole numbers: -1, added before the
+    share, or up to 2, added after it. In this order a sum that leaves the range does not return to it.
     """
     moved = []
     for x, anchor in zip(pixels, anchors, strict=True):
@@ -157,7 +157,7 @@ def _saturate(pixels: _Pixels, n: _Numbers, far: bool) -> _Pixels:
 
 
 def _saturate_hsv(pixels: _Pixels, factor: ir.Value) -> _Pixels:
-    """HSV's saturation times the factor, at most 1; value and hue stay. In float32: it divides."""
+    """Multiply the saturation of HSV by `factor`, up to 1. Value and hue stay unchanged. The division needs float32."""
     r, g, b = pixels
     value = r.at_least(g).at_least(b)
     chroma = value - r.at_most(g).at_most(b)
@@ -174,11 +174,12 @@ def _saturate_hsv(pixels: _Pixels, factor: ir.Value) -> _Pixels:
 
 
 def _turn_hue(pixels: _Pixels, n: _Numbers) -> _Pixels:
-    """HSV's hue moved; value and saturation stay. Without a division: all of it is multiplied by the chroma.
+    """Shift the hue of HSV. Value and saturation stay unchanged.
 
-    In sixths of the circle, and with the place of the largest channel as zero, a hue is over / chroma, where over is
-    the difference of the other two. A channel that lies 2 k sixths further rises over the least by the chroma times
-    clip(2 - |over / chroma + turn + 2 k|, 0, 1). Here in half units, where 2 chromas fit; what saturates is far off.
+    In sixths of the circle, with the largest channel's position as zero, the hue is over / chroma, where `over` is the
+    difference of the other two channels. The channel 2 k sixths further on exceeds the least by the chroma times
+    clip(2 - |over / chroma + turn + 2 k|, 0, 1). Multiplying by the chroma avoids the division. The code uses half
+    units, in which 2 chromas fit an int16; values that saturate are far outside the clip.
     """
     r, g, b = pixels
     value = r.at_least(g).at_least(b)
@@ -189,13 +190,13 @@ def _turn_hue(pixels: _Pixels, n: _Numbers) -> _Pixels:
     half = chroma >> 1
     near = (over >> 1) + chroma.part(n[0])
     rises = []
-    for k in range(3):  # turn + 2 k: its whole part, then as n[0]
+    for k in range(3):  # n[0]: fractional part of turn; then the whole part of turn + 2 k, as the sum of two numbers
         whole = n[1 + 2 * k]
         far = near + half * whole + half * n[2 + 2 * k]
         far = far.at_least(_Row(far.builder, far.like(0)) - far)
         rise = (half + half - far).at_least(0).at_most(TOP // 2 + 1)
         rises.append(least + (rise + rise).at_most(chroma))
-    here, next_, last = rises  # at 0, 2 and -2 sixths from the largest channel
+    here, next_, last = rises  # the channels at 0, 2 and -2 sixths from the largest channel
 
     return _Pixels(
         here.where(red, next_.where(green, last)),
@@ -213,10 +214,11 @@ def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
 
 
 def _pass(builder: ir.IRBuilder, bytes_in: bool, source, target, size, steps, numbers, factors, start, stop, extra):
-    """One column: 3 channels of `size` pixels, (address, distance) each of source and target.
+    """Process one column: 3 channels of `size` pixels. `source` and `target` are (address, channel stride).
 
-    Bytes in: int16 out, and their sums added to the int64 (3,) at `extra`. Int16 in: bytes out, gray if `extra`.
-    A size that is no multiple of LANES ends in a block that overlaps the one before.
+    With `bytes_in`, the input is bytes and the output int16, whose sums are added to the int64 (3,) at `extra`.
+    Otherwise the input is int16 and the output bytes, gray if `extra`. If the size is no multiple of LANES, the last
+    block overlaps the one before it.
     """
     pixels = [cgutils.alloca_once(builder, _SHORTS) for _ in range(3)]
     sums = [cgutils.alloca_once_value(builder, ir.Constant(_INTS, [0] * LANES)) for _ in range(3)]
@@ -268,7 +270,7 @@ def _lanes(builder: ir.IRBuilder, sign: str, bound: ir.Value) -> ir.Value:
 
 
 def _dispatch(builder: ir.IRBuilder, pixels: list[ir.Value], step, steps, numbers, factors) -> None:
-    """The step's operation on what lies in `pixels`: one jump for a block."""
+    """Apply the step's operation to `pixels`, with one jump per block."""
     operation = builder.load(builder.inttoptr(builder.add(steps, builder.shl(step, _LONG(3))), _LONG.as_pointer()))
     own = _Numbers(builder, builder.add(numbers, builder.mul(step, _LONG(2 * _NUMBERS))))
     address = builder.add(factors, builder.shl(step, _LONG(2)))
@@ -314,7 +316,7 @@ _first_pass, _second_pass = _intrinsic(True), _intrinsic(False)
 
 @kernel
 def _plan(p, i, means, steps, numbers, factors):
-    """Step i of the drawn order: what it does, its int16 and its float32. Means f32 (3,) in units, for the contrast."""
+    """Write the operation of step i and its int16 and float32 parameters. `means` f32 (3,) in units: for contrast."""
     operation = PERMUTATIONS[np.int64(p[ORDER]), i]
     factor, rule = p[operation], p[RULE]
     n = numbers[i]
@@ -325,7 +327,7 @@ def _plan(p, i, means, steps, numbers, factors):
         n[0] = np.rint((turn - whole) * 32768)
         for k in range(3):
             sixths = (whole + 2 * k + 9) % 6 - 3
-            if sixths == -3 and n[0] < 0:  # half round: from the side that is nearer
+            if sixths == -3 and n[0] < 0:  # -3 and 3 are the same hue: take the nearer one
                 sixths = -sixths
             n[1 + 2 * k] = min(max(sixths, -2), 2)
             n[2 + 2 * k] = sixths - n[1 + 2 * k]
@@ -341,17 +343,17 @@ def _plan(p, i, means, steps, numbers, factors):
         n[0] = min(np.rint((factor - 1 - whole) * 65536), 32767)
         n[1], n[2], n[3] = min(whole, 0), min(max(whole, 0), 1), max(whole - 1, 0)
         far = 1 if whole != 0 else 0
-        if operation == CONTRAST and rule != MMSEG:  # whose contrast moves away from black
+        if operation == CONTRAST and rule != MMSEG:  # MMSEG's contrast moves away from black
             gray = LUMA[0] * means[0] + LUMA[1] * means[1] + LUMA[2] * means[2]
             for c in range(3):
                 n[4 + c] = np.rint(means[c] if rule == TENSORFLOW else gray)
         steps[i] = _SATURATE + far if operation == SATURATION else _AFFINE + far
 
 
-# Both take arrays and not their addresses: numba frees an array behind the last use of its name.
+# Both take arrays instead of addresses, since numba frees an array after the last use of its name.
 @kernel
 def _before_contrast(scratch, columns, size, steps, numbers, factors, stop, sums):
-    """Steps 0..stop-1 of `columns` into `scratch` i16 (size, 3, padded), with their sums over each channel."""
+    """Apply steps 0..stop-1 to `columns`, write them to `scratch` i16 (size, 3, padded), and sum each channel."""
     padded, plan, shorts, floats = scratch.shape[2], steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
     for x in range(size):
         source, target = columns.ctypes.data + 3 * padded * x, scratch.ctypes.data + 6 * padded * x
@@ -360,7 +362,7 @@ def _before_contrast(scratch, columns, size, steps, numbers, factors, stop, sums
 
 @kernel
 def _from_contrast(columns, scratch, size, steps, numbers, factors, start, stop, gray):
-    """Steps start..stop-1 of `scratch`, and gray, into `columns`."""
+    """Apply steps start..stop-1 and gray to `scratch`, and write the result to `columns`."""
     padded, plan, shorts, floats = scratch.shape[2], steps.ctypes.data, numbers.ctypes.data, factors.ctypes.data
     for x in range(size):
         source, target = scratch.ctypes.data + 6 * padded * x, columns.ctypes.data + 3 * padded * x
@@ -369,9 +371,9 @@ def _from_contrast(columns, scratch, size, steps, numbers, factors, start, stop,
 
 @kernel
 def jitter_and_gray(columns, size, p):
-    """Augments `columns` u8 (size, 3 * padded), (x, channel, y), in place, as parameters f32 (PARAMS,) say.
+    """Augment `columns` u8 (size, 3 * padded), (x, channel, y), in place, by the parameters f32 (PARAMS,).
 
-    padded is at least LANES. A factor is at most 3.5: `recipes` allows 3.
+    `padded` is at least LANES. A factor may be at most 3.5; `recipes` allows 3.
     """
     scratch = np.empty((size, 3, columns.shape[1] // 3), dtype=np.int16)
     sums = np.zeros(3, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Objects in buckets and on web servers: listed, and read by byte ranges, through obstore.
+"""Access to objects in buckets and on web servers through obstore: listing, and reading by byte ranges.
 
-All requests of a process run on one event loop in a thread of its own, so that hundreds may be under way, each can be
-waited for with Ctrl-C at work, and nothing holds up the end of the process. obstore retries what may pass (resets,
-bodies cut off, stalls, 408, 429, 5xx); what is left is one sentence that names the address, never a header or a secret.
+All requests of a process run on one event loop in a separate thread. Hundreds of requests can be in flight, Ctrl-C
+interrupts any wait, and none delays the exit of the process. obstore retries transient failures (resets, truncated
+bodies, stalls, 408, 429, 5xx). Other failures become one sentence that names the address, never a header or a secret.
 """
 
 import asyncio
@@ -29,47 +29,47 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 PART = 8 << 20
-"""Bytes of a part, where a whole object is fetched: the size at which object stores reach their full speed."""
+"""Bytes of one request when a whole object is fetched; object stores reach their full speed at this size."""
 
 _CLIENT: "ClientConfig" = {"timeout": timedelta(seconds=120), "read_timeout": timedelta(seconds=30)}
 _RUNNING: "RetryConfig" = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
-_STARTING: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}  # a mistyped address is said soon
-_AHEAD = 3  # parts, where an object is read from its start
-_REQUESTS = 64  # under way at a time, of this process
+_STARTING: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}  # reports a mistyped address soon
+_AHEAD = 3  # parts to prefetch when an object is read from its start
+_REQUESTS = 64  # limit of requests in flight in this process
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with boto3 installed, "
     "or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
-_PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of their variables in the environment
+_PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # prefixes of their environment variables
 _HUB = "https://huggingface.co/"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Object:
-    """A file of a bucket or a web server, as it was when it was asked for. As a string, its address."""
+    """A file in a bucket or on a web server, as it was when its metadata was read. `str` returns its address."""
 
     folder: "Folder"
     name: str
     size: int
     version: str | None
-    """The server's ETag, or else the time of the last change; None where it says neither, or was not asked."""
+    """The server's ETag, or otherwise the time of the last change; None if unknown."""
 
     def __str__(self) -> str:
         return f"{self.folder.url}/{self.name}"
 
     async def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` (exclusive), fewer where the object ends. Raises ReadError, also where the object is
-        gone, denied or no longer what it was.
+        """Read bytes `start` to `stop` (exclusive), fewer at the object's end. Raises ReadError, also if the object is
+        gone, denied or changed.
         """
         stop = min(stop, self.size)
         return await self.folder.get(self, start, stop) if start < stop else b""
 
 
 class Reader(io.RawIOBase):
-    """An object from its start, a few parts ahead of what is asked for."""
+    """Reads an object from its start and prefetches a few parts."""
 
     def __init__(self, wanted: Object):
         self._parts = (submit(wanted.read(k, k + PART)) for k in range(0, wanted.size, PART))
@@ -95,7 +95,7 @@ class Reader(io.RawIOBase):
 
 
 class Folder:
-    """The objects directly below an address, without a slash at its end. Making one sends nothing."""
+    """The objects directly below an address. `url` has no slash at its end. The constructor sends no request."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -114,7 +114,7 @@ class Folder:
 
     @property
     def lists(self) -> bool:
-        """Whether it can be asked what it holds: buckets can, web servers cannot."""
+        """Whether its contents can be listed: buckets can, web servers cannot."""
         return not self.scheme.startswith("http")
 
     def _store(self, retries: "RetryConfig") -> Any:
@@ -142,13 +142,13 @@ class Folder:
             ) from None
         try:
             return Boto3CredentialProvider()
-        except Exception as error:  # whatever a profile can lack
+        except Exception as error:  # an incomplete profile raises many types
             raise ShardError(
                 f"{self.url}: the profile {os.environ['AWS_PROFILE']!r} gives no credentials: {error}"
             ) from None
 
     async def entries(self) -> tuple[list[str], dict[str, Object]]:
-        """The names of the folders in it, and its objects by name."""
+        """Return the names of its subfolders, and its objects by name."""
         import obstore
 
         with self._explaining():
@@ -157,11 +157,11 @@ class Folder:
         return [*found["common_prefixes"]], objects
 
     async def list(self) -> dict[str, Object]:
-        """Its objects by name."""
+        """Return its objects by name."""
         return (await self.entries())[1]
 
     async def below(self, folder: str) -> dict[str, Object]:
-        """All objects of a folder in it and of the folders in that one, by their names from here."""
+        """Return all objects of a subfolder, recursively, by their paths relative to this folder."""
         import obstore
 
         with self._explaining(folder):
@@ -169,7 +169,7 @@ class Folder:
         return {meta["path"]: self._object(meta["path"], meta) for meta in found}
 
     async def head(self, name: str) -> Object | None:
-        """The object of that name; None where there is none."""
+        """Return the object of that name, or None if it does not exist."""
         import obstore
 
         with self._explaining(name), suppress(FileNotFoundError):
@@ -177,7 +177,7 @@ class Folder:
         return None
 
     async def heads(self, names: Iterable[str]) -> dict[str, Object]:
-        """Those of the objects that exist."""
+        """Return the objects that exist, by name."""
         limit = asyncio.Semaphore(_REQUESTS)
 
         async def one(name: str) -> Object | None:
@@ -187,12 +187,12 @@ class Folder:
         return {found.name: found for found in await asyncio.gather(*map(one, names)) if found}
 
     async def get(self, wanted: Object, start: int, stop: int) -> bytes:
-        """A part of an object of this folder, as `Object.read` says it."""
+        """Read a part of an object of this folder; see `Object.read`."""
         import obstore
 
         options: GetOptions = {"range": (start, stop)}
         etag = wanted.version
-        if etag and etag.startswith('"'):  # a weak one never matches
+        if etag and etag.startswith('"'):  # a weak ETag never matches
             options["if_match"] = etag
         try:
             async with _limit():
@@ -207,7 +207,7 @@ class Folder:
         return body
 
     async def put(self, name: str, content: "bytes | Path", *, create: bool = False) -> bool:
-        """Writes an object, whole or not at all. With `create`, False where there is one already, which stays. Raises
+        """Write an object atomically. With `create`, an existing object is kept and the result is False. Raises
         ShardError and ReadError, as the other calls do.
         """
         import obstore
@@ -218,7 +218,7 @@ class Folder:
         return False
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Removes objects, where they are."""
+        """Delete objects. Names that do not exist are ignored."""
         import obstore
 
         with self._explaining(), suppress(FileNotFoundError):
@@ -229,14 +229,14 @@ class Folder:
 
     @contextmanager
     def _explaining(self, name: str | None = None) -> Iterator[None]:
-        """Puts `_explained` in the place of obstore's error about this folder, or what is called `name` in it."""
+        """Replace obstore's errors about this folder, or the object `name` in it, with the result of `_explained`."""
         try:
             yield
-        except Exception as error:  # obstore's errors have no base of their own that ValueError shares
+        except Exception as error:  # obstore also raises ValueError and others outside its own base class
             raise self._explained(error, f"{self.url}/{name}" if name else self.url) from None
 
     def _explained(self, error: Exception, address: str) -> Exception:
-        """What an error of obstore means, without its text, which may hold headers and signed addresses."""
+        """Convert an error of obstore to our own, without its text, which may contain headers and signed addresses."""
         from obstore import exceptions
 
         text = str(error)
@@ -315,8 +315,8 @@ def _limit() -> asyncio.Semaphore:
 
 
 def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
-    """Starts requests and returns at once. Raises RuntimeError in a process that was forked off one that sent some:
-    obstore's threads stayed behind, and it would wait for ever.
+    """Start requests and return immediately. Raises RuntimeError in a process that was forked after the first request:
+    obstore's threads do not exist there, and it would wait forever.
     """
     global _loop, _process
     if _process not in (None, os.getpid()):
@@ -332,18 +332,18 @@ def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
         if _loop is None:
             _process, _loop = os.getpid(), asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, name="remote", daemon=True).start()
-            # Before other threads are joined, which wait for answers, outage or not; atexit's turn comes after that.
+            # `_end` must run before threads that wait for answers are joined; atexit callbacks run after that.
             getattr(threading, "_register_atexit", atexit.register)(_end, _loop)
     return asyncio.run_coroutine_threadsafe(task, _loop)
 
 
 def run(task: Coroutine[Any, Any, T]) -> T:
-    """Waits for requests. Raises what they raise."""
+    """Run requests, wait for them and return their result. Exceptions propagate."""
     return wait(submit(task))
 
 
 def wait(future: "Future[T]") -> T:
-    """What a future brings. Raises what it raises, and ReadError where the program ends meanwhile."""
+    """Wait for a future and return its result. Its exceptions propagate. Raises ReadError if the program is exiting."""
     try:
         return future.result()
     except CancelledError:
@@ -354,7 +354,7 @@ def wait(future: "Future[T]") -> T:
 
 
 def _end(loop: asyncio.AbstractEventLoop) -> None:
-    """Lets go of what is under way, so that no answer arrives in an interpreter that is being taken down."""
+    """Cancel pending requests, so that no answer arrives during interpreter shutdown."""
 
     async def cancel() -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -1,4 +1,4 @@
-"""Shards in a bucket or on the web, read by position: from this disk where they lie there, else by ranges."""
+"""Shards in a bucket or on the web, read by position: from the local cache if present, otherwise by byte ranges."""
 
 import io
 import logging
@@ -17,13 +17,13 @@ from . import remote, tar
 from .shard_cache import Cache, Figures
 from .shards import OpenShards
 
-_NEAR = 1 << 16  # images this near to each other are read by one request
-_MAX_REQUESTED = 1024  # images on their way, at least
+_NEAR = 1 << 16  # images with gaps of at most so many bytes share one request
+_MAX_REQUESTED = 1024  # minimum for the limit of requested images
 _log = logging.getLogger(__name__)
 
 
 class RemoteFiles(OpenShards):
-    """Shards read from the disk where they lie there, else over the network."""
+    """Shards read from the local cache if present, otherwise over the network."""
 
     def __init__(self, objects: Sequence[remote.Object], cache: Cache):
         super().__init__()
@@ -36,7 +36,7 @@ class RemoteFiles(OpenShards):
         return self.cache.open(shard)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it ends. Raises ReadError."""
+        """Return `size` bytes of a shard from `offset`; fewer at its end. Raises ReadError."""
         if self.cache.failure:
             raise self.cache.failure
         with self._lock:
@@ -51,7 +51,7 @@ class RemoteFiles(OpenShards):
         return data[offset - start : offset - start + size]
 
     def advise(self, rows: NDArray[np.void]) -> None:
-        """Asks for images (of tables.SAMPLE), all at once, before they are read one by one."""
+        """Request images (rows of tables.SAMPLE), all at once, before they are read one by one."""
         for near in _merged(sorted(self._read_ahead(rows))):
             shard, start, _ = near[0]
             stop = near[-1][1] + near[-1][2]
@@ -60,7 +60,7 @@ class RemoteFiles(OpenShards):
             with self._lock:
                 self._requested.update({(shard, offset): (future, start) for _, offset, _ in near})
         with self._lock:
-            while len(self._requested) > max(_MAX_REQUESTED, 8 * len(rows)):  # of batches that were given up
+            while len(self._requested) > max(_MAX_REQUESTED, 8 * len(rows)):  # left over from discarded batches
                 self._requested.popitem(last=False)
 
     @property
@@ -68,7 +68,7 @@ class RemoteFiles(OpenShards):
         return self.cache.figures
 
     def expect(self, order: Sequence[int], ahead: int) -> None:
-        """As `Cache.expect` says. Other shards are closed: a deleted file takes its space while anybody has it open."""
+        """Call `Cache.expect` and close other shards: a deleted file takes disk space while it is open."""
         self.cache.expect(order, ahead)
         kept = set(order[:ahead])
         with self._lock:
@@ -76,7 +76,7 @@ class RemoteFiles(OpenShards):
                 del self._open[shard]
 
     def open(self, shard: int) -> BinaryIO:
-        """A shard, to be read from its start."""
+        """Open a shard for reading from its start."""
         fd = self.cache.open(shard)
         return os.fdopen(fd, "rb") if fd is not None else io.BufferedReader(remote.Reader(self._objects[shard]))
 
@@ -86,7 +86,7 @@ class RemoteFiles(OpenShards):
             return None
         try:
             data = tar.read_at(file.fd, offset, size)
-        except OSError as error:  # a bad disk here says nothing about the shard
+        except OSError as error:  # a failing local disk says nothing about the shard
             _log.warning("%s: %s; reading it over the network", self._objects[shard], error.strerror)
             return None
         if len(data) < min(size, self._objects[shard].size - offset):
@@ -96,7 +96,7 @@ class RemoteFiles(OpenShards):
 
 
 def _merged(wanted: Iterable[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """(shard, offset, size) in rising order, those that lie near each other in one list, of at most a part's bytes."""
+    """Group (shard, offset, size) in rising order into lists of near neighbours that span at most PART bytes."""
     near: list[tuple[int, int, int]] = []
     for shard, offset, size in wanted:
         if near:

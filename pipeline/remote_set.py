@@ -1,7 +1,7 @@
-"""Which shards lie at an address, and where the images lie in them.
+"""Resolution of addresses to shards, and the sample table of remote shards.
 
-Our own sets bring both: a manifest and a table, fetched once. Of anybody else's, each tar is fetched once and walked;
-the tables are kept in the user's cache folder, the tars in the cache of shards as far as it reaches.
+Our own sets have a manifest and a table, which are downloaded once. For other sets, each tar is downloaded once and
+scanned. The tables are cached in the user's cache folder, and the tars in the shard cache as long as there is space.
 """
 
 import logging
@@ -22,15 +22,15 @@ from .remote_files import RemoteFiles
 from .shard_cache import Cache, Job, fetch
 from .specs import ShardError
 
-_LARGEST_JSON = 1 << 28  # a manifest of a million shards
+_LARGEST_JSON = 1 << 28  # bytes: enough for a manifest of a million shards
 _log = logging.getLogger(__name__)
 
 
 def open_set(
     entries: Sequence[str], split: str | None, root: Path | None, size: int
 ) -> tuple[list[Object], NDArray[np.void], RemoteFiles]:
-    """The shards, their table (of tables.SAMPLE) and what reads them, with at most `size` bytes of cache below `root`.
-    Raises ShardError, and ReadError where a server does not answer.
+    """Return the shards, their table (tables.SAMPLE rows) and their reader, with at most `size` bytes of cache in
+    `root`. Raises ShardError, and ReadError if a server does not answer.
     """
     objects, manifest = resolve(entries, split)
     empty = next((o for o in objects if o.size == 0), None)
@@ -45,8 +45,8 @@ def open_set(
 
 
 def resolve(entries: Sequence[str], split: str | None = None) -> tuple[list[Object], dict[str, Any] | None]:
-    """The tars that a folder's address, patterns or addresses of tars name, and the manifest of the set that they are,
-    where there is one. Raises ShardError, and ReadError.
+    """Return the tars that `entries` name, and the manifest that lists them, if there is one. `entries` is a folder's
+    address, or patterns and addresses of tars. Raises ShardError and ReadError.
     """
     if len(entries) == 1 and not entries[0].endswith(".tar") and "{" not in entries[0]:
         return remote.run(_in_folder(Folder(entries[0]), split))
@@ -114,7 +114,7 @@ def _as_listed(objects: list[Object], manifest: dict[str, Any]) -> tuple[list[Ob
 
 
 async def _manifests(folder: Folder, listed: dict[str, Object] | None) -> dict[str, dict[str, Any]]:
-    """Our sharder's manifests, by split."""
+    """Read our sharder's manifests, by split."""
     if listed is None and folder.lists:
         listed = await folder.list()
     if listed is not None:
@@ -130,7 +130,7 @@ async def _manifests(folder: Folder, listed: dict[str, Object] | None) -> dict[s
 
 
 async def _splits(folder: Folder) -> dict[str, list[str]]:
-    """The tars by split, as timm's _info.json says it."""
+    """Read the tars of each split from timm's _info.json."""
     info = await _json(folder, "_info.json") or await _json(folder, "info.json") or {}
     return specs.timm_splits(info)
 
@@ -143,7 +143,7 @@ async def _json(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def table(objects: Sequence[Object], manifest: dict[str, Any] | None, cache: Cache) -> NDArray[np.void]:
-    """Where the images lie. Raises ShardError, and ReadError."""
+    """Return the sample table of the shards. Raises ShardError and ReadError."""
     if manifest:
         found = remote.run(objects[0].folder.head(f"{manifest['name']}-{manifest['split']}.samples.npy"))
         if found:
@@ -158,14 +158,14 @@ def table(objects: Sequence[Object], manifest: dict[str, Any] | None, cache: Cac
 
 
 def _keep(rows: NDArray[np.void], name: str, count: int) -> NDArray[np.void]:
-    """Keeps a table for the next start, and gives it as a file that all processes of a machine share in memory."""
+    """Cache a table for the next start. Returns it memory-mapped, so all processes of a machine share the memory."""
     tables.keep(rows, name)
     kept = tables.cached(name, count)
     return rows if kept is None else kept
 
 
 def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
-    """A table that lies beside its shards, in the user's cache folder from the first time on."""
+    """Download the table beside the shards, and cache it in the user's cache folder."""
     count = len(manifest["shards"])
     kept = f"{digest([str(found), found.size, found.version])}.npy"
     rows = tables.cached(kept, count) if found.version else None
@@ -183,7 +183,7 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
 
 
 def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
-    """The tables of tars that bring none: from the user's cache folder, or by a walk over each, which is fetched."""
+    """Return the table of tars without tables: from the user's cache folder, or by downloading and scanning them."""
     names = [f"{digest([tables.SCAN, str(o), o.size, o.version])}.npy" for o in objects]
     found: dict[int, NDArray[np.void]] = {}
 
@@ -207,7 +207,7 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
         missing = [k for k in range(len(objects)) if k not in found]
         if not missing:
             return tables.joined([found[k] for k in range(len(objects))])
-        if cache.folder and not cache.owned():  # another process of this machine is at it
+        if cache.folder and not cache.owned():  # another process of this machine is scanning them
             time.sleep(0.2)
             continue
         size = sum(objects[k].size for k in missing)

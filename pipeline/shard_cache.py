@@ -1,13 +1,13 @@
-"""Remote shards on this machine's disk, fetched whole and ahead of need.
+"""A local cache of remote shards, which are downloaded whole and ahead of use.
 
-The order in which an epoch needs the shards is known, so the next ones are fetched in that order. Each is used once an
-epoch: then filling the disk and keeping what lies there is the best that any policy can do (Belady's optimum), where
-the least recently used would go, almost nothing of a set larger than the disk would ever be found again. What has to go
-to let the next shards in is what the order needs last.
+The order in which an epoch uses the shards is known, so the next shards are prefetched in that order. To make space,
+the cache evicts the shard whose next use is last, which is Belady's optimum. LRU eviction would hardly ever hit for a
+set larger than the cache, since each shard is used once per epoch.
 
-The processes of a machine share a folder and nothing else. Whoever holds its lock fetches and deletes; the others read
-what lies there, and take over when the holder ends, however it ends. A file has its name once it's complete, checked
-and durable. Only files of the names that are given here are ever deleted, in a folder that is the set's own.
+The processes of a machine share only the cache folder. The process that holds the folder's lock downloads and deletes.
+The others read the files, and one of them takes over when the holder ends, however it ends. A file gets its final name
+once it is complete, verified and durable. Each set has its own folder. Only files with names that this module gives are
+ever deleted there.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from . import host, remote
 from .shards import ReadError
 
 FREE = 1 << 30
-"""Bytes of the disk that are left to others: checkpoints and logs may lie there too."""
-_CONNECTIONS = 16  # parts under way: one process of a machine fetches
-_PATIENCE = 10.0  # seconds between tries, where a shard cannot be had or another process fetches
+"""Bytes of the disk to leave free, since checkpoints and logs may be on the same disk."""
+_CONNECTIONS = 16  # parts in flight; only one process of a machine downloads
+_PATIENCE = 10.0  # seconds between attempts if a download fails or another process holds the lock
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What reading a remote set has cost this process so far."""
+    """The cost so far of reading a remote set in this process."""
 
     from_cache: int = 0
-    """Images read from the disk."""
+    """Number of images read from the cache."""
     by_range: int = 0
-    """Images read over the network."""
+    """Number of images read over the network."""
     fetched: int = 0
-    """Bytes asked of the network."""
+    """Bytes requested over the network."""
     waited: float = 0.0
-    """Seconds that the threads waited for the network, added up."""
+    """Seconds that threads waited for the network, summed over threads."""
 
     def __sub__(self, other: "Figures") -> "Figures":
         return Figures(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -54,7 +54,7 @@ class Figures:
 
 @dataclass
 class Job:
-    """An object to fetch whole into a file, and the sum that it must have, where one is known."""
+    """An object to download whole into a file, and its expected SHA-256 if known."""
 
     number: int
     wanted: remote.Object
@@ -72,7 +72,7 @@ class Job:
         self._file = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write(self, data: bytes) -> bool:
-        """Takes the next part. True when the file is complete, False while more is to come. Raises OSError, BadSum."""
+        """Write the next part. Returns whether the file is now complete. Raises OSError and BadSum."""
         self._sum.update(data)
         rest = memoryview(data)
         while rest:
@@ -85,14 +85,14 @@ class Job:
         return True
 
     def finish(self) -> None:
-        """Gives a complete file its name, once its bytes are on the disk. Raises OSError."""
+        """Sync a complete file to disk and give it its final name. Raises OSError."""
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
-        self.part.replace(self.path)  # a name that a lost machine forgets costs one more fetch
+        self.part.replace(self.path)  # the folder is not synced: a rename lost in a crash costs one more download
 
     def drop(self) -> None:
-        """Gives up what is not complete."""
+        """Delete the file if it is incomplete."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -101,7 +101,7 @@ class Job:
 
 
 class BadSum(Exception):
-    """A shard arrived in full, but not as its manifest says."""
+    """A shard was downloaded whole, but its SHA-256 differs from its manifest's."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -119,11 +119,10 @@ def fetch(
     count: Callable[[Figures], object] = lambda more: None,
     stopped: threading.Event | None = None,
 ) -> Iterator[Job]:
-    """Fetches objects into files, several parts at a time, and yields each job whose file is complete, in order.
+    """Download objects into files, several parts at a time, and yield each job whose file is complete, in order.
 
-    A job is taken from the iterator when there is a connection for it; the network does not wait for the disk's fsync.
-    Raises what `Object.read`, `Job.write` and `Job.finish` raise; unfinished files are gone then, as they are where it
-    is `stopped`.
+    The next job is taken from the iterator when a connection is free. Downloads do not wait for fsync. Exceptions of
+    `Object.read`, `Job.write` and `Job.finish` propagate. Incomplete files are deleted then, and when `stopped` is set.
     """
     under_way: deque[tuple[Job, Future[bytes]]] = deque()
     complete: deque[tuple[Job, Future[None]]] = deque()
@@ -154,7 +153,7 @@ def fetch(
             if job.write(data):
                 try:
                     complete.append((job, disk.submit(job.finish)))
-                except RuntimeError:  # this process is at its end
+                except RuntimeError:  # the interpreter is shutting down
                     return
     finally:
         for _, future in under_way:
@@ -165,17 +164,17 @@ def fetch(
 
 
 class Cache:
-    """The folder of one set on this machine's disk, of at most `size` bytes, and the thread that fills it.
+    """The cache folder of one set, of at most `size` bytes, and the thread that fills it.
 
-    `expect` says what is needed next. `failure` is what the thread ended with: bytes that are not what the manifest
-    says, a shard that is gone or denied. Without a `root`, or with a `size` of 0, nothing is kept.
+    `expect` announces the next shards. `failure` is the error that ended the thread: a shard whose SHA-256 differed
+    from its manifest's twice. Without a `root`, or with a `size` of 0, nothing is cached.
     """
 
     def __init__(self, root: Path | None, objects: Sequence[remote.Object], sums: Sequence[str | None], size: int):
         self.failure: ReadError | None = None
         self.figures = Figures()
         self.closed = False
-        """Whether nothing more is fetched. What lies here is read still."""
+        """Whether downloads have ended permanently. Files in the cache are still read."""
         self._objects, self._sums, self._size = objects, sums, size
         self._order: list[int] = []
         self._ahead = 0
@@ -186,7 +185,7 @@ class Cache:
         self._counting = threading.Lock()
         self._lock = ExitStack()
         self._owner = False
-        self._retried: set[int] = set()  # shards that arrived with a wrong sum once
+        self._retried: set[int] = set()  # shards that were downloaded once with a wrong SHA-256
         what = [[o.name, o.size, s or o.version] for o, s in zip(objects, sums, strict=True)]
         self.folder = root / host.digest(what) if root and size else None
         if self.folder:
@@ -200,7 +199,7 @@ class Cache:
             self.figures += more
 
     def open(self, shard: int) -> int | None:
-        """A descriptor of a shard that lies here complete, or None."""
+        """Open a shard and return its file descriptor, or None if it is not completely in the cache."""
         if self.folder is None:
             return None
         try:
@@ -213,7 +212,7 @@ class Cache:
         return None
 
     def expect(self, order: Iterable[int], ahead: int) -> None:
-        """The shards in the order of their next use: the first `ahead` are fetched, for which later ones may go."""
+        """Set the shards in the order of their next use. The first `ahead` are downloaded; others may be evicted."""
         if self.folder is None or self.closed:
             return
         with self._condition:
@@ -224,32 +223,32 @@ class Cache:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, which gives the folder to others."""
+        """Stop the thread, which then releases the folder."""
         self._stopped.set()
         with self._condition:
             self._condition.notify()
 
     def owned(self) -> bool:
-        """Whether this process fetches and deletes here: it becomes the one where nobody else is. Raises OSError."""
+        """Return whether this process holds the folder's lock, after trying to take it. Raises OSError."""
         if self.folder and not self._owner:
             with suppress(BlockingIOError):
                 self._lock.enter_context(host.lock(self.folder / "lock"))
                 self._owner = True
-                for part in self._held(".tar.part").values():  # a killed process left it
+                for part in self._held(".tar.part").values():  # left by a killed process
                     part.unlink(missing_ok=True)
         return self._owner
 
     def release(self) -> None:
-        """Gives the folder to others."""
+        """Release the folder's lock."""
         self._owner = False
         self._lock.close()
 
     def make_space(self, shard: int) -> bool:
-        """Whether there is space for a shard, for which those that are needed later may go. Raises OSError."""
+        """Make space for a shard by evicting shards that are used later. Returns whether it fits. Raises OSError."""
         if self.closed or not self.folder:
             return False
         wanted = self._objects[shard].size
-        unfinished = self._held(".tar.part").keys() - {shard}  # first: they may get their names
+        unfinished = self._held(".tar.part").keys() - {shard}  # listed first: a file may be renamed in between
         complete = self._held(".tar").keys() - {shard}
         held = sum(self._objects[s].size for s in complete | unfinished)
         excess = max(held + wanted - self._size, wanted + FREE - shutil.disk_usage(self.folder).free)
@@ -266,7 +265,7 @@ class Cache:
         return excess <= 0
 
     def job(self, shard: int, aside: Path | None = None) -> Job:
-        """What fetches a shard, into this folder or one aside."""
+        """Return a job that downloads a shard to this folder, or to the folder `aside`."""
         path = aside / f"{shard:06d}.tar" if aside else self.path(shard)
         return Job(shard, self._objects[shard], path, self._sums[shard])
 
@@ -275,7 +274,7 @@ class Cache:
         return self.folder / f"{shard:06d}.tar"
 
     def _held(self, ending: str) -> dict[int, Path]:
-        """The files of this ending here that this class made, by their shards."""
+        """Return this cache's own files with this extension, by shard."""
         assert self.folder
         mine = {f"{shard:06d}{ending}": shard for shard in range(len(self._objects))}
         return {mine[path.name]: path for path in self.folder.iterdir() if path.name in mine}
@@ -301,7 +300,7 @@ class Cache:
                         _log.debug("%s lies in %s", job.wanted, job.path)
                 else:
                     pause = _PATIENCE
-            except ReadError as error:  # whoever needs the shard now meets the same, and says it
+            except ReadError as error:  # a reader that needs the shard now fails as well and reports it
                 _log.warning("%s; trying again", error)
                 pause = _PATIENCE
             except BadSum as bad:
@@ -319,7 +318,7 @@ class Cache:
         self.release()
 
     def _missing(self) -> Iterator[Job]:
-        """What is missing of the shards needed next, whatever is needed next at the time."""
+        """Yield jobs for the missing ones of the next shards. `expect` may change the next shards in between."""
         begun: set[int] = set()
         while True:
             with self._condition:

@@ -1,8 +1,8 @@
-"""Two vector primitives that a compiler does not find by itself: weighted sums of rows of bytes, and their transpose.
+"""Two hand-written vector primitives: weighted sums of rows of bytes, and the transpose of bytes.
 
-Written as portable LLVM vector code through numba (no processor's own instructions), because the loops that LLVM makes
-of plain numba are 2 times (weighted sum) and 10 times (transpose) slower, and views are cut by little else. Both work
-on addresses: the caller answers for the bounds.
+They are portable LLVM vector code in numba intrinsics, without instructions of a specific processor. Plain numba loops
+are 2 times (weighted sum) and 10 times (transpose) slower, and cutting views consists of little else. Both work on raw
+addresses; the caller is responsible for bounds.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from .kernel import kernel
 
 LANES = 64  # bytes of a row that are summed at once; a power of two
-_FEW = 40  # taps up to which no rounding takes a sum of positive weights beyond a byte
+_FEW = 40  # with up to so many positive weights, rounding cannot take a sum out of the range of a byte
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
@@ -31,11 +31,12 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
 def _summed(clips: bool) -> Any:
     @intrinsic
     def block(typing_context, out, source, stride, weights, taps):
-        """LANES bytes at `out`: sums over k < taps of weights[k] (int16, 2**14 = 1) times those at source + k * stride.
+        """Write LANES bytes to `out`: the sum over k < taps of weights[k] times the bytes at source + k * stride.
 
-        A byte is centred and put into the upper half of an int16, even and odd bytes apart, so that nothing is
-        shuffled; the upper halves of the 32-bit products then carry six fractional bits. A weight may reach 2, as a
-        bicubic's does at an edge; sums leave headroom for its overshoot. Unless it `clips`, no sum may leave the bytes.
+        Weights are int16, where 2**14 stands for 1. A byte is centred and put into the upper half of an int16, even and
+        odd bytes separately, so that nothing is shuffled. The upper halves of the 32-bit products then have six
+        fractional bits. A weight may reach 2, as for bicubic at an edge; sums leave headroom for the overshoot. Without
+        `clips`, all sums must be in the range of a byte.
         """
 
         def codegen(context, builder, signature, arguments):
@@ -46,7 +47,7 @@ def _summed(clips: bool) -> Any:
                 return _vector(_SHORT, [value] * (LANES // 2))
 
             centres = constant(-0x7F80)  # 128 in both bytes
-            # Half a unit for the final rounding; each product is rounded down, by half a fractional bit on average.
+            # Half a unit for the final rounding, plus half a fractional bit per tap, since products are rounded down.
             half = builder.add(builder.trunc(builder.ashr(taps, taps.type(1)), _SHORT), _SHORT(32))
             totals = [cgutils.alloca_once_value(builder, splat(builder, half, LANES // 2)) for _ in range(2)]
             with cgutils.for_range(builder, taps) as loop:
@@ -83,16 +84,15 @@ def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(one, one, _vector(_INT, [0] * lanes))
 
 
-TALL = 32  # rows that are transposed at once where there are as many
+TALL = 32  # rows that are transposed at once, if there are enough
 
 
 def _transposed(height: int) -> Any:
     @intrinsic
     def block(typing_context, out, out_stride, source, stride):
-        """The 16 or TALL rows of 16 bytes at `source`, transposed, at `out`.
+        """Transpose 16 or TALL rows of 16 bytes from `source` to `out`.
 
-        Four rounds interleave row i with row i + 8; of the tall block, row i + 16 goes along in the other half of a
-        vector.
+        Four rounds interleave row i with row i + 8. In the tall block, each vector also holds row i + 16.
         """
 
         def codegen(context, builder, signature, arguments):
@@ -136,12 +136,12 @@ def _weigh_row(to, n, base, stride, weights, taps, clips):
 
 @kernel
 def weigh(out, source, first, taps, weights, clips=True):
-    """out[i] = sum over k < taps[i] of weights[i, k] / 2**14 * source[first[i] + k], rounded and clipped.
+    """Set out[i] to the sum over k < taps[i] of weights[i, k] / 2**14 * source[first[i] + k], rounded and clipped.
 
-    `out` u8 (m, n), `source` u8 (rows, >= n), both with contiguous rows at any distance; `first`, `taps` i64 (<= m,)
-    and `weights` i16 (<= m, >= taps), whose last ones serve all rows beyond. A row's weights must sum to 2**14 (but for
-    their rounding), and none be negative unless it `clips`. The result is within 0.5 + taps / 128 levels of the real
-    sum. All rows in one call: a slice of an array for each would cost more than the sums.
+    `out` is u8 (m, n), `source` u8 (rows, >= n); their rows are contiguous with any stride between rows. `first` and
+    `taps` are i64 (<= m,), `weights` i16 (<= m, >= taps); their last entries apply to all further rows. A row's weights
+    must sum to 2**14, up to rounding. Negative weights require `clips`. The result is within 0.5 + taps / 128 levels of
+    the exact sum. One call handles all rows, since slicing an array for each row would cost more than the sums.
     """
     m, n = out.shape
     if n >= LANES:
@@ -163,7 +163,7 @@ def weigh(out, source, first, taps, weights, clips=True):
 
 @kernel
 def transpose(out, source):
-    """out[j, i] = source[i, j] for u8 matrices with contiguous rows at any distance."""
+    """Set out[j, i] = source[i, j] for u8 matrices with contiguous rows and any stride between rows."""
     rows, columns = source.shape
     to, out_stride, base, stride = out.ctypes.data, out.strides[0], source.ctypes.data, source.strides[0]
     whole = rows & ~15 if columns >= 16 else 0

@@ -1,17 +1,17 @@
-"""All views of a batch, cut from its decoded images on a GPU: the counterpart of `cutting`, rounded where it rounds.
+"""Triton kernels that cut all views of a batch from its decoded images: the GPU's counterpart of `cutting`.
 
-The images are read where the decoder left them, by address, whatever their sizes; windows, weights and what was drawn
-come from the host's `plan`. Per kind of view:
+The kernels read the images by address from the decoder's memory, whatever their sizes. Windows, weights and drawn
+parameters come from the host's `plan`. For each kind of view:
 
     images --cut: weigh rows, then columns, flipped or not--> packed pixels, sums before the contrast
-           --paint: jitter, gray--> view, solarized            where the view is not blurred
+           --paint: jitter, gray--> view, solarized            if the view is not blurred
                                 --> packed pixels --blur along x--> packed pixels --blur along y, solarize--> view
 
-Between the kernels a pixel is one int32, red lowest: one load in place of three. Weighted sums are rounded and clipped
-as `simd.weigh` does, to the bit; the jitter is float32 in both. What may differ by a level is where the contrast's mean
-is summed in another order, or a multiply and an add are fused.
+Between the kernels a pixel is one int32 with red in the lowest byte: one load instead of three. Weighted sums are
+rounded and clipped exactly as in `simd.weigh`. Levels may differ by one after the jitter: it is float32 here but fixed
+point on the CPU, the contrast's mean is summed in another order, and multiply and add may be fused.
 
-Where there is no GPU, Triton's interpreter runs the kernels on the host: slow, and only for tests.
+Without a GPU, Triton's interpreter runs the kernels on the host. This is slow and only meant for tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BLOCK = 256  # pixels of one program
 INTERPRETED = not torch.cuda.is_available()
 
-# What a kernel may know beside its arguments must be marked as constant.
+# Globals that a kernel reads must be constexpr.
 _TOP, _LEFT, _FLIPPED = (tl.constexpr(c) for c in (columns.TOP, columns.LEFT, columns.FLIPPED))
 _ROW_TAPS, _ROW_SPANS = tl.constexpr(columns.ROW_TAPS), tl.constexpr(columns.ROW_SPANS)
 _ROW_WEIGHTS, _COLUMNS = tl.constexpr(columns.ROW_WEIGHTS), tl.constexpr(columns.COLUMNS)
@@ -43,7 +43,7 @@ _OPERATIONS, _SHIFTED = tl.constexpr(columns.OPERATIONS), tl.constexpr(columns.S
 _GRAY, _RADIUS, _SOLARIZED = (tl.constexpr(c) for c in (columns.IS_GRAY, RADIUS, columns.SOLARIZED))
 _CONTRAST, _SATURATION, _HUE = (tl.constexpr(c) for c in (CONTRAST, SATURATION, HUE))
 _LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(c) for c in LUMA)
-_add = tl.standard._sum_combine  # `tl.sum` itself cannot be interpreted where triton was imported to compile
+_add = tl.standard._sum_combine  # the interpreter cannot run `tl.sum` if triton was imported for compiling
 
 
 def _jit(function: Any) -> Any:
@@ -54,7 +54,7 @@ def _jit(function: Any) -> Any:
 
 @_jit
 def _weighed(total):
-    """The centred level of a sum with six fractional bits."""
+    """Convert a sum with six fractional bits to a centred level, -128..127."""
     return tl.minimum(tl.maximum(total >> 6, -128), 127)
 
 
@@ -80,7 +80,7 @@ def _clip(x):
 
 @_jit
 def _saturate_hsv(r, g, b, factor):
-    """HSV's saturation times the factor, at most 1; value and hue stay."""
+    """Multiply the saturation of HSV by `factor`, up to 1. Value and hue stay unchanged."""
     value = tl.maximum(tl.maximum(r, g), b)
     chroma = value - tl.minimum(tl.minimum(r, g), b)
     gain = tl.minimum(factor, value / tl.maximum(chroma, 1e-6))
@@ -89,7 +89,7 @@ def _saturate_hsv(r, g, b, factor):
 
 @_jit
 def _turn_hue(r, g, b, shift):
-    """HSV's hue moved by `shift` of the circle = 1; value and saturation stay."""
+    """Shift the hue of HSV by `shift`, where 1 is the whole circle. Value and saturation stay unchanged."""
     value = tl.maximum(tl.maximum(r, g), b)
     least = tl.minimum(tl.minimum(r, g), b)
     chroma = value - least
@@ -110,9 +110,9 @@ def _turn_hue(r, g, b, shift):
 
 @_jit
 def _jitter(r, g, b, view, factors, stop, base_r, base_g, base_b):
-    """The first `stop` operations of the view's drawn order; the contrast moves each channel away from its base.
+    """Apply the first `stop` operations of the view's drawn order. The contrast moves each channel away from its base.
 
-    What is drawn is one number for a whole program: each branch is taken by all of it or by none.
+    All pixels of a program belong to one view, so the branches do not diverge.
     """
     shifted = tl.load(view + _SHIFTED)
     for step in range(stop):
@@ -156,7 +156,7 @@ def _cut(
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of pixels of one view: programs (B * V, blocks)."""
+    """Cut one block of pixels of one view; the grid is (B * V, blocks)."""
     own = tl.program_id(0)
     sample, row = own // count, own // count * total + first + own % count
     view = views + row * _COLUMNS
@@ -205,7 +205,7 @@ def _cut(
 
 @_jit
 def _store_view(out, own, pixel, inside, r, g, b, solarized, S: tl.constexpr):
-    """One block of the finished view u8 (S, S, 3)."""
+    """Solarize if needed and store one block of the finished view u8 (S, S, 3)."""
     if solarized != 0:
         r, g, b = tl.minimum(r, 255 - r), tl.minimum(g, 255 - g), tl.minimum(b, 255 - b)
     to = out + (own.to(tl.int64) * (S * S) + pixel) * 3
@@ -229,7 +229,7 @@ def _paint(
     BLOCK: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Jitter and gray of one block of pixels: programs (B * V, blocks). SUMS >= blocks, a power of two."""
+    """Apply jitter and gray to one block of pixels; the grid is (B * V, blocks). SUMS is a power of two >= blocks."""
     own = tl.program_id(0)
     row = own // count * total + first + own % count
     view = views + row * _COLUMNS
@@ -264,7 +264,7 @@ def _paint(
 def _blur(
     packed, views, gaussians, to, first, count, total, widest, LAST: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One block of pixels weighed along x into packed ones or, LAST, along y into the view. Edges go on beyond them."""
+    """Blur one block of pixels along x into packed pixels or, if LAST, along y into the view. Edge pixels repeat."""
     own = tl.program_id(0)
     row = own // count * total + first + own % count
     radius = tl.load(views + row * _COLUMNS + _RADIUS)
@@ -295,11 +295,11 @@ def _blur(
 def cut_batch(
     cuts: "Sequence[Cut]", addresses: NDArray[np.int64], planned: Mapping[str, Tensor], device: torch.device
 ) -> list[Tensor]:
-    """The views u8 (B, V, S, S, 3) of each kind on `device`, queued on its current stream.
+    """Queue the cutting on the current stream of `device`. Returns the views u8 (B, V, S, S, 3) of each kind there.
 
-    `addresses` i64 (B,) are those of decoded images u8 (H, W, 3) without gaps, of the sizes that were planned with;
-    `planned` holds the fields of a `Plan` on the host, pinned for a GPU. Whoever owns the images keeps them until the
-    stream has passed what is queued here.
+    `addresses` i64 (B,) are those of contiguous decoded images u8 (H, W, 3) with the planned sizes. `planned` holds the
+    fields of a `Plan` on the host, pinned for a GPU. The caller must keep the images until the stream has finished the
+    work queued here.
     """
     where = torch.from_numpy(addresses)
     images = (where if device.type == "cpu" else where.pin_memory()).to(device, non_blocking=True)
@@ -310,7 +310,7 @@ def cut_batch(
     finished, first = [], 0
     for cut in cuts:
         count, side = cut.count, cut.size
-        block = triton.next_power_of_2(side * side) if INTERPRETED else BLOCK  # the interpreter pays by the program
+        block = triton.next_power_of_2(side * side) if INTERPRETED else BLOCK  # the interpreter's cost is per program
         blocks = triton.cdiv(side * side, block)
         grid, which = (samples * count, blocks), (first, count, total)
         settings = {"S": side, "BLOCK": block}
