@@ -1,4 +1,4 @@
-"""What the programs share that train on top of a trained backbone: `finetune`, and the SGD heads of `segment` and
+"""Shared code of the programs that train on top of a trained backbone: `finetune`, and `--head sgd` of `segment` and
 `evaluate`. Each training is a run of a method in run.py's own loop.
 """
 
@@ -20,7 +20,7 @@ from trainer.stored import fingerprint
 
 
 def options(rest: list[str], *decided: str) -> dict[str, Any]:
-    """The settings of run.py in `rest`. Raises UsageError for one that a program decides: also those of `decided`."""
+    """Parse run.py's settings in `rest`. Raises UsageError for settings in `decided` and others that programs set."""
     found = config.options(rest)
     for name in ("method", "shards", "init", *decided):
         if name in found:
@@ -29,7 +29,7 @@ def options(rest: list[str], *decided: str) -> dict[str, Any]:
 
 
 def settings(method: str, what: str) -> dict[str, Any]:
-    """The settings of `method` that a backbone decides, by dotted name: what it is called, how its images are prepared.
+    """Return the settings of `method` that follow from the backbone, such as its name and mean, by dotted name.
 
     `what` is a run's folder, a checkpoint, ``released:FILE``, ``timm:NAME``, or ``random:NAME``. Raises ValueError.
     """
@@ -53,9 +53,9 @@ def settings(method: str, what: str) -> dict[str, Any]:
 def write_start(
     path: Path, what: str, resolved: config.Settings, *, size: int | None, untrained: int | None = None
 ) -> None:
-    """A checkpoint before the first step: the backbone's weights, and heads that the run's seed draws.
+    """Write a checkpoint for step 0: the backbone's weights, and heads initialised with the run's seed.
 
-    The position grid of a ViT is resized once to images of side `size`, where that is given. With `untrained`, a seed,
+    If `size` is given, a ViT's position grid is resized once to images of that side. If the seed `untrained` is given,
     the backbone has random weights. Raises ValueError.
     """
     name = resolved.run.method
@@ -67,20 +67,20 @@ def write_start(
 
 
 def origin(what: str, untrained: int | None = None) -> dict[str, Any]:
-    """What tells a training's beginning from others: the name and the weights. Raises ValueError."""
+    """Return what identifies the initial weights of a training: names, and a fingerprint. Raises ValueError."""
     random = what.startswith("random:")
     weights = None if random else fingerprint(frozen.load(what, untrained=untrained).backbone)
     return {"what": what, "untrained": untrained, "weights": weights}
 
 
 def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: int | None = None) -> Any:
-    """The method that the settings `given` describe, trained from an `origin`; every rank gets it.
+    """Train the method that the settings `given` describe, from the `origin` `begin`. Return it on every rank.
 
-    It goes on where an earlier call was stopped; `first` holds the first weights until then. Raises ValueError for a
-    folder of a training that began elsewhere, Stopped, UsageError and RunError.
+    A call resumes an earlier one that was stopped. `first` is the file for the initial weights. Raises ValueError if
+    the folder holds a training from other initial weights; also Stopped, UsageError and RunError.
     """
     begins, out = begin["weights"] is not None, Path(given["out"])
-    with ranks(), parallel.agreed():  # the others wait for what rank 0 writes
+    with ranks(), parallel.agreed():  # other ranks wait until rank 0 has written
         if parallel.rank() == 0:
             path = out / "origin.json"
             if path.exists() and json.loads(path.read_text(encoding="utf-8")) != begin:
@@ -91,13 +91,13 @@ def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: in
                 write_start(first, begin["what"], config.resolve(given), size=size, untrained=begin["untrained"])
     if trainer.train(**given, **({"init": str(first)} if begins else {})).state == "stopped":
         raise Stopped
-    with ranks(), parallel.agreed():  # rank 0 has written its last checkpoint when it comes here
+    with ranks(), parallel.agreed():  # a barrier: rank 0 has written its last checkpoint
         pass
     return checkpoint.restore(checkpoint.load(out))
 
 
 def table(results: dict[str, dict[str, Any]], figures: Sequence[str]) -> str:
-    """A line for each training or head, with its figures."""
+    """Format a table with a line for each training or head and a column for each of `figures`."""
     width = max(map(len, results))
     lines = [f"{'':{width}}" + "".join(f" {name:>18}" for name in figures)]
     for name, found in results.items():
@@ -107,7 +107,7 @@ def table(results: dict[str, dict[str, Any]], figures: Sequence[str]) -> str:
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """The device of this process, connected to the other ranks inside, where they meet at least once."""
+    """Yield the device of this process, connected to the other ranks. The block must contain a collective."""
     device = parallel.connect()
     try:
         yield device
@@ -116,5 +116,5 @@ def ranks() -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """This process's rank, connected or not."""
+    """Return the rank of this process, even without a connection."""
     return int(os.environ.get("RANK", "0"))

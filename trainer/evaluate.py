@@ -1,13 +1,13 @@
-"""How good a backbone's frozen features are for classification: k-NN, and linear probes by ridge regression.
+"""Evaluate a backbone's frozen features by classification: k-NN, and linear probes by ridge regression.
 
     python -m trainer.evaluate runs/loca --train DIR --val DIR             a run's folder, or one of its checkpoints
     python -m trainer.evaluate runs/loca ... --head sgd --lr 0.02 0.1 --wd 0 1e-6   linear heads by SGD, all at once
 
-Beside it stands the same network with random weights (seed 0; ``--untrained SEED`` takes another, alone).
-An image's feature is the mean of its patch features, of the central square. Features are computed once and kept, in
-half precision; an interrupted extraction goes on where it was. The probes are fitted on the training set and have
-nothing to tune: the ridge's penalty is chosen by leave-one-out on the training set. "10-shot" is the same linear probe
-on ten images of every class. The last line is a JSON object; a run's folder keeps it as evaluate.json.
+For comparison, the same network is evaluated with random weights (seed 0); ``--untrained SEED`` evaluates only these.
+The feature of an image is the mean of the patch features of its central square. Features are computed once and stored
+in half precision; an interrupted extraction resumes. The probes are fitted on the training set and have no parameter
+to tune: leave-one-out on the training set chooses the ridge's penalty. "10-shot" is the same linear probe on ten images
+of every class. The last line is a JSON object, also written to evaluate.json in a run's folder.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from trainer.console import counting
 from trainer.stored import arrays, fingerprint, keep
 
 PENALTIES = tuple(10.0**e for e in range(-3, 7))
-FORMAT = 1  # of stored features: counts up when the same weights and images would give others
+FORMAT = 1  # version of stored features: increased when the same weights and images would yield different ones
 ROWS, QUERIES, LEFT_OUT = 8192, 4096, 65_536  # bound the memory of the probes: 0.5 GB at 768 dimensions, 1,000 classes
 
 
@@ -43,10 +43,10 @@ def features(
     mean: tuple[float, ...] = recipes.IMAGENET_MEAN,
     std: tuple[float, ...] = recipes.IMAGENET_STD,
 ) -> tuple[Tensor, Tensor]:
-    """The mean patch feature and the class of every image: f32 (n, D) and i64 (n,), on the CPU.
+    """Return the mean patch feature and the class of every image: f32 (n, D) and i64 (n,), on the CPU.
 
-    The batches have views of kind ``image``. `backbone` runs in evaluation mode and is left in the mode it was in; a
-    CLS token does not count.
+    The batches must have views of kind ``image``. `backbone` runs in evaluation mode, then its own mode is restored. A
+    CLS token is not part of the mean.
     """
     training = backbone.training
     backbone.eval()
@@ -64,7 +64,7 @@ def features(
 
 
 def labelled(spec: str) -> ShardSet:
-    """The shards. Raises ValueError if an image has no class."""
+    """Open the shards `spec`. Raises ValueError if an image has no class."""
     shards = ShardSet(spec)
     if (shards.table["label"] < 0).any():
         raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
@@ -84,10 +84,11 @@ def stored(
     folder: Path | None = None,
     title: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`features` of a set's central squares at side `size`, f16 (n, D) and i64 (n,), in memory or below `folder`.
+    """Return `features` of the images' central squares at side `size`: f16 (n, D) and i64 (n,).
 
-    With `images`, of at most that many, always the same ones. `title` names a progress bar. Raises ValueError for
-    features that half precision cannot hold, OSError where the disk cannot keep them.
+    They are stored in a subfolder of `folder`, or in memory if that is None. `images` limits their number; the choice
+    is always the same. `title` names a progress bar. Raises ValueError if features exceed half precision, and OSError
+    if the disk cannot hold them.
     """
     recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=backbone.patch)
     count = min(len(shards), images or len(shards))
@@ -120,15 +121,15 @@ def stored(
 
 
 def trained_size(method: Any) -> int:
-    """The side of the large views that a method trains on; the backbone's `input_size` where it does not say."""
+    """Return the side of the large views that a method trains on, or else the backbone's `input_size`."""
     size = getattr(getattr(method.cfg, "views", None), "size", None)
     return size if isinstance(size, int) else input_size(method.backbone())
 
 
 class Probe:
-    """k-NN while a run is under way, on images as large as those it trains on. Nothing of the run's state moves.
+    """k-NN accuracy during a run, on images as large as those it trains on. It does not change the state of the run.
 
-    Raises ValueError, at once, for shards that cannot be read or have images without a class.
+    The constructor raises ValueError for shards that cannot be read or that have images without a class.
     """
 
     def __init__(self, cfg: config.Probe, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
@@ -136,19 +137,20 @@ class Probe:
         self._options: dict[str, Any] = {"mean": mean, "std": std, "device": device, "images": cfg.images}
 
     def __call__(self, backbone: Any) -> float:
-        """`knn_accuracy` of the backbone."""
+        """Return `knn_accuracy` of the backbone."""
         size = input_size(backbone)
         train, val = (stored(backbone, shards, size=size, batch_size=64, **self._options) for shards in self._sets)
         return knn_accuracy(train, val, device=self._options["device"])
 
 
-Set = tuple[Tensor, Tensor]  # features (n, D), of any float type, memory-mapped for all we know; classes (n,)
+Set = tuple[Tensor, Tensor]  # features (n, D) of any float type, possibly memory-mapped; classes (n,)
 
 
 def knn_accuracy(train: Set, val: Set, *, k: int = 20, temperature: float = 0.07, device: str = "cpu") -> float:
-    """The share of `val` whose class the `k` nearest of `train` vote for, by cosine s with weight exp(s / temperature).
+    """Return the fraction of `val` that the `k` nearest neighbours in `train` classify correctly.
 
-    k and temperature are DINO's. On `device`, in blocks of QUERIES x ROWS similarities.
+    A neighbour of cosine similarity s votes with weight exp(s / temperature). k and temperature are DINO's. `device`
+    computes similarities in blocks of QUERIES x ROWS.
     """
     (x, y), (queries, truth) = train, val
     right = 0
@@ -166,10 +168,10 @@ def knn_accuracy(train: Set, val: Set, *, k: int = 20, temperature: float = 0.07
 
 
 def ridge_accuracy(train: Set, val: Set, *, device: str = "cpu") -> float:
-    """The share of `val` that a linear probe puts right: ridge regression of one-hot classes on standardised features.
+    """Return the accuracy on `val` of ridge regression of one-hot classes on standardised features.
 
-    Of PENALTIES, the one with the least squared error is taken when each training image (of LEFT_OUT evenly spread
-    ones at most) is left out in turn, in closed form. Only sums over the images, D x D and D x classes, are held.
+    The penalty is the one of PENALTIES with the least squared leave-one-out error, which has a closed form. It is
+    computed on at most LEFT_OUT evenly spread training images. Only sums over images, D x D and D x classes, are kept.
     """
     (x, y), (queries, truth) = train, val
     n, classes = len(x), int(y.max()) + 1
@@ -192,7 +194,7 @@ def ridge_accuracy(train: Set, val: Set, *, device: str = "cpu") -> float:
         z = ((rows.to(device).double() - mean) / std) @ vectors
         target = F.one_hot(their.to(device), classes) - prior
         for penalty in PENALTIES:
-            leverage = z.square() @ (1 / (eigenvalues + penalty)) + 1 / n  # the mean is fitted too
+            leverage = z.square() @ (1 / (eigenvalues + penalty)) + 1 / n  # 1 / n: the mean is fitted, too
             residual = target - z @ (projected / (eigenvalues + penalty)[:, None])
             errors[penalty] += (residual / (1 - leverage)[:, None]).square().sum().item()
     best = min(errors, key=errors.__getitem__)
@@ -205,7 +207,7 @@ def ridge_accuracy(train: Set, val: Set, *, device: str = "cpu") -> float:
 
 
 def shots(y: Tensor, count: int, seed: int = 0) -> Tensor:
-    """The places, i64 (m,), of at most `count` images of every class among classes (n,), drawn by `seed`."""
+    """Draw at most `count` images of every class, given classes `y` (n,). Return their indices, i64 (m,), sorted."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     by_class = order[y[order].argsort(stable=True)]
     starts = torch.searchsorted(y[by_class].contiguous(), y[by_class].contiguous())
@@ -219,13 +221,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("what", help="a run's folder or a checkpoint; for --head sgd also timm:NAME")
     parser.add_argument("--train", required=True, help="labelled shards to fit on")
     parser.add_argument("--val", required=True, help="labelled shards to score")
-    parser.add_argument("--untrained", type=int, metavar="SEED", help="random weights of another seed, and only these")
-    parser.add_argument("--size", type=int, help="side of the images, in pixels (default: as it was trained)")
+    parser.add_argument("--untrained", type=int, metavar="SEED", help="evaluate random weights of this seed only")
+    parser.add_argument("--size", type=int, help="side of the images, in pixels (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--features", type=Path, help="folder that keeps features; by default beside the checkpoint")
+    parser.add_argument("--features", type=Path, help="folder for stored features (default: beside the checkpoint)")
     heads.add_arguments(parser)
-    parser.add_argument("--wd", type=float, nargs="+", help="weight decays, a head for each --lr and each (--head sgd)")
+    parser.add_argument("--wd", type=float, nargs="+", help="weight decays, one head per --lr and --wd (--head sgd)")
     parser.add_argument("--out", type=Path, help="folder of the run of --head sgd (default: beside the checkpoint)")
     args, rest = parser.parse_known_args(argv)
 
@@ -258,7 +260,7 @@ def main(argv: list[str]) -> None:
     if args.untrained is None:
         result["untrained"] = random
         if path.is_dir():
-            with suppress(OSError):  # the folder may be somebody else's: the result is printed anyhow
+            with suppress(OSError):  # the folder may not be writable; the result is printed anyway
                 host.write_atomic(run / "evaluate.json", json.dumps(result).encode())
     if train.fingerprint == val.fingerprint:
         print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)
@@ -266,7 +268,7 @@ def main(argv: list[str]) -> None:
 
 
 def score(backbone: Any, train: ShardSet, val: ShardSet, title: str, options: dict[str, Any]) -> dict[str, float]:
-    """The three accuracies of a backbone, printed under its title; `options` are those of `stored`."""
+    """Return the three accuracies of a backbone, and print them with its title. `options` are those of `stored`."""
     device, sets = options["device"], ((train, "training images"), (val, "images to score"))
     backbone = backbone.to(device)
     x, y = (stored(backbone, shards, title=f"{title}: {what}", **options) for shards, what in sets)

@@ -1,13 +1,13 @@
-"""Writes a trained backbone as timm reads it: ``python -m trainer.export CHECKPOINT OUT``.
+"""Export a trained backbone for timm: ``python -m trainer.export CHECKPOINT OUT``.
 
-OUT gets model.safetensors and config.json, for either of
+It writes model.safetensors and config.json to OUT. Either of these calls loads them:
 
     timm.create_model("local-dir:OUT", pretrained=True)
     timm.create_model(config["architecture"], checkpoint_path="OUT/model.safetensors", **config["model_args"])
 
-and README.md, a model card. CHECKPOINT is a file or a run's folder, whose scores go into the card. Weights are the EMA
-teacher's where the method has one; ``--student`` takes the others. ``--hub USER/NAME`` uploads OUT to the Hugging Face
-hub as well, for ``timm.create_model("hf-hub:USER/NAME", pretrained=True)``.
+It also writes README.md, a model card. CHECKPOINT is a file, or a run's folder, whose scores then appear in the card.
+The weights are those of the EMA teacher if the method has one; ``--student`` exports the student's. ``--hub USER/NAME``
+also uploads OUT to the Hugging Face hub, for ``timm.create_model("hf-hub:USER/NAME", pretrained=True)``.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from trainer.backbones import CONVNEXT_SIZES, VIT_SIZES, ConvNeXt, ResNet, Visio
 from trainer.command import command
 from trainer.config import load_yaml
 
-# The nearest of timm's architectures; what differs from it goes into model_args.
+# Our sizes -> the size in timm's architecture names. Differences from timm's architecture go into model_args.
 VITS = {VIT_SIZES[size]: size for size in ("small", "base", "large", "huge")}
 CONVNEXTS = {(depths[2], widths[3]): size for size, (depths, widths) in CONVNEXT_SIZES.items()}
 
 
 def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
-    """timm's name for the backbone, and the arguments that make timm's model compute what ours does.
+    """Return timm's architecture name for `backbone`, and the arguments that make timm's model equivalent to it.
 
-    Raises ValueError for a backbone that timm has no model of.
+    Raises ValueError if timm has no such model.
     """
     if isinstance(backbone, VisionTransformer):
         shape = (backbone.width, len(backbone.blocks), backbone.heads)
@@ -65,10 +65,10 @@ def architecture(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Writes the weights and the configuration.
+    """Write the weights and the configuration to `out`.
 
-    A ConvNeXt gets the layer scale that timm's has and VICRegL's has not, as ones. Its last norm lies on every cell
-    here and on the cells' mean in timm: the weights are the same, the pooled features are not.
+    A ConvNeXt gets a layer scale of ones, which timm's model requires and VICRegL's lacks. Its last norm is applied to
+    every cell here, but to the mean of the cells in timm: the weights are the same, the pooled features are not.
     """
     name, arguments = architecture(backbone)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
     if isinstance(backbone, ConvNeXt):
         bias = ".mlp.fc2.bias"
         weights |= {key.replace(bias, ".gamma"): torch.ones_like(weights[key]) for key in weights if key.endswith(bias)}
-    content = safetensors.save(weights, metadata={"format": "pt"})  # its save_file makes a file that only we may read
+    content = safetensors.save(weights, metadata={"format": "pt"})  # save_file would allow only the owner to read
     host.write_atomic(out / "model.safetensors", content)
     side = arguments.get("img_size", 224)
     config = {
@@ -120,7 +120,7 @@ features = model.forward_features(transform(image)[None])  # image: a PIL.Image
 
 
 def card(payload: checkpoint.Payload, source: Path, where: str, *, student: bool) -> str:
-    """The model card: method, data, settings, and what was scored in the run's folder `source`, if it is one."""
+    """Return the model card: method, data, settings, and the scores found in `source` if it is a run's folder."""
     name = payload["method"]
     settings = load_yaml(payload["config"])
     shards, kept = settings.get("shards"), {key: settings[key] for key in ("optim", name) if key in settings}
@@ -131,7 +131,7 @@ def card(payload: checkpoint.Payload, source: Path, where: str, *, student: bool
         backbone=f"{settings[name].get('backbone', 'its default backbone')}{', the student' * student}",
         steps=payload["step"],
         batch_size=settings.get("batch_size", 0),
-        of=f" of {Path(shards).name}" if shards else "",  # not where they lie
+        of=f" of {Path(shards).name}" if shards else "",  # the name only: paths are private
         where=where,
         scores=f"\n## Scores, in percent\n\n| | |\n|---|---|\n{rows}" if rows else "",
         settings=yaml.safe_dump(kept, sort_keys=False),
@@ -139,7 +139,7 @@ def card(payload: checkpoint.Payload, source: Path, where: str, *, student: bool
 
 
 def _scores(run: Path) -> dict[str, float]:
-    """What `trainer.evaluate` and `trainer.segment` left in a run's folder, in percent."""
+    """Return the scores that `trainer.evaluate` and `trainer.segment` saved in a run's folder, in percent."""
     found = {}
     result = host.read_json(run / "evaluate.json") or {}
     for key, title in (("knn", "k-NN"), ("ridge", "linear probe"), ("ten_shot", "10-shot linear probe")):
@@ -159,8 +159,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trainer.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest one")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--student", action="store_true", help="the student's weights, where there is a teacher")
-    parser.add_argument("--hub", metavar="USER/NAME", help="upload it to the Hugging Face hub, as whoever is logged in")
+    parser.add_argument("--student", action="store_true", help="export the student's weights, not the teacher's")
+    parser.add_argument("--hub", metavar="USER/NAME", help="also upload it to the Hugging Face hub, with your login")
     args = parser.parse_args(argv)
     payload = checkpoint.load(args.checkpoint)
     method = checkpoint.restore(payload)

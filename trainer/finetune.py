@@ -1,4 +1,4 @@
-"""Fine-tunes a backbone for semantic segmentation, end to end with one linear layer, and scores it: LOCA's tables.
+"""Fine-tune a backbone for semantic segmentation, end to end with one linear layer, and score it as in LOCA's tables.
 
     python -m trainer.finetune runs/loca --train SPEC --val SPEC --out DIR             a run's folder, or a checkpoint
     python -m trainer.finetune released:FILE --train SPEC --val SPEC --out DIR --config finetune_cityscapes
@@ -8,11 +8,12 @@
     torchrun --nproc_per_node=8 -m trainer.finetune ...                                on eight GPUs
 
 SPEC names shards of images with label maps (tools/shard_segmentation.py makes them). Each training is a run of the
-method "finetune" in run.py's own loop, with its folder, log, checkpoints and exit codes: the same command goes on where
-it was stopped. All settings of run.py can follow, as --steps 1000 or --finetune.views.size 768. One training writes to
-DIR, several to folders in it. The last line is a JSON object. docs/finetune.md says what the protocol leaves open.
+method "finetune" in run.py's own loop, with its folder, log, checkpoints and exit codes. The same command resumes a
+stopped training. All settings of run.py are accepted, such as --steps 1000 or --finetune.views.size 768. One training
+writes to DIR, several write to subfolders. The last line is a JSON object. docs/finetune.md lists what the protocol
+leaves open.
 
-Of several learning rates, the best on the images that are reported is taken, as in the papers: the last line says so.
+Of several learning rates, the best one on the --val images is reported, as in the papers. The last line says so.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from trainer.command import command
 from trainer.segmentation import sliding
 from trainer.segmentation.labelled import Labelled, class_names
 
-FLOOR = 1e-5  # of the learning rate
+FLOOR = 1e-5  # final learning rate, unless the peak is lower
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """One training of a sweep."""
 
     lr: float
     seed: int
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
 def one(
     settings: dict[str, Any], begin: dict[str, Any], val: Labelled, names: list[str], first: Path
 ) -> dict[str, Any]:
-    """Trains one job, where that has not been done, and returns its figures, which result.json in its folder keeps."""
+    """Train and score one job. Return its figures, which result.json in its folder keeps for later calls."""
     resolved, out = config.resolve(settings), Path(settings["out"])
     key = {"settings": resolved.text, "origin": begin, "val": val.shards.fingerprint}
     result = out / "result.json"
@@ -116,7 +117,10 @@ def one(
 
 
 def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
-    """A file in `out` that names the images of a subset, one a line: a part of every larger one of this number."""
+    """Write the image names of a subset, one per line, to a file in `out` and return its path.
+
+    Subsets of the same number are nested: a smaller fraction is a part of every larger one.
+    """
     order = np.random.default_rng(subset).permutation(len(data))
     count = int(len(data) * fraction)
     if not count:
@@ -129,7 +133,7 @@ def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
 
 
 def share(text: str) -> Fraction:
-    """The type of --fraction."""
+    """Parse the value of --fraction."""
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -144,12 +148,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("what", help="a run's folder, a checkpoint, timm:NAME, released:FILE or random:NAME")
     parser.add_argument("--train", required=True, help="shards of images with label maps, to train on")
     parser.add_argument("--val", required=True, help="shards of images with label maps, to score")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the training, or of the folders of several")
-    parser.add_argument("--config", help="a preset, finetune_NAME for each of LOCA's data sets, or a file")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the training; several get subfolders")
+    parser.add_argument("--config", help="a preset (finetune_NAME for each of LOCA's data sets) or a YAML file")
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates to try (default: the preset's)")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of the best one, with seeds one after another")
-    parser.add_argument("--fraction", type=share, help="share of the training images, as 1/32")
-    parser.add_argument("--subset", type=int, nargs="+", metavar="SEED", help="which ones (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings at the best lr, with successive seeds")
+    parser.add_argument("--fraction", type=share, help="fraction of the training images to use, such as 1/32")
+    parser.add_argument("--subset", type=int, nargs="+", metavar="SEED", help="seeds that choose them (default: 0)")
     options, rest = parser.parse_known_args(argv)
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: it must be positive")

@@ -1,14 +1,14 @@
-"""Turns released weights into a checkpoint of ours: ``python -m trainer.released FILE OUT --method loca|vicregl``.
+"""Convert released weights to a checkpoint: ``python -m trainer.released FILE OUT --method loca|vicregl``.
 
     loca      a checkpoint of google-research/scenic's projects/loca (flax's msgpack), student and teacher
     vicregl   a .pth of facebookresearch/VICRegL: a backbone alone, or a full checkpoint
 
 OUT is one file. `python -m trainer.evaluate OUT` and `python -m trainer.export OUT` read it, and `run.py --init OUT`
-starts from it. Nothing in FILE is executed: msgpack is data, and torch is allowed tensors only.
+starts from it. Nothing in FILE is executed: msgpack is data, and torch may load tensors only.
 
-Sizes are read off the weights. Every weight must then be there in its shape, and nothing else may be. Only a head may
-be missing whole, or have decayed to nothing (as the projector of a released LOCA did): it is initialised at random,
-from seed 0, and named. The optimizer's state is not taken over.
+Sizes are inferred from the weights. Every weight must be present with its shape, and no other weight may be. Only a
+head may be missing altogether, or have decayed to 0 (as the projector of a released LOCA has). Such a head is
+initialised at random, from seed 0, and named in the output. The optimizer's state is not converted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from trainer import checkpoint, methods
 from trainer.backbones import CONVNEXT_SIZES, VIT_SIZES
 from trainer.command import command
 
-# Our modules and flax's; names joined by | are stacked in ours.
+# Our modules -> flax's. Names joined by | are separate modules in flax and stacked in ours.
 FLAX = (
     (r"backbone\.patch_embed\.proj", "ToTokenSequence_0/embedding"),
     (r"backbone\.blocks\.(\d+)\.norm1", r"encoderblock_\1/LayerNorm_0"),
@@ -55,7 +55,7 @@ FLAX = (
     (r"clusters\.projector\.4", "projection_head_for_clustering_prediction/Dense_2"),
     (r"clusters\.prototypes", "projection_head_for_clustering_prediction/prototypes"),
 )
-# The published files are older than the published code: their trees and some modules have other names.
+# The published files are older than the published code: their trees, and modules of some, have other names.
 TREES = {"params": "student", "ema_params": "teacher", "student_weights": "student", "teacher_weights": "teacher"}
 OLDER = {
     "encoder_norm": "final_encoder_norm",
@@ -63,7 +63,7 @@ OLDER = {
     "position_predictor": "pos_predictor",
     "projection_head_for_clustering_prediction": "output_projection",
 }
-# Our modules and those of VICRegL's ConvNeXt; its ResNet has timm's names.
+# Our modules -> those of VICRegL's ConvNeXt. VICRegL's ResNet has timm's names.
 CONVNEXT = (
     (r"stem\.(\d)", r"downsample_layers.0.\1"),
     (r"stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2"),
@@ -80,20 +80,20 @@ Weights = dict[str, Tensor]
 
 
 class Place(NamedTuple):
-    """Where a weight of ours stands in a released file."""
+    """The location of one of our weights in a released file."""
 
-    keys: list[str]  # its parts, stacked along the first axis
+    keys: list[str]  # of its parts, which are stacked along the first axis
     shape: tuple[int, ...]  # of each part, in the file
-    ours: Callable[[Tensor], Tensor]  # a part as it is in ours
+    ours: Callable[[Tensor], Tensor]  # converts a part to our layout
 
 
 # ---- What is in the file ---------------------------------------------------------------------------------------------
 
 
 def flax_weights(path: Path) -> Weights:
-    """The weights in a flax checkpoint, by tree and path: ``params/encoder_norm/scale``. Raises ValueError.
+    """Read the weights in a flax checkpoint, by tree and path: ``params/encoder_norm/scale``. Raises ValueError.
 
-    The rest of the training state, the optimizer's twice as large moments among it, is skipped without being kept.
+    The rest of the training state, such as the optimizer's moments, which are twice as large, is skipped.
     """
     found: Weights = {}
     with path.open("rb") as file:
@@ -112,7 +112,7 @@ def flax_weights(path: Path) -> Weights:
 
 
 def _array(code: int, data: bytes) -> Tensor:
-    """flax's extension types 1 and 3: an array, or a scalar, as (shape, type, bytes in row-major order)."""
+    """Decode flax's extension types 1 and 3: an array or a scalar, as (shape, type, bytes in row-major order)."""
     if code not in (1, 3):
         raise ValueError(f"extension type {code} is no array")
     shape, name, content = msgpack.unpackb(data)
@@ -137,11 +137,11 @@ def _flat(tree: dict[str, Any], prefix: str) -> Weights:
 
 
 def torch_weights(path: Path) -> Weights:
-    """The weights in a .pth: a state dict, or one under ``model``. Raises ValueError."""
+    """Read the weights in a .pth: a state dict, or one under ``model``. Raises ValueError."""
     try:
         with torch.serialization.safe_globals([(_nothing, f"{module}.{LARS_RULE}") for module in LARS_MODULES]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a file that is none of its own in a dozen ways
+    except Exception as error:  # torch raises many kinds of errors for a file of another format
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to {code[1]}, which is code" if code else type(error).__name__
         raise ValueError(f"not a readable file of tensors ({reason})") from None
@@ -153,14 +153,18 @@ def torch_weights(path: Path) -> Weights:
 
 
 def _nothing(*_: Any) -> None:
-    """Stands for the function that the optimizer's state in a full ResNet-50 checkpoint refers to. It is not needed."""
+    """Placeholder for the function that the optimizer state of a full ResNet-50 checkpoint refers to; never called."""
 
 
 # ---- Whose weights they are ------------------------------------------------------------------------------------------
 
 
 def flax_place(name: str, weight: Tensor, heads: int) -> Place:
-    """Kernels are transposed and convolutions HWIO; q, k, v and o have an axis of heads, on which biases lie, too."""
+    """Locate our weight `name` in a flax tree.
+
+    In flax, kernels are transposed and convolutions are HWIO. Weights of q, k, v and o have an extra axis of heads, and
+    so have the biases of q, k and v.
+    """
     module, _, leaf = name.rpartition(".")
     if leaf == "pos_embed":
         side = isqrt(weight.shape[1])
@@ -189,9 +193,9 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]]:
-    """The settings that follow from the sizes, and where our weights stand in the file.
+    """Return the settings that follow from the weights' sizes, and a function that locates our weights in the file.
 
-    Raises KeyError where a weight that gives a size is missing.
+    Raises KeyError if a weight that determines a size is missing.
     """
     trees = {TREES[key]: key for key in (key.partition("/")[0] for key in found)}
     trees = {branch: trees.get(branch) or next(iter(trees.values())) for branch in ("student", "teacher")}
@@ -227,7 +231,7 @@ def loca(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]
 
 
 def vicregl(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Place]]:
-    """As `loca`. The online classifier of a full checkpoint is taken out of `found`: no method of ours has one."""
+    """Return settings and a function that locates our weights, like `loca`. Drops online classifiers from `found`."""
     start = "module." if all(key.startswith("module.") for key in found) else ""
     for key in [key for key in found if key.startswith((f"{start}classifier.", f"{start}maps_classifier."))]:
         del found[key]
@@ -259,9 +263,9 @@ def vicregl(found: Weights) -> tuple[dict[str, Any], Callable[[str, Tensor], Pla
 
 
 def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoint.Payload, str]:
-    """The checkpoint that the released file `path` makes, and a sentence on what is in it. Raises ValueError, OSError.
+    """Convert the released file `path` to a checkpoint; also return a summary of it. Raises ValueError, OSError.
 
-    The error names the first weight that is missing, has another shape, or has no place.
+    The error names the first weight that is missing, has another shape, or is unknown.
     """
     found = flax_weights(path) if method_name == "loca" else torch_weights(path)
     try:
@@ -277,10 +281,10 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
     torch.manual_seed(0)
     try:
         method = module.Method(cfg)
-    except RuntimeError as error:  # of torch's allocator
+    except RuntimeError as error:  # raised by torch's allocator
         raise ValueError(f"its sizes ask for too large a network ({error})") from None
     ours = method.state_dict()
-    parts: dict[str, list[str]] = {}  # "backbone", "clusters"...: in LOCA those of student and teacher together
+    parts: dict[str, list[str]] = {}  # names by part, "backbone", "clusters"...; LOCA's student and teacher together
     for name in ours:
         parts.setdefault(re.sub(r"^(student|teacher)\.", "", name).partition(".")[0], []).append(name)
     backbone = next(iter(parts))
@@ -299,7 +303,7 @@ def convert(path: Path, method_name: str, backbone_only: bool) -> tuple[checkpoi
                 if found[key].shape != there.shape:
                     raise ValueError(f"{key} has shape {tuple(found[key].shape)}: {there.shape} was expected")
         used.update(keys)
-        largest: dict[str, float] = {}  # of student and teacher each
+        largest: dict[str, float] = {}  # largest absolute weight, for student and teacher separately
         for name, there in places.items():
             branch = name.partition(".")[0]
             largest[branch] = max(largest.get(branch, 0.0), *(found[key].abs().max().item() for key in there.keys))
@@ -327,8 +331,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trainer.released", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="released weights")
     parser.add_argument("out", type=Path, help="the checkpoint to write")
-    parser.add_argument("--method", required=True, choices=("loca", "vicregl"), help="whose weights they are")
-    parser.add_argument("--backbone-only", action="store_true", help="leave everything else in the file where it is")
+    parser.add_argument("--method", required=True, choices=("loca", "vicregl"), help="method of the weights")
+    parser.add_argument("--backbone-only", action="store_true", help="convert the backbone, and ignore other weights")
     args = parser.parse_args(argv)
     try:
         payload, summary = convert(args.file, args.method, args.backbone_only)

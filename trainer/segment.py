@@ -1,15 +1,15 @@
-"""How good a backbone's frozen patch features are: semantic segmentation by k-NN and by logistic regression.
+"""Evaluate a backbone's frozen patch features by semantic segmentation, with k-NN and logistic regression.
 
     python -m trainer.segment runs/loca --train SPEC --val SPEC                 a run's folder, or a checkpoint
     python -m trainer.segment runs/loca --train SPEC --val SPEC --untrained 0   the same network with random weights
     python -m trainer.segment timm:vit_small_patch14_dinov2 --train SPEC ...    any backbone that timm has
     python -m trainer.segment released:FILE --train SPEC --val SPEC             weights that LOCA or VICRegL published
-    python -m trainer.segment runs/loca ... --head sgd --lr 3e-4 1e-3           linear heads by SGD instead, in a run
+    python -m trainer.segment runs/loca ... --head sgd --lr 3e-4 1e-3           linear heads trained by SGD instead
 
 SPEC names shards of images with label maps (tools/shard_segmentation.py makes them). Features are computed once and
-kept. The probes and the floors beside them are fitted on the training images; the penalty is chosen on some that are
-held out. Scores of patches are interpolated to the label's own size; mIoU comes from one confusion matrix. The last
-line is a JSON object. docs/evaluation.md says what the figures mean.
+stored. The probes, and the floors to compare them with, are fitted on the training images. The penalty is chosen on
+held-out training images. Scores of patches are interpolated to the size of the label map. mIoU is computed from one
+confusion matrix over all images. The last line is a JSON object. docs/evaluation.md explains the figures.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     heads.refuse(options, rest, "lr")
     if options.memory < 1 or (options.size is not None and options.size < 1):
         raise ValueError("--size and --memory must be positive")
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: as many digits as the features are kept with
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU has the precision of the stored f16 features
     train, val = Labelled(options.train), Labelled(options.val)
     network = frozen.load(options.what, untrained=options.untrained)
     network = network._replace(layers=tuple(options.layers), norm=options.norm)
@@ -99,9 +99,9 @@ def main(argv: list[str]) -> None:
 def logistic(
     train: Features, data: Labelled, classes: int, device: str, seed: int = 0
 ) -> tuple[probes.Linear, dict[str, Any]]:
-    """The regression on all images, with the penalty that is best for a tenth of them when the others are fitted.
+    """Fit the regression on all images. Choose the penalty on a tenth of them (at most 256), fitting the others.
 
-    Penalties are tried from strong to weak, until one brings less than 0.1 mIoU. Raises ValueError for one image.
+    Penalties are tried from strong to weak, until one gains less than 0.1 mIoU. Raises ValueError for a single image.
     """
     order = np.random.default_rng(seed).permutation(len(train.images))
     held = np.sort(order[: min(256, max(1, len(order) // 10))])
@@ -131,7 +131,7 @@ def logistic(
 
 
 def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:
-    """mIoU with its standard error over images, pixel accuracy, each class's IoU, in percent; None: there is none."""
+    """Return mIoU, its standard error over images, pixel accuracy and IoU per class, in percent; None if undefined."""
     return {
         "miou": 100 * confusion.miou,
         "miou_standard_error": percent(confusion.standard_error()),
@@ -141,7 +141,7 @@ def figure(confusion: Confusion, names: list[str]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, dict[str, Any]], truth: Confusion, names: list[str]) -> str:
-    """Every figure in percent: a line a class with its share of the labelled pixels, then mIoU and pixel accuracy."""
+    """Format all figures in percent: a line per class with its share of labelled pixels, mIoU, pixel accuracy."""
     width = max(map(len, (*names, "standard error")))
     lines = [
         f"{'IoU, %':{width}}   share" + "".join(f" {name.replace('_', '+'):>{max(9, len(name))}}" for name in figures)
@@ -163,7 +163,7 @@ def table(figures: dict[str, dict[str, Any]], truth: Confusion, names: list[str]
 
 
 def draw(folder: Path, data: Labelled, predict: Scores, names: list[str]) -> None:
-    """PICTURES images of the set, evenly spread, as `panels`."""
+    """Write `panels` of up to PICTURES images, evenly spread over the set, to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for j in np.linspace(0, len(data) - 1, min(PICTURES, len(data))).astype(int).tolist():
         truth = data.mask(j)
@@ -173,7 +173,7 @@ def draw(folder: Path, data: Labelled, predict: Scores, names: list[str]) -> Non
 
 
 def folder(what: str) -> Path:
-    """Where results go unless --out says so: into a run's folder, or below ./segment."""
+    """Return the default of --out: a folder inside the run's folder, or one below ./segment."""
     return Path(what) / "segment" if Path(what).is_dir() else Path("segment") / Path(what.replace(":", "_")).name
 
 
@@ -196,10 +196,10 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--norm", action=argparse.BooleanOptionalAction, default=True, help="apply the final norm (default: yes)"
     )
-    parser.add_argument("--memory", type=int, default=100_000, help="training patches that k-NN compares with")
+    parser.add_argument("--memory", type=int, default=100_000, help="number of training patches for k-NN")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     heads.add_arguments(parser)
-    parser.add_argument("--recipe", choices=("dinov3", "vicregl"), default="dinov3", help="whose heads (--head sgd)")
+    parser.add_argument("--recipe", choices=("dinov3", "vicregl"), default="dinov3", help="heads' recipe (--head sgd)")
     return parser.parse_known_args(argv)
 
 
