@@ -53,7 +53,7 @@ def patch_targets(
     size = _at_least_one("query_size", query_size)
     if rule not in ("released", "overlap"):
         raise ValueError(f"rule is {rule!r}; it must be 'released' or 'overlap'")
-    out = np.empty((*queries.shape[:2], query_grid**2), np.int32)
+    out = np.empty((*queries.shape[:2], grids[1] ** 2), np.int32)
     _patch_targets(reference, queries, *grids, size, rule == "overlap", out)
     return out
 
@@ -71,8 +71,8 @@ def feature_locations(windows: ArrayLike, grid: int) -> NDArray[np.float32]:
     Raises:
         ValueError: for a wrong shape, a window that is empty or not finite, a grid below 1.
     """
-    windows = _windows("windows", windows, None)
-    cells = (np.arange(_at_least_one("grid", grid)) + 0.5) / grid
+    windows, grid = _windows("windows", windows, None), _at_least_one("grid", grid)
+    cells = (np.arange(grid) + 0.5) / grid
     y0, x0, y1, x1 = (edge[..., None] for edge in np.moveaxis(windows.astype(np.float64), -1, 0))
     out = np.empty((*windows.shape[:-1], grid, grid, 2), np.float32)
     out[..., 0] = (y0 + cells * (y1 - y0))[..., :, None]
@@ -102,8 +102,7 @@ def location_matches(a: ArrayLike, b: ArrayLike, *, a_grid: int, b_grid: int, to
     a, b = _windows("a", a, 2), _windows("b", b, 2)
     if len(a) != len(b):
         raise ValueError(f"b holds {len(b)} images but a holds {len(a)}; they must agree")
-    _at_least_one("a_grid", a_grid)
-    _at_least_one("b_grid", b_grid)
+    a_grid, b_grid = _at_least_one("a_grid", a_grid), _at_least_one("b_grid", b_grid)
     _check_top("top", top, "a_grid", a_grid)
     out = np.empty((len(a), top, 2), np.int32)
     _location_matches(a, b, a_grid, b_grid, out)
@@ -148,10 +147,11 @@ def pair_matches(
         raise ValueError(
             f"large holds {large.shape[1]} views and small {small.shape[1]}; pairs need a large view and another one"
         )
-    _at_least_one("large_grid", large_grid)
-    _at_least_one("small_grid", small_grid)
+    large_grid, small_grid = _at_least_one("large_grid", large_grid), _at_least_one("small_grid", small_grid)
     grids = np.repeat([large_grid, small_grid], [large.shape[1], small.shape[1]])
     if gamma is not None:
+        if np.shape(gamma) != (2,):
+            raise ValueError(f"gamma is {gamma}; it must be a pair of integers or None")
         _check_top("gamma[0]", gamma[0], "large_grid", large_grid)
         for name, grid, views in (
             ("large_grid", large_grid, large.shape[1] > 1),
@@ -183,13 +183,14 @@ def _windows(name: str, value: ArrayLike, ndim: int | None) -> NDArray[np.float3
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if not isinstance(value, int | np.integer) or value < 1:
+    """`value` as Python's int: a narrow one of NumPy's overflows when it is squared."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} is {value}; it must be an integer of at least 1")
-    return value
+    return int(value)
 
 
 def _check_top(name: str, top: int, grid_name: str, grid: int) -> None:
-    if not 1 <= top <= grid**2:
+    if not 1 <= _at_least_one(name, top) <= grid**2:
         raise ValueError(f"{name} is {top}; it must be between 1 and {grid_name}² = {grid**2}")
 
 

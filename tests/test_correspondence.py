@@ -370,6 +370,7 @@ BAD = {
     "reference_grid is 0": lambda: targets(reference_grid=0),
     "query_grid is -1": lambda: targets(query_grid=-1),
     "query_size is 0": lambda: targets(query_size=0),
+    "query_grid is True": lambda: targets(query_grid=True),
     "rule is 'nearest'": lambda: targets(rule="nearest"),
     "windows has shape (3,)": lambda: feature_locations(np.zeros(3), 7),
     "windows has shape ()": lambda: feature_locations(3.0, 7),
@@ -380,6 +381,7 @@ BAD = {
     "b holds 2 images but a holds 1": lambda: matches(b=GOOD[[0, 0]]),
     "top is 10; it must be between 1 and a_grid² = 9": lambda: matches(top=10),
     "top is 0": lambda: matches(top=0),
+    "top is 2.5; it must be an integer": lambda: matches(top=2.5),
     "b_grid is 0": lambda: matches(b_grid=0),
     "large holds 1 views and small 0": lambda: pair_matches(GOOD[None]),
     "small holds 2 images but large holds 1": lambda: pair_matches(GOOD[None], TWO),
@@ -387,6 +389,8 @@ BAD = {
     "gamma[1] is 10; it must be between 1 and small_grid² = 9": lambda: pair_matches(
         GOOD[None], GOOD[None], gamma=(9, 10)
     ),
+    "gamma is 20; it must be a pair": lambda: pair_matches(TWO[None, :, 0], gamma=20),
+    "gamma is (20, 4, 1); it must be a pair": lambda: pair_matches(TWO[None, :, 0], gamma=(20, 4, 1)),
 }
 
 
@@ -395,6 +399,17 @@ def test_bad_input_is_named(message):
     with pytest.raises(ValueError) as caught:
         BAD[message]()
     assert message in str(caught.value)
+
+
+def test_narrow_integers_do_not_overflow():
+    wide, narrow = {"reference_grid": 20, "query_grid": 20}, {"reference_grid": np.uint8(20), "query_grid": np.int8(20)}
+    assert (targets(**narrow) == targets(**wide)).all()
+    assert feature_locations(GOOD, np.int8(20)).shape == (1, 400, 2)
+    narrow = location_matches(GOOD, GOOD, a_grid=np.int8(20), b_grid=np.uint8(20), top=np.int16(400))
+    assert (narrow == location_matches(GOOD, GOOD, a_grid=20, b_grid=20, top=400)).all()
+    pair = TWO[None, :, 0]
+    narrow = pair_matches(pair, large_grid=np.int8(20), gamma=(np.int16(400), np.uint8(4)))
+    assert (narrow == pair_matches(pair, large_grid=20, gamma=(400, 4))).all()
 
 
 # ----------------------------------------------------------------------------------------------- the kernels themselves
