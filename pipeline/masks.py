@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .cutting import cut_mask
 from .parameters import VOID
@@ -26,6 +26,8 @@ def decode_mask(data: bytes) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             mode, values = image.mode, np.asarray(image)
+    except UnidentifiedImageError:
+        raise ValueError("its mask is no PNG") from None
     except Exception as error:  # decoders raise many types on damaged bytes
         raise ValueError(f"its mask cannot be decoded: {error}") from None
     if mode not in ("1", "L", "P"):
