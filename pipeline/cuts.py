@@ -86,17 +86,23 @@ class Cut:
         demand(_all_are(Augmentation, given), f"augmentations must be a tuple of Augmentation, not {given}")
         for name in ("count", "size", "grid"):
             number = getattr(self, name)
-            demand(isinstance(number, int) and number > 0, f"{name} {number} must be a positive whole number")
+            demand(isinstance(number, int) and number > 0, f"{name} {number!r} must be a positive whole number")
         for name, pair in (("scale", self.scale), ("ratio", self.ratio), *(("sigma", a.sigma) for a in given)):
             numbers = isinstance(pair, Sequence) and all(isinstance(number, int | float) for number in pair)
             demand(numbers and len(pair) == 2, f"{name} {pair} must be a pair of numbers")
+        factors = ("jitter", "brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize")
+        for holder, names in ((self, ("most", "flip")), *((a, factors) for a in given)):
+            for name in names:
+                number = getattr(holder, name)
+                demand(isinstance(number, int | float), f"{name} {number!r} must be a number")
         demand(self.sampler in get_args(Sampler), f"sampler {self.sampler!r} is none of {get_args(Sampler)}")
         scaled = self.padded
         bounds = "and positive" if scaled else "within (0, 1]"
         low, high = self.scale
         ordered = 0 < low <= high <= 1 or (scaled and 0 < low <= high < inf)
         demand(ordered, f"scale {self.scale} must be ordered {bounds}")
-        demand(self.short_side > 0 or not scaled, f"short_side {self.short_side} must be positive")
+        whole = isinstance(self.short_side, int) and self.short_side > 0
+        demand(whole or not scaled, f"short_side {self.short_side!r} must be a positive whole number")
         demand(0 < self.most <= 1 and (scaled or self.most == 1), f"most {self.most} is no share of a scaled cut")
         demand(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio {self.ratio} must be ordered and positive")
         demand(0 <= self.flip <= 1, f"flip {self.flip} is no probability")
@@ -146,6 +152,8 @@ def _all_are(kind: type, values: object) -> bool:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """Return all settings of a recipe as JSON types. Recipes with equal descriptions give equal views and targets."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, as recipes.loca() makes one, not {recipe!r:.60}")
     described = asdict(recipe)
     targets = described.pop("targets")
     if isinstance(targets, partial):
