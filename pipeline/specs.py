@@ -46,6 +46,8 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     if numbers := _RANGE.fullmatch(found[1]):
         low, high = (int(text) for text in numbers.groups())
+        if high < low:
+            raise ShardError(f"{pattern!r}: the range {found[0]} ends before it begins")
         if high - low >= _MOST_SHARDS:
             raise ShardError(f"{pattern!r} names {high - low + 1} shards: {_MOST_SHARDS} are the most")
         choices = [str(k).zfill(len(numbers[1])) for k in range(low, high + 1)]
@@ -69,7 +71,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> a
 
 def resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:
     """Return the tars that `entries` name, and the manifest if they are a split of one."""
+    try:
+        return _resolve(entries, split)
+    except OSError as error:
+        raise ShardError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _resolve(entries: Sequence[str], split: str | None) -> tuple[list[Path], dict | None]:
     for entry in entries:
+        if not entry:
+            raise ShardError("an empty text names nothing: name a directory, a brace pattern or tars")
         if _ADDRESS.match(entry) and not Path(entry).exists():
             raise ShardError(
                 f"{entry!r} is an address or a command that cannot be read image by image: name files or an address "

@@ -237,11 +237,32 @@ def test_bad_numbers_are_named(shards: ShardSet, options: dict, word: str) -> No
         (None, "'still' returned NoneType"),
         ({"places": np.zeros((3, 2), np.int32)}, r"'places' of recipe 'still' has shape \(3, 2\).* 4 images"),
         ({"places": np.int32(0)}, r"'places' .*shape \(\)"),
+        ({"places": np.array(["a"] * 4)}, r"'places' .*holds <U1.* numbers"),
     ],
 )
 def test_targets_that_are_none_of_the_batch_are_refused(shards: ShardSet, found: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         next(iter(loader(shards, recipe=replace(RECIPE, targets=lambda _: found))))
+
+
+def test_targets_may_write_on_the_windows_they_get(shards: ShardSet) -> None:
+    """Of a recipe with one kind of view, too."""
+
+    def relative(windows: dict) -> dict:
+        windows["query"] /= 256
+        return {"flipped": windows["query"][..., ::-1], "one": np.broadcast_to(np.int32(1), (4, 1))}
+
+    recipe = Recipe("mine", "paper", RECIPE.cuts[1:2], relative)
+    for batch in loader(shards, recipe=recipe):
+        window = batch.views["query"].window
+        assert window.max() > 1 and torch.equal(batch.targets["flipped"], window.flip(-1) / 256)
+        batch.targets["one"] += 1
+
+
+@pytest.mark.parametrize("recipe", [None, "loca", recipes.loca, recipes.Loca()])
+def test_what_is_no_recipe_is_named(shards: ShardSet, recipe: object) -> None:
+    with pytest.raises(TypeError, match=r"recipe must be a Recipe, as recipes\.loca\(\) makes one, not "):
+        loader(shards, recipe=recipe)  # type: ignore[arg-type]
 
 
 def test_the_measure_of_shuffling(shards: ShardSet) -> None:

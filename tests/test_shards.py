@@ -183,6 +183,10 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path) -> None:
         "gopher://host/x-{0000..0003}.tar": "cannot be read image by image",
         f"{folder}/map-{{0000-0001}}.tar": "neither a range",
         f"{folder}/map-{{0..99999999}}.tar": "100000000 shards",
+        f"{folder}/map-{{0001..0000}}.tar": r"\{0001\.\.0000\} ends before it begins",
+        "": "names nothing",
+        f"{tmp_path}/{'x' * 300}": "cannot be read",
+        str(folder / "map-0000.tar" / "x"): "is missing",
     }
     for spec, sentence in cases.items():
         with pytest.raises(ShardError, match=sentence) as caught:
