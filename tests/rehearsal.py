@@ -67,10 +67,8 @@ def rehearse(folder: Path, stops: int, kills: int, *, seed: int = 0) -> str:
             time.sleep(draws.uniform(0, 0.2))
         told.append(f"{'+'.join(n.name for n in numbers)} to {whom}{', early' * early}")
         before, deadline = step_of(out), time.monotonic() + PATIENCE
-        while process.poll() is None and (event, whom) != (
-            "kill",
-            "one worker",
-        ):  # there torchrun starts again by itself
+        torchrun_restarts = (event, whom) == ("kill", "one worker")
+        while process.poll() is None and not torchrun_restarts:
             assert time.monotonic() < deadline, "it does not end"
             if early and step_of(out) > before + 1:  # there was no worker yet that could have been asked
                 break
