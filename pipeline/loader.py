@@ -116,9 +116,9 @@ class Loader:
         if pixels not in get_args(Pixels):
             raise ValueError(f"pixels must be one of {get_args(Pixels)}, not {pixels!r}")
         if form == "triton" and self.device.type == "cpu" and torch.cuda.is_available():
-            raise ValueError("form 'triton' runs on the GPU that is here: use device='cuda', or form='fused'")
+            raise ValueError("form 'triton' needs device='cuda' on a machine with a GPU: set it, or use form='fused'")
         if form == "triton" and any(cut.padded for cut in recipe.cuts):
-            raise ValueError("form 'triton' cuts no views that reach beyond their image: use 'operators' or 'fused'")
+            raise ValueError("form 'triton' cannot cut views that extend beyond the image: use 'operators' or 'fused'")
         if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is a share, in [0, 1], not {hw_decoder_load}")
         if drop_last and isinstance(self.shards, ShardSet) and len(self.shards) < global_batch:
@@ -188,7 +188,7 @@ class Loader:
         Raises ShardError if there are too many, ValueError if this loader reads a stream.
         """
         if not isinstance(self._prepare, Preparation):
-            raise ValueError("the samples of a stream are not those of another process")
+            raise ValueError("add_bad needs a ShardSet: processes do not share the sample numbers of a stream")
         self._prepare.samples.add_bad(bad)
 
     def shuffle_quality(self) -> dict[str, float]:

@@ -209,8 +209,8 @@ class StreamPreparation(Preparation):
     def start(self, epoch: int, position: int) -> tuple[int, int]:
         if position:
             raise ValueError(
-                f"this state was taken {position} samples into an epoch: a stream goes on at the start of one only; "
-                "restart the epoch, or make a ShardSet of its shards, which goes on anywhere"
+                f"this state is {position} samples into an epoch: a stream resumes only at the start of an epoch; "
+                "restart the epoch, or make a ShardSet of its shards, which resumes anywhere"
             )
         return self.restart(epoch, position)
 
@@ -272,12 +272,12 @@ def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[
     assert recipe.targets is not None
     found: object = recipe.targets(by_kind(recipe, windows))
     if not isinstance(found, dict):
-        raise ValueError(f"targets of recipe {recipe.name!r} returned {type(found).__name__}: a dict of arrays is due")
+        raise ValueError(f"targets of recipe {recipe.name!r} returned {type(found).__name__}, not a dict of arrays")
     for name, target in found.items():
         if not isinstance(target, np.ndarray) or target.shape[:1] != (len(windows),):
             raise ValueError(
                 f"target {name!r} of recipe {recipe.name!r} has shape {np.shape(target)}: "
-                f"an array with a row for each of the {len(windows)} images is due"
+                f"it must be an array with one row for each of the {len(windows)} images"
             )
         if target.dtype.kind not in "biufc":
             raise ValueError(f"target {name!r} of recipe {recipe.name!r} holds {target.dtype.str}: numbers are due")

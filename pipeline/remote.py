@@ -203,7 +203,7 @@ class Folder:
         if result.meta["size"] != wanted.size or wanted.version not in (None, _version(result.meta)):
             raise _unreadable(_changed(str(wanted)))
         if len(body) != stop - start:
-            raise ReadError(f"{wanted} could not be had: {len(body)} bytes came where {stop - start} were asked for")
+            raise ReadError(f"{wanted} could not be read: {len(body)} bytes came instead of {stop - start}")
         return body
 
     async def put(self, name: str, content: "bytes | Path", *, create: bool = False) -> bool:
@@ -240,7 +240,7 @@ class Folder:
         from obstore import exceptions
 
         text = str(error)
-        credentials = _CREDENTIALS.get(self.scheme, f"set HF_TOKEN if it lies on {_HUB}; other tokens are not read")
+        credentials = _CREDENTIALS.get(self.scheme, f"set HF_TOKEN if it is on {_HUB}; other tokens are not read")
         found = re.search(r"status code: (\d{3})", text)
         status = int(found[1]) if found else None
         if isinstance(error, exceptions.PreconditionError) or status == 416:
@@ -253,7 +253,7 @@ class Folder:
         if "169.254.169.254" in text or "metadata.google" in text or "Account must be specified" in text:
             return ShardError(f"{address}: no credentials are found: {credentials}")
         if "region" in text and "redirect" in text.lower():
-            return ShardError(f"{address}: the bucket lies in another region: set AWS_REGION to it")
+            return ShardError(f"{address}: the bucket is in another region: set AWS_REGION to that region")
         if isinstance(error, exceptions.NotSupportedError) or "non-partial" in text.lower():
             return ShardError(
                 f"{address}: this server ignores byte ranges, so single images cannot be read from it: use another "
@@ -265,7 +265,7 @@ class Folder:
             return ShardError(f"{address} is no address that can be read: {type(error).__name__}")
         low = text.lower().replace("retry_timeout", "")
         why = next((why for mark, why in _REASONS.items() if mark in low), "the request failed")
-        return ReadError(f"{address} could not be had: {f'the server answers {status}' if status else why}")
+        return ReadError(f"{address} could not be read: {f'the server answers {status}' if status else why}")
 
 
 _REASONS = {
@@ -291,7 +291,7 @@ def _version(meta: Any) -> str | None:
 
 
 def _changed(address: str) -> ShardError:
-    return ShardError(f"{address} has changed since this run began: start again, with shards that nobody writes to")
+    return ShardError(f"{address} has changed since this run began: start again, with shards that do not change")
 
 
 def _unreadable(error: Exception) -> ReadError:

@@ -178,7 +178,7 @@ def _fetched(found: Object, manifest: dict[str, Any]) -> NDArray[np.void]:
             if rows is not None:
                 rows = _keep(np.array(rows), kept, count)
     if rows is None or len(rows) != manifest["num_samples"]:
-        raise ShardError(f"{found} is not the table that the manifest speaks of: upload it again")
+        raise ShardError(f"{found} does not match the manifest: upload it again")
     return rows
 
 
@@ -212,7 +212,7 @@ def _walked(objects: Sequence[Object], cache: Cache) -> NDArray[np.void]:
             continue
         size = sum(objects[k].size for k in missing)
         _log.info(
-            "no table lies beside %d shards: fetching them, %.1f GB, to find their images, once",
+            "%d shards have no table: downloading them once, %.1f GB, to find their images",
             len(missing),
             size / 1e9,
         )

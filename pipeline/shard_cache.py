@@ -286,7 +286,7 @@ class Cache:
             return False
 
     def _close(self, why: str) -> None:
-        _log.warning("shards are not kept on disk from here on, their images are read one by one: %s", why)
+        _log.warning("the shard cache is off from here on, images are read one by one over the network: %s", why)
         self.closed = True
 
     def _run(self) -> None:
@@ -297,7 +297,7 @@ class Cache:
             try:
                 if self.owned():
                     for job in fetch(self._missing(), self.count, self._stopped):
-                        _log.debug("%s lies in %s", job.wanted, job.path)
+                        _log.debug("%s is in %s", job.wanted, job.path)
                 else:
                     pause = _PATIENCE
             except ReadError as error:  # a reader that needs the shard now fails as well and reports it

@@ -118,7 +118,7 @@ def _in_directory(folder: Path, split: str | None) -> tuple[list[Path], dict | N
         raise ShardError(f"{folder} holds no .tar: name another, or make shards with tools/shard_imagenet.py")
     odd = next((path for path in paths if not path.is_file()), None)
     if odd:  # opening a pipe would hang
-        raise ShardError(f"{odd} is no file, or a link to none: remove it, or name the other tars by a pattern")
+        raise ShardError(f"{odd} is a broken link or no regular file: remove it, or name the other tars by a pattern")
     infos = (folder / name for name in ("_info.json", "info.json"))
     info = next((info for path in infos if (info := read_json(path))), {})
     splits = timm_splits(info)

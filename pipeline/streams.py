@@ -194,9 +194,9 @@ def _opened(entry: str) -> Iterator[BinaryIO]:
     except ReadError:
         raise
     except urllib.error.HTTPError as error:
-        raise ReadError(f"{entry} could not be had: the server answers {error.code}") from None
+        raise ReadError(f"{entry} could not be read: the server answers {error.code}") from None
     except OSError as error:
-        raise ReadError(f"{entry} could not be had: {error.strerror or error}") from None
+        raise ReadError(f"{entry} could not be read: {error.strerror or error}") from None
 
 
 def secure() -> Any:
@@ -236,7 +236,7 @@ def _grouped(entry: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
                 yield held
             held = content
         if not watched.is_whole():
-            raise ReadError(f"{entry} breaks off: a tar ends with an end mark, this one without")
+            raise ReadError(f"{entry} breaks off: it has no end mark, with which every tar ends")
         if held is not None:
             yield held
     except (tarfile.ReadError, EOFError):

@@ -70,7 +70,7 @@ def test_a_foreign_set_is_fetched_once_to_find_its_images(
     assert sorted(requests) == [f"map-000{k}.tar" for k in range(4)]
     assert in_cache(first) == {0, 1, 2, 3}
     assert same(first, here) and len(requests) == 4  # from the cache, whose tars served the walk
-    assert "no table lies beside 4 shards: fetching them" in caplog.text
+    assert "4 shards have no table: downloading them" in caplog.text
     caplog.clear()
     again = ShardSet(address, cache_size=0)
     assert len(requests) == 4 and "fetching" not in caplog.text
@@ -183,7 +183,7 @@ def test_google_answers_like_this(
         ("pipe:cat x.tar", "cannot be read image by image"),
         (f"http://user:{SECRET}@127.0.0.1:1/set", "http://127.0.0.1:1/set: an address with a password"),
         (f"http://127.0.0.1:1/set?sig={SECRET}", "http://127.0.0.1:1/set: an address with a password"),
-        ("http://127.0.0.1:1/set", r"http://127.0.0.1:1/set.* could not be had: no server answers there"),
+        ("http://127.0.0.1:1/set", r"http://127.0.0.1:1/set.* could not be read: no server answers there"),
         ("az://container/set", "az://container/set: no credentials are found: set AZURE"),
     ],
 )
@@ -212,7 +212,7 @@ def test_an_unfinished_upload_is_named(bucket: Bucket, local: Path) -> None:
         Bucket=bucket.name, Key="unfinished/map-0003.tar", Body=(local / "map-0003.tar").read_bytes()
     )
     bucket.client.put_object(Bucket=bucket.name, Key="unfinished/map-train.samples.npy", Body=b"")
-    with pytest.raises(ShardError, match="is not the table that the manifest speaks of"):
+    with pytest.raises(ShardError, match="does not match the manifest"):
         ShardSet(address)
 
 

@@ -142,7 +142,7 @@ def test_a_full_disk_closes_the_cache_and_the_run_goes_on(
         until(lambda: cache_of(found).closed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caplog.text.count("not kept on disk from here on") == 1
+    assert caplog.text.count("the shard cache is off from here on") == 1
     found.expect(range(SHARDS), 3)
     assert same(found, ShardSet(local))
     assert not list(cache_of(found).folder.glob("*.part"))

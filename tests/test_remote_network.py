@@ -38,9 +38,9 @@ def test_what_passes_is_retried(
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("reset", "could not be had: no connection"),
-        ("503", "could not be had: the server answers 503"),
-        ("stall 0", "could not be had: no answer in time"),
+        ("reset", "could not be read: no connection"),
+        ("503", "could not be read: the server answers 503"),
+        ("stall 0", "could not be read: no answer in time"),
         ("403", "access is denied: check the address, and set AWS_ACCESS_KEY_ID"),
         ("404", "is missing"),
     ],

@@ -89,7 +89,7 @@ def test_it_has_no_length_and_goes_on_at_an_epoch_only(shards: Path) -> None:
         source.shuffle_quality()
     next(iter(source))
     state = source.state_dict()
-    with pytest.raises(ValueError, match="4 samples into an epoch: a stream goes on at the start of one only"):
+    with pytest.raises(ValueError, match="4 samples into an epoch: a stream resumes only at the start of an epoch"):
         loader(Stream(pipes(shards)), 4).load_state_dict(state)
     rest = indices(epoch(source))
     assert len(rest) == 20
@@ -104,7 +104,7 @@ def test_a_server_without_sizes_or_ranges(shards: Path) -> None:
         site.ranges, site.chunked = False, True
         source = loader(Stream(f"{site.url}/map-{{0000..0002}}.tar"), 4)
         assert sorted(indices(epoch(source))) == list(range(COUNT))
-        with pytest.raises(ReadError, match=r"none.tar could not be had: the server answers 404"):
+        with pytest.raises(ReadError, match=r"none.tar could not be read: the server answers 404"):
             epoch(loader(Stream(f"{site.url}/none.tar")))
 
 
@@ -183,7 +183,7 @@ def test_bad_samples_are_left_out_and_named_once(tmp_path: Path, caplog: pytest.
         ("pipe:cat {0}; exit 7", "ended with exit code 7"),
         ("pipe:echo nothing", "is no tar, or one that"),
         ("pipe:true", "is no tar, or one that"),
-        ("/nowhere/x.tar", "/nowhere/x.tar could not be had: No such file"),
+        ("/nowhere/x.tar", "/nowhere/x.tar could not be read: No such file"),
         ("s3://bucket/x.tar", "is no stream: a ShardSet reads it"),
     ],
 )
