@@ -260,11 +260,11 @@ def _resolve(given: Mapping[str, Any]) -> tuple[jsonargparse.ArgumentParser, dic
 
     parser = jsonargparse.ArgumentParser(
         prog="run.py",
-        description=f"Pretrains a backbone with {name}. Other methods: --method {' | '.join(methods.names())}",
+        description=f"Train with the method {name}. Other methods: --method {' | '.join(methods.names())}",
         exit_on_error=False,
     )
-    parser.add_argument("--config", help="a preset's name, or a YAML file; its keys are these options")
-    parser.add_argument("--print_config", nargs="?", help="print all settings as YAML, and exit")
+    parser.add_argument("--config", help="name of a preset, or YAML file with these options as keys")
+    parser.add_argument("--print_config", nargs="?", help="print all settings as YAML and exit")
     method_class = methods.load(name).Config
     parser.add_class_arguments(Run)
     parser.add_class_arguments(method_class, name)

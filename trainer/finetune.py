@@ -151,7 +151,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", required=True, type=Path, help="folder of the training; several get subfolders")
     parser.add_argument("--config", help="a preset (finetune_NAME for each of LOCA's data sets) or a YAML file")
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates to try (default: the preset's)")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings at the best lr, with successive seeds")
+    parser.add_argument("--seeds", type=int, default=1, help="number of trainings at the best lr (successive seeds)")
     parser.add_argument("--fraction", type=share, help="fraction of the training images to use, such as 1/32")
     parser.add_argument("--subset", type=int, nargs="+", metavar="SEED", help="seeds that choose them (default: 0)")
     options, rest = parser.parse_known_args(argv)

@@ -1,7 +1,7 @@
-"""Linear heads on a frozen backbone by SGD, several at once: `--head sgd` of `trainer.segment` and `trainer.evaluate`.
+"""Linear heads, trained by SGD on a frozen backbone: `--head sgd` of `trainer.segment` and `trainer.evaluate`.
 
-Each is a run of the method `heads` or `linear` in run.py's own loop: it goes on where it was stopped, runs under
-torchrun, and takes run.py's settings.
+All heads are trained at once, in one run of the method `heads` or `linear` in run.py's own loop. It resumes after a
+stop, works under torchrun, and takes run.py's settings.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from trainer import config, downstream, parallel
 from trainer.segmentation import sliding
 from trainer.segmentation.labelled import Labelled, class_names
 
-WARMUP = 1500  # steps of both recipes for segmentation; a tenth of a run that is shorter than ten times that
-LEARNING_RATES = (0.02, 0.1, 0.3, 1.0)  # of classification: VICRegL's for its ResNet-50 is 0.02, for its ConvNeXts 0.3
+WARMUP = 1500  # steps, in both segmentation recipes; at most a tenth of the run
+LEARNING_RATES = (0.02, 0.1, 0.3, 1.0)  # for classification; VICRegL uses 0.02 for ResNet-50 and 0.3 for ConvNeXts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", choices=("sgd",), help="linear heads by SGD, in a run; further options are run.py's")
-    parser.add_argument("--lr", type=float, nargs="+", help="learning rates, a head each (--head sgd)")
+    parser.add_argument("--head", choices=("sgd",), help="train linear heads by SGD; other options go to run.py")
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates, one head each (--head sgd)")
 
 
 def refuse(options: argparse.Namespace, rest: list[str], *own: str) -> None:
-    """Raises UsageError for options that mean nothing without ``--head sgd``: `own` ones, and run.py's in `rest`."""
+    """Raise UsageError for options that require ``--head sgd``: those named in `own`, and run.py's in `rest`."""
     for name in own:
         if getattr(options, name) is not None:
             raise config.UsageError(f"--{name} belongs to --head sgd")
@@ -37,7 +37,7 @@ def refuse(options: argparse.Namespace, rest: list[str], *own: str) -> None:
 
 
 def segment(options: argparse.Namespace, rest: list[str], out: Path) -> None:
-    """Trains the heads that `trainer.segment` is asked for, scores them, and prints a table and a line of JSON."""
+    """Train and score the heads of `trainer.segment --head sgd`. Print a table and a line of JSON."""
     train, val = Labelled(options.train), Labelled(options.val)
     names = class_names(train, val)
     given = {"method": "heads", "shards": options.train, "out": str(out / f"heads_{options.recipe}")}
@@ -59,7 +59,7 @@ def segment(options: argparse.Namespace, rest: list[str], out: Path) -> None:
 
 
 def _recipe(recipe: str, backbone: str) -> dict[str, str]:
-    """The preset of a recipe. Raises ValueError for a backbone that VICRegL's does not know."""
+    """Return the preset of a recipe, as settings. Raises ValueError if VICRegL's recipe does not cover `backbone`."""
     if recipe == "dinov3":
         return {}
     if backbone.removeprefix("timm:").startswith("convnext"):
@@ -70,7 +70,7 @@ def _recipe(recipe: str, backbone: str) -> dict[str, str]:
 
 
 def classify(options: argparse.Namespace, rest: list[str], out: Path) -> None:
-    """Trains the heads that `trainer.evaluate` is asked for, scores them, and prints a table and a line of JSON."""
+    """Train and score the heads of `trainer.evaluate --head sgd`. Print a table and a line of JSON."""
     train, val = ShardSet(options.train), ShardSet(options.val)
     if min(train.table["label"].min(), val.table["label"].min()) < 0:
         raise ValueError("--train or --val holds images without a class; a classification needs one for each")
@@ -97,14 +97,14 @@ def classify(options: argparse.Namespace, rest: list[str], out: Path) -> None:
 
 @torch.no_grad()
 def accuracies(method: Any, val: ShardSet, size: int, device: torch.device, batch_size: int = 64) -> Tensor:
-    """f64 (K, 2): the share of all images whose class each head names first, and among its first five."""
+    """Return f64 (K, 2): the top-1 and top-5 accuracy of each of K heads on all images, as fractions."""
     method = method.to(device).eval()
     recipe = recipes.evaluation(size=size, resize=size * 256 // 224, patch=1)
     sharing: dict[str, Any] = {"rank": parallel.rank(), "world_size": parallel.world_size(), "device": device}
     loader = Loader(val, recipe, batch_size, shuffle=False, drop_last=False, **sharing)
     right = torch.zeros(len(method.heads), 2, dtype=torch.float64, device=device)
     for batch in loader:
-        if not len(batch.index):  # the ranks share the last batch
+        if not len(batch.index):  # ranks share the last batch, so a rank's part may be empty
             continue
         label = batch.label.to(device)[:, None]
         for head, logits in enumerate(method.logits(batch.views["image"].pixels.to(device))):
@@ -130,7 +130,7 @@ def _trained(given: dict[str, Any], options: argparse.Namespace) -> Any:
 
 
 def _report(out: Path, results: dict[str, dict[str, Any]], figure: str, more: dict[str, Any]) -> None:
-    """A line for each head, and the best one in front of all in the JSON object."""
+    """Print a table with a line per head, and the JSON object, which names the best head. Write the latter to `out`."""
     if downstream.rank() > 0:
         return
     numbers = [name for name, value in results[next(iter(results))].items() if isinstance(value, float)]

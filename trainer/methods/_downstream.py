@@ -1,4 +1,4 @@
-"""What methods have in common that train on top of a trained backbone: its settings, the loss, heads on a frozen one.
+"""Shared code of the methods that train on top of a trained backbone: settings, a loss, and heads on a frozen backbone.
 
 Letters: B images, C classes.
 """
@@ -18,19 +18,20 @@ from trainer.segmentation.labelled import VOID
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The backbone that a method begins with, and what its pixels are normalised with."""
+    """The backbone that a method starts from, and the normalisation of its input."""
 
     backbone: str = "vit_base_patch16"
     """vit_SIZE_patchP, convnext_SIZE, resnet50 or timm:NAME"""
     cls_token: bool = False
-    """whether the ViT has one; it takes part in attention, and is not classified"""
+    """whether the ViT has a CLS token; it takes part in attention, but is not classified"""
     mean: tuple[float, float, float] = recipes.IMAGENET_MEAN
+    """mean of the pixels that the backbone was trained with, in the unit range"""
     std: tuple[float, float, float] = recipes.IMAGENET_STD
-    """of the pixels that the backbone was trained with, in the unit range"""
+    """standard deviation of these pixels"""
 
 
 def check_segmentation(classes: int, stride: int | None, window: int) -> None:
-    """Raises ValueError for classes that no label map holds, and for windows that leave gaps."""
+    """Raise ValueError for more classes than a label map can hold, and for a stride that leaves gaps."""
     if not 1 <= classes <= VOID:
         raise ValueError(f"classes is {classes}: label maps hold 1 to {VOID}")
     if stride is not None and not 1 <= stride <= window:
@@ -38,9 +39,9 @@ def check_segmentation(classes: int, stride: int | None, window: int) -> None:
 
 
 def pixel_loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy of the labelled pixels, and the share of them that is right, in float32.
+    """Return the mean cross-entropy and the accuracy over labelled pixels, in float32.
 
-    Logits (B, C, rows, columns) of any grid are interpolated to the label maps, i64 (B, H, W).
+    Logits (B, C, rows, columns) of any grid are interpolated to the size of the label maps, i64 (B, H, W).
     """
     with torch.autocast(logits.device.type, enabled=False):
         whole = F.interpolate(method.fp32(logits), truth.shape[1:], mode="bilinear")
@@ -50,9 +51,10 @@ def pixel_loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Frozen(method.Method):
-    """A backbone in evaluation mode without gradients, and `heads` beside each other that do not feel one another.
+    """A frozen backbone in evaluation mode, with several independent `heads`.
 
-    `scales` are the heads' shares of the run's learning rate, `decays` their weight decays; None: the run's.
+    `scales` are factors of the run's learning rate, one per head. `decays` are the heads' weight decays; None stands
+    for the run's.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Frozen(method.Method):
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """A group for each head; all that it has decays, as in mmsegmentation and in DINOv3's evaluation."""
+        """Return a group per head. All its parameters decay, as in mmsegmentation and in DINOv3's evaluation."""
         return [
             {
                 "params": list(head.parameters()),
@@ -91,7 +93,7 @@ class Frozen(method.Method):
 
 
 def normal_(layer: nn.Linear | nn.Conv2d) -> None:
-    """N(0, 0.01) and bias 0."""
+    """Initialise weights as normal with standard deviation 0.01, and the bias with 0."""
     with torch.no_grad():
         nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:

@@ -1,7 +1,8 @@
-"""Semantic segmentation end to end: a backbone and one linear layer on its patches, "linear decoder" in Segmenter.
+"""End-to-end semantic segmentation: a backbone and one linear layer on its patches, Segmenter's "linear decoder".
 
-Strudel, Garcia, Laptev, Schmid, "Segmenter: Transformer for Semantic Segmentation" (arXiv 2105.05633), as LOCA is
-judged by it (arXiv 2212.02400, section 4.1). `python -m trainer.finetune` starts it from trained weights and scores it.
+Strudel, Garcia, Laptev, Schmid, "Segmenter: Transformer for Semantic Segmentation" (arXiv 2105.05633). LOCA is
+evaluated this way (arXiv 2212.02400, section 4.1). `python -m trainer.finetune` starts a training from trained weights
+and scores it.
 
 Letters: B images, C classes, D width.
 """
@@ -22,19 +23,20 @@ from trainer.segmentation.labelled import VOID
 
 @dataclass(frozen=True)
 class Config(Pretrained):
-    """The defaults are LOCA's fine-tuning on ADE20k; what it leaves open is Segmenter's."""
+    """fine-tuning. Defaults: LOCA's on ADE20k, and Segmenter's where LOCA's paper leaves something open"""
 
     classes: int = 150
+    """number of classes"""
     objective: Literal["segmentation", "multilabel"] = "segmentation"
-    """the class of each pixel; or which classes are in the crop, from the mean patch (LOCA's Table 9)"""
+    """predict the class of each pixel, or the set of classes in the crop from the mean patch (LOCA's Table 9)"""
     drop_path: float = 0.1
-    """of the last block, falling linearly to 0 at the first"""
+    """drop-path rate of the last block, decreasing linearly to 0 at the first"""
     stride: int | None = None
-    """pixels from one window to the next, where images are scored; null: a window's, which is a crop's of training"""
+    """pixels between sliding windows when images are scored; null: the side of a window, which is that of a crop"""
     views: recipes.Segmentation = field(default_factory=recipes.Segmentation)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that mean nothing."""
+        """Raise ValueError for invalid settings."""
         check_segmentation(self.classes, self.stride, self.views.size)
         if self.backbone.startswith("vit") and self.views.size % (patch := vit_shape(self.backbone).patch):
             raise ValueError(f"views.size is {self.views.size}: {self.backbone} needs a multiple of {patch}")
@@ -42,12 +44,12 @@ class Config(Pretrained):
 
 
 def views(cfg: Config) -> Recipe:
-    """What the method wants cut."""
+    """Return the recipe of the views."""
     return cfg.views.recipe()
 
 
 class Method(method.Method):
-    """The loss is the mean cross-entropy of the labelled pixels, or, of classes in the crop, the binary one."""
+    """A backbone and a linear layer. The loss is cross-entropy over labelled pixels, or binary over classes."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class Method(method.Method):
             return loss, {"pixel_accuracy": right}
         present = truth.new_zeros(len(truth), VOID + 1).scatter_(1, truth.flatten(1), 1)[:, : self.cfg.classes]
         with torch.autocast(progress.device.type, enabled=False):
-            pooled = method.fp32(logits).mean((2, 3))  # what the linear layer says of the mean patch
+            pooled = method.fp32(logits).mean((2, 3))  # equals the linear layer's logits of the mean patch
             return F.binary_cross_entropy_with_logits(pooled, present.float()), {}
 
     def logits(self, pixels: Tensor) -> Tensor:

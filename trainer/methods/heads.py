@@ -1,7 +1,7 @@
 """Semantic segmentation by linear heads on a frozen backbone, several learning rates at once on the same features.
 
 The published recipes are presets: `heads` is DINOv3's evaluation, `heads_vicregl` and `heads_vicregl_resnet50` are
-VICRegL's. `python -m trainer.segment WHAT --head sgd` starts and scores them.
+VICRegL's. `python -m trainer.segment WHAT --head sgd` trains and scores the heads.
 
 Letters: B images, C classes, D channels, K heads.
 """
@@ -18,29 +18,30 @@ from trainer.methods._downstream import Frozen, Pretrained, check_segmentation, 
 
 @dataclass(frozen=True)
 class Config(Pretrained):
-    """The defaults are DINOv3's linear evaluation on ADE20k."""
+    """linear segmentation heads. Defaults: DINOv3's linear evaluation on ADE20k"""
 
     size: int | None = None
-    """side of the images that a ViT's positions are for; null: 224, or what timm has"""
+    """side of the images that a ViT's position grid is made for; null: 224, or timm's default"""
     layers: list[int] = field(default_factory=lambda: [-1])
-    """blocks of a ViT or stages of a convolutional network whose maps are joined, at the finest one's stride"""
+    """blocks of a ViT or stages of a convolutional network whose maps are concatenated, at the finest stride"""
     norm: bool = True
-    """whether the backbone's final norm is applied"""
+    """apply the backbone's final norm"""
     classes: int = 150
+    """number of classes"""
     scales: list[float] = field(default_factory=lambda: [1.0])
-    """a head each: its share of the learning rate"""
+    """one head per entry, which is a factor of the learning rate"""
     dropout: float = 0.1
-    """of whole channels"""
+    """probability of dropping a whole channel"""
     dropout_first: bool = True
-    """before the batch norm (DINOv3) or behind it (mmsegmentation, and so VICRegL)"""
+    """apply dropout before the batch norm (DINOv3), not after it (mmsegmentation, and thus VICRegL)"""
     whole: bool = False
-    """score images whole, not through windows as large as the crops of training"""
+    """score whole images instead of sliding windows of the size of the training crops"""
     stride: int | None = 341
-    """pixels from one window to the next; null: a window's side"""
+    """pixels between sliding windows when images are scored; null: the side of a window"""
     views: recipes.Segmentation = field(default_factory=recipes.Segmentation)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that mean nothing."""
+        """Raise ValueError for invalid settings."""
         check_segmentation(self.classes, self.stride, self.views.size)
         if not self.scales or min(self.scales) < 0:
             raise ValueError(f"scales are {self.scales}: a share of the learning rate for each head, at least one")
@@ -48,12 +49,12 @@ class Config(Pretrained):
 
 
 def views(cfg: Config) -> Recipe:
-    """What the method wants cut."""
+    """Return the recipe of the views."""
     return cfg.views.recipe()
 
 
 class Head(nn.Module):
-    """Batch norm and a linear layer on every cell."""
+    """Batch norm, dropout and a linear layer on every cell."""
 
     def __init__(self, width: int, cfg: Config) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Head(nn.Module):
 
 
 class Method(Frozen):
-    """A head's loss is the mean cross-entropy of the labelled pixels; the heads' losses are summed."""
+    """Segmentation heads. The loss is the mean cross-entropy over labelled pixels, summed over heads."""
 
     def __init__(self, cfg: Config) -> None:
         with torch.no_grad():
@@ -97,6 +98,6 @@ class Method(Frozen):
         return feature_map(self.encoder, pixels, self.cfg.layers, norm=self.cfg.norm)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """f32 (B, 3, H, W), normalised -> (B, K * C, rows, columns): all heads' classes, one head after another."""
+        """f32 (B, 3, H, W), normalised -> (B, K * C, rows, columns), one head after another."""
         features = self.features(pixels)
         return torch.cat([head(features) for head in self.heads], 1)

@@ -1,7 +1,7 @@
 """Classification by linear heads on a frozen backbone, all learning rates and weight decays on the same features.
 
-VICRegL's linear evaluation (released code): the mean patch feature, SGD, RandomResizedCrop and flip. That several heads
-are trained beside each other is DINOv2's way. `python -m trainer.evaluate RUN --head sgd` starts and scores them.
+This is VICRegL's linear evaluation (released code): mean patch feature, SGD, RandomResizedCrop and flip. Several heads
+are trained at once, as in DINOv2. `python -m trainer.evaluate RUN --head sgd` trains and scores them.
 
 Letters: B images, C classes, D channels, K heads.
 """
@@ -22,16 +22,20 @@ from trainer.methods._downstream import Frozen, Pretrained, normal_
 
 @dataclass(frozen=True)
 class Config(Pretrained):
+    """linear classification heads on a frozen backbone"""
+
     size: int | None = None
-    """side of the images that a ViT's positions are for; null: 224, or what timm has"""
+    """side of the images that a ViT's position grid is made for; null: 224, or timm's default"""
     classes: int = 1000
+    """number of classes"""
     scales: list[float] = field(default_factory=lambda: [1.0])
-    """a head for each, and for each weight decay: its share of the learning rate"""
+    """factors of the learning rate; there is one head for each pair of a factor and a weight decay"""
     decays: list[float] = field(default_factory=lambda: [1e-6])
+    """weight decays"""
     views: recipes.Plain = field(default_factory=recipes.Plain)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that mean nothing."""
+        """Raise ValueError for invalid settings."""
         if self.classes < 1:
             raise ValueError(f"classes is {self.classes}: it must be positive")
         if not self.scales or not self.decays or min([*self.scales, *self.decays]) < 0:
@@ -40,17 +44,17 @@ class Config(Pretrained):
 
     @property
     def heads(self) -> list[tuple[float, float]]:
-        """The share of the learning rate and the weight decay of each head."""
+        """The factor of the learning rate and the weight decay of each head."""
         return list(product(self.scales, self.decays))
 
 
 def views(cfg: Config) -> Recipe:
-    """What the method wants cut."""
+    """Return the recipe of the views."""
     return cfg.views.recipe()
 
 
 class Method(Frozen):
-    """The heads' cross-entropies are summed; images without a class do not count."""
+    """Classification heads. The loss is the mean cross-entropy over images with a class, summed over heads."""
 
     def __init__(self, cfg: Config) -> None:
         encoder: Any = named(cfg.backbone, size=cfg.size, cls_token=cfg.cls_token, dilated=False)

@@ -1,7 +1,7 @@
-"""A backbone's patch features of all images of a set, and how the labels fill each patch. Computed once.
+"""A backbone's patch features of all images of a set, and each patch's class shares, computed once.
 
-In a folder they are memory-mapped files, half precision, filled in any number of sittings: an interrupted extraction
-goes on where it was. The folder's name is made of all that decides what is in it: weights, images and settings.
+In a folder they are stored as memory-mapped files in half precision. An interrupted extraction resumes. The folder's
+name is a fingerprint of everything that determines the contents: weights, images and settings.
 """
 
 from collections import deque
@@ -25,22 +25,22 @@ from trainer.segmentation.frozen import Frozen
 from trainer.segmentation.labelled import Labelled, class_shares, fitted
 from trainer.stored import arrays, fingerprint, keep
 
-FORMAT = 1  # counts up when the same inputs would give other features
-PIXELS = 1 << 20  # in a batch: fills a GPU, and a CPU's memory holds it many times
+FORMAT = 1  # increased when the same inputs would yield different features
+PIXELS = 1 << 20  # pixels per batch: enough to fill a GPU, and little compared with a CPU's memory
 
 
 class Features(NamedTuple):
-    """Of n images with P patches in all, each image's row by row."""
+    """Features of the P patches of n images, one image after another, row by row."""
 
     x: Tensor  # f16 (P, D)
-    shares: Tensor  # f16 (P, C): each class's share of the patch's pixels; a row sums to what is labelled
-    colour: Tensor  # f16 (P, 6): mean and deviation of red, green and blue, of the unit range
-    start: NDArray[np.int64]  # (n,): each image's first patch
-    grids: NDArray[np.int64]  # (n, 2): rows and columns
-    images: NDArray[np.int64]  # (n,): their numbers in the set
+    shares: Tensor  # f16 (P, C): fraction of the patch's pixels of each class; a row sums to the labelled fraction
+    colour: Tensor  # f16 (P, 6): mean and deviation of red, green and blue, in the unit range
+    start: NDArray[np.int64]  # (n,): index of each image's first patch
+    grids: NDArray[np.int64]  # (n, 2): rows and columns of each image's patch grid
+    images: NDArray[np.int64]  # (n,): index of each image in the set
 
     def rows(self, j: int) -> slice:
-        """The patches of the j-th image."""
+        """Return the patches of the j-th image, as a slice."""
         return slice(int(self.start[j]), int(self.start[j] + self.grids[j].prod()))
 
 
@@ -54,19 +54,19 @@ def extract(
     cache: Path | None = None,
     show: str | None = None,
 ) -> Features:
-    """Features of `images` of a set, all by default, in memory or below the folder `cache`; `show` titles a bar.
+    """Extract the features of `images` (default: all) of a set, in memory or to a subfolder of `cache`.
 
-    Raises ValueError for an image or a mask that cannot be used and for features that half precision cannot hold,
-    OSError where the disk is too small.
+    `show` is the title of a progress bar. Raises ValueError for an invalid image or mask and for features that exceed
+    half precision, and OSError if the disk is too small.
     """
     images = np.arange(len(data)) if images is None else images
     device, multiple = frozen.device, stride(frozen.backbone)
     try:
         tried = frozen(torch.zeros(1, 2 * multiple, 2 * multiple, 3, dtype=torch.uint8, device=device))
-    except (AssertionError, IndexError) as error:  # timm's and ours
+    except (AssertionError, IndexError) as error:  # raised by timm's models and by ours
         numbers = " ".join(map(str, frozen.layers))
         raise ValueError(f"--layers {numbers}: the backbone has not so many ({error})") from None
-    cell = 2 * multiple // tried.shape[2]  # of several layers the finest counts
+    cell = 2 * multiple // tried.shape[2]  # of several layers, that of the finest
     sides = np.array([fitted(*data.size(int(i)), short_side, multiple) for i in images])
     grids = sides // cell
     ends = grids.prod(1).cumsum()
@@ -109,14 +109,14 @@ def extract(
 
 
 def _batches(order: list[int], sides: NDArray[np.int64]) -> Iterator[list[int]]:
-    """Images of one size, as many as PIXELS holds."""
+    """Yield batches of images of one size with up to PIXELS pixels in all."""
     for (height, width), group in groupby(order, key=lambda j: tuple(sides[j].tolist())):
         same, most = list(group), max(1, PIXELS // (height * width))
         yield from (same[first : first + most] for first in range(0, len(same), most))
 
 
 def _ahead(load: Callable[[int], Any], batches: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Any]]]:
-    """Each batch with what `load` makes of its images, in threads, two batches ahead of the one that is worked on."""
+    """Yield each batch with its images loaded by `load`. Threads load two batches ahead."""
     with ThreadPoolExecutor(cores()) as pool:
         waiting: deque[tuple[list[int], list[Future]]] = deque()
         for following in chain(batches, ([], [])):

@@ -1,4 +1,4 @@
-"""A frozen backbone, from wherever its weights come: a run, a checkpoint, timm's hub, a released file."""
+"""A frozen backbone, loaded from a run, a checkpoint, timm's hub, or a released file."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ from trainer.method import Method
 
 
 class Frozen(NamedTuple):
-    """A backbone in evaluation mode and how its images are prepared."""
+    """A backbone in evaluation mode, the normalisation of its images, and the layers to use."""
 
     backbone: nn.Module
-    mean: tuple[float, ...]  # of the unit range
+    mean: tuple[float, ...]  # in the unit range
     std: tuple[float, ...]
     layers: tuple[int, ...] = (-1,)
     norm: bool = True
@@ -32,11 +32,11 @@ class Frozen(NamedTuple):
 
 
 def load(what: str, *, untrained: int | None = None, size: int | None = None) -> Frozen:
-    """The backbone that `what` names: a run's folder, a checkpoint, ``timm:NAME`` or ``released:FILE``.
+    """Load the backbone `what`: a run's folder, a checkpoint, ``timm:NAME`` or ``released:FILE``.
 
-    A method with an EMA teacher gives the teacher's; a ResNet gets output stride 8. `untrained` is a seed: the same
-    network with random weights. A ViT's position grid is resized once to images of side `size`, where that is given.
-    Raises ValueError naming what is wrong with `what`.
+    A method with an EMA teacher yields the teacher's. A ResNet gets output stride 8. If the seed `untrained` is given,
+    the weights are random. If `size` is given, a ViT's position grid is resized once to images of that side. Raises
+    ValueError that says what is wrong with `what`.
     """
     kind, _, rest = what.partition(":")
     if kind == "timm":
@@ -53,7 +53,7 @@ def load(what: str, *, untrained: int | None = None, size: int | None = None) ->
 
 
 def trained(what: str) -> Method:
-    """The method of a run's folder, of a checkpoint or of ``released:FILE``. Raises ValueError."""
+    """Load the method of a run's folder, of a checkpoint or of ``released:FILE``. Raises ValueError."""
     kind, _, rest = what.partition(":")
     return checkpoint.restore(_released(Path(rest)) if kind == "released" else checkpoint.load(Path(what)))
 
@@ -64,7 +64,7 @@ def _from_timm(name: str, untrained: int | None, size: int | None) -> nn.Module:
         return timm_backbone(name, pretrained=False, size=size)
     try:
         return timm_backbone(name, pretrained=True, size=size)
-    except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors; what it lacks, timm calls RuntimeError
+    except (OSError, RuntimeError) as error:  # OSError from the hub, RuntimeError from timm for absent weights
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"timm:{name}: no pretrained weights ({reason}): name another, or say --untrained SEED for random ones"
@@ -72,7 +72,7 @@ def _from_timm(name: str, untrained: int | None, size: int | None) -> nn.Module:
 
 
 def _released(path: Path) -> checkpoint.Payload:
-    """VICRegL's files are torch's (zip archives or pickles), LOCA's are not."""
+    """Convert a released file: VICRegL's are files of torch (zip archives or pickles), LOCA's are not."""
     try:
         with path.open("rb") as file:
             torchs = file.read(2) in (b"PK", b"\x80\x02")

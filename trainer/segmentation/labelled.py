@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipeline import ShardSet, decode_mask
 
-VOID = 255  # pixels without a label: they count nowhere, and predictions there neither
-LARGEST = 512  # pixels of a short side, unless more are asked for: that of most published figures
+VOID = 255  # label of unlabelled pixels, which are ignored
+LARGEST = 512  # default limit of the short side in pixels, as in most published results
 
 
 class Labelled:
-    """The images of `spec`, numbered, and their label maps."""
+    """The images of the shards `spec`, by index, and their label maps."""
 
     def __init__(self, spec: str) -> None:
         self.shards = ShardSet(spec)
@@ -26,19 +26,19 @@ class Labelled:
         return len(self.shards)
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image `i` by its header. Raises ValueError that names it where that is none."""
+        """Return height and width of image `i` from its header. Raises ValueError that names an unreadable image."""
         height, width = (int(self.shards.table[side][i]) for side in ("height", "width"))
         return (height, width) if height and width else self._refuse(i, "cannot be read")
 
     def image(self, i: int) -> Image.Image:
-        """Image `i` in RGB. Raises ValueError that names it where it cannot be decoded."""
+        """Decode image `i` as RGB. Raises ValueError that names an image that cannot be decoded."""
         try:
             return Image.open(io.BytesIO(self.shards.read(i))).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             return self._refuse(i, f"cannot be read ({error})")
 
     def mask(self, i: int) -> Tensor:
-        """The label map of image `i`, u8 (H, W): classes, VOID for none. Raises ValueError that names a bad one."""
+        """Return the label map of image `i`, u8 (H, W): classes or VOID. Raises ValueError naming an invalid one."""
         if (stored := self.shards.read_mask(i)) is None:
             self._refuse(i, "has no mask, KEY.seg.png beside it: tools/shard_segmentation.py makes such shards")
         try:
@@ -56,9 +56,9 @@ class Labelled:
 
 
 def class_names(*sets: Labelled) -> list[str]:
-    """The classes of all sets: as listed beside their shards, or numbers up to the largest label in them.
+    """Return the names of the classes: the list stored beside the shards, or numbers up to the largest label.
 
-    Raises ValueError for sets whose lists differ.
+    Raises ValueError if the sets have different lists.
     """
     lists = {tuple(labelled.classes) for labelled in sets}
     if len(lists) > 1:
@@ -74,19 +74,20 @@ def class_names(*sets: Labelled) -> list[str]:
 
 
 def fitted(height: int, width: int, short_side: int | None, stride: int) -> tuple[int, int]:
-    """The sides of an image at `short_side`, its ratio kept, each at the nearest multiple of `stride`.
+    """Return height and width of an image resized to `short_side`, each rounded to the nearest multiple of `stride`.
 
-    None stands for the image's own short side, at most LARGEST. Images are resized, not padded: a patch shows nothing
-    that is not there.
+    None stands for the image's own short side, at most LARGEST. The aspect ratio is kept up to rounding. Images are
+    resized rather than padded, so that every patch shows the image only.
     """
     scale = (min(height, width, LARGEST) if short_side is None else short_side) / min(height, width)
     return tuple(max(1, int(side * scale / stride + 0.5)) * stride for side in (height, width))  # type: ignore[return-value]
 
 
 def class_shares(mask: Tensor, rows: int, columns: int, classes: int) -> Tensor:
-    """How a label map (H, W) fills a patch grid: f32 (rows * columns, C), each class's share of a patch's pixels.
+    """Return the fraction of each patch's pixels that has each class in a label map (H, W): f32 (rows * columns, C).
 
-    A pixel belongs to the patch under its centre. Void pixels take part in no class: a row sums to what is labelled.
+    A pixel belongs to the patch that contains its centre. Void pixels have no class: a row sums to the labelled
+    fraction.
     """
     row = ((torch.arange(mask.shape[0]) + 0.5) * (rows / mask.shape[0])).long()
     column = ((torch.arange(mask.shape[1]) + 0.5) * (columns / mask.shape[1])).long()
@@ -98,5 +99,5 @@ def class_shares(mask: Tensor, rows: int, columns: int, classes: int) -> Tensor:
 
 
 def _listed(path: Path) -> list[str]:
-    """The class list beside the shards, a name a line. Empty where there is none, as beside a remote set."""
+    """Read the class list beside the shards, one name per line; [] if there is none, as for remote sets."""
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -1,4 +1,4 @@
-"""Intersection over union at the labels' own resolution, from one confusion matrix over all images."""
+"""Intersection over union at the resolution of the label maps, from one confusion matrix over all images."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,21 +12,21 @@ from torch import Tensor
 from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled
 
-Scores = Callable[[int], Tensor]  # the j-th image -> scores (C, rows, columns) of any grid that covers it
+Scores = Callable[[int], Tensor]  # j -> scores (C, rows, columns) of the j-th image, on any grid that covers it
 
 
 class Confusion:
-    """Counts of (true class, predicted class): i64 `matrix` (C, C), a sum over pixels of all images.
+    """Counts of (true class, predicted class): i64 `matrix` (C, C), summed over the pixels of all images.
 
-    Matrices of parts of a set add up: other ranks' come in by `parallel.sum_over_ranks_(confusion.matrix)`.
+    Matrices are additive: `parallel.sum_over_ranks_(confusion.matrix)` combines those of all ranks.
     """
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        self._images: list[Tensor] = []  # of each call: pixels right, labelled and predicted, i64 (3, C)
+        self._images: list[Tensor] = []  # per image: pixels correct, labelled and predicted per class, i64 (3, C)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
-        """Counts label maps of one shape, any integers; `predicted` in [0, C), `truth` in [0, C) or VOID."""
+        """Count label maps of equal shape and any integer type; `predicted` in [0, C), `truth` in [0, C) or VOID."""
         classes = len(self.matrix)
         labelled = truth != VOID
         pairs = truth[labelled].long() * classes + predicted[labelled].long()
@@ -36,20 +36,20 @@ class Confusion:
 
     @property
     def iou(self) -> Tensor:
-        """f64 (C,): TP / (TP + FP + FN) of each class, NaN for one that is neither labelled nor predicted."""
+        """f64 (C,): TP / (TP + FP + FN) of each class; NaN for a class that is neither labelled nor predicted."""
         right = self.matrix.diagonal().double()
         return right / (self.matrix.sum(0) + self.matrix.sum(1) - right)
 
     @property
     def miou(self) -> float:
-        """The mean IoU of the classes that occur, labelled or predicted; NaN where there are none."""
+        """The mean IoU over classes that are labelled or predicted; NaN if there are none."""
         return self.iou.nanmean().item()
 
     def standard_error(self, resamples: int = 1000, seed: int = 0) -> float:
-        """The standard error of `miou` by bootstrap over images, where each `add` was one; NaN for a single image.
+        """Return the standard error of `miou` by bootstrap over images, one per call of `add`; NaN for a single image.
 
-        It says how far another draw of as many independent images would move the figure, not another training. Frames
-        of one video are not independent: for them it is too small.
+        It measures the effect of another sample of as many independent images, not that of another training. It is too
+        small for frames of one video, which are not independent.
         """
         if len(self._images) < 2:
             return math.nan
@@ -60,20 +60,20 @@ class Confusion:
 
     @property
     def pixel_accuracy(self) -> float:
-        """The share of labelled pixels that are right."""
+        """The fraction of labelled pixels that are classified correctly."""
         return (self.matrix.diagonal().sum() / self.matrix.sum()).item()
 
 
 def percent(share: float) -> float | None:
-    """A share in percent, as JSON can hold it: None where it is NaN."""
+    """Return a fraction in percent, or None if it is NaN, which JSON lacks."""
     return None if math.isnan(share) else 100 * share
 
 
 def localised(matrix: Tensor) -> Tensor:
-    """One image's confusion matrix (C, C) as if a class oracle had named its masks; figures of a set are sums of these.
+    """Return one image's confusion matrix (C, C) with its predicted masks renamed by an oracle; sum these over a set.
 
-    Each predicted mask, all pixels of a class, takes the class of the true mask with which it has the best IoU, the
-    lowest of equals: only where things are counts (LOCA, section 4.2). Right shapes of permuted classes are all right.
+    Each predicted mask, all pixels of a class, gets the class of the true mask with which it has the best IoU, the
+    lowest one on ties. This measures localisation only (LOCA, section 4.2): permuted classes do not lower it.
     """
     union = matrix.sum(1)[:, None] + matrix.sum(0) - matrix
     best = (matrix / union.clamp(min=1)).argmax(0)  # the true class of each predicted one
@@ -81,17 +81,17 @@ def localised(matrix: Tensor) -> Tensor:
 
 
 def average_precision(scores: Tensor, present: Tensor) -> Tensor:
-    """The average precision f64 (C,) of images (n, C) by scores; `present` bool (n, C) is the truth.
+    """Return the average precision f64 (C,) of images ranked by `scores` (n, C); `present` bool (n, C) is the truth.
 
-    It is the sum over thresholds of precision times the gain in recall, equal scores together; NaN for a class that no
-    image has. The mean over classes is the mAP.
+    It is the sum over thresholds of precision times the gain in recall; equal scores share a threshold. It is NaN for a
+    class that no image has. The mean over classes is the mAP.
     """
     found = torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
     for c, (score, truth) in enumerate(zip(scores.double().T, present.T, strict=True)):
         if not truth.any():
             continue
         order = score.argsort(descending=True)
-        last = torch.cat([score[order].diff() != 0, truth.new_ones(1)])  # of its score
+        last = torch.cat([score[order].diff() != 0, truth.new_ones(1)])  # True at the last of equal scores
         hits = truth[order].double().cumsum(0)[last]
         precision = hits / (last.nonzero()[:, 0] + 1)
         found[c] = (precision * torch.cat([hits[:1], hits.diff()])).sum() / hits[-1]
@@ -99,10 +99,10 @@ def average_precision(scores: Tensor, present: Tensor) -> Tensor:
 
 
 def label_map(scores: Tensor, height: int, width: int, strip: int = 1 << 24) -> Tensor:
-    """The best class of every pixel, i64 (height, width), from scores (C, rows, columns) of a patch grid.
+    """Return the best class of every pixel, i64 (height, width), from scores (C, rows, columns) of a patch grid.
 
-    Scores are interpolated bilinearly between the centres of patches (align_corners=False), never labels; in strips of
-    rows that hold about `strip` scores, as 150 classes of a large photograph would take gigabytes.
+    Scores, not labels, are interpolated bilinearly between the centres of patches (align_corners=False). This is done
+    in strips of about `strip` scores, because 150 classes of a large photograph would take gigabytes.
     """
     classes, rows, _ = scores.shape
     y = ((torch.arange(height, device=scores.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
@@ -127,7 +127,7 @@ def evaluate(
     device: str = "cpu",
     show: str | None = None,
 ) -> dict[str, Confusion]:
-    """The confusion matrix of each predictor over `images`, numbers in the set, at label size; `show` titles a bar."""
+    """Return each predictor's confusion matrix over `images` (indices in `data`). `show` titles a progress bar."""
     found = {name: Confusion(classes, device) for name in predictors}
     for j, i in enumerate(counting(show, images)):
         truth = data.mask(int(i)).to(device)

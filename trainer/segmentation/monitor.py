@@ -1,4 +1,4 @@
-"""Frozen segmentation while a run is under way: k-NN on a few fixed images."""
+"""Frozen segmentation during a run: mIoU of k-NN on a few fixed images."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from trainer.segmentation.metric import evaluate, label_map
 from trainer.segmentation.pictures import panels
 from trainer.segmentation.probes import Neighbours, scores
 
-MEMORY = 50_000  # patches: a score takes seconds
+MEMORY = 50_000  # patches in the k-NN's memory; with so few, a score takes seconds
 
 
 class Monitor:
-    """mIoU of k-NN, as `trainer.segment` has it, of images as large as those of the run. Nothing of its state moves.
+    """mIoU of k-NN as in `trainer.segment`, at the image size of the run. It does not change the state of the run.
 
-    Raises ValueError, at once, for shards that cannot be read, list different classes or have no label map.
+    The constructor raises ValueError for shards that cannot be read, list different classes or have no label maps.
     """
 
     def __init__(self, cfg: config.Probe, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
@@ -33,7 +33,7 @@ class Monitor:
         self._mean, self._std, self._device = mean, std, device
 
     def __call__(self, backbone: Any) -> tuple[float, NDArray[np.uint8]]:
-        """The mIoU in percent, and a picture u8 (H, W, 3) of one image, its labels, the prediction and its errors."""
+        """Return the mIoU in percent, and a picture u8 (H, W, 3) of one image, its labels, prediction and errors."""
         training = backbone.training
         side = input_size(backbone)
         network = backbone.dilated() if isinstance(backbone, ResNet) else backbone.eval()

@@ -1,4 +1,4 @@
-"""Image, truth, prediction and error side by side, with a legend: what a figure of mIoU looks like."""
+"""Pictures of a segmentation: image, truth, prediction and error side by side, with a legend."""
 
 import colorsys
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ RIGHT, WRONG, UNLABELLED = (225, 225, 225), (200, 30, 40), (0, 0, 0)
 
 
 def palette(classes: int) -> NDArray[np.uint8]:
-    """u8 (256, 3): a colour for each class, neighbours in the list far apart; void is black."""
+    """Return a colour for each class, u8 (256, 3). Successive classes differ clearly; void is black."""
     colours = np.zeros((256, 3), np.uint8)
     for label in range(classes):
-        hue = label * 0.618034 % 1  # the golden ratio never comes round
+        hue = label * 0.618034 % 1  # multiples of the golden ratio never repeat a hue
         colours[label] = np.array(colorsys.hsv_to_rgb(hue, (0.9, 0.55)[label % 2], (1.0, 0.75)[label // 2 % 2])) * 255
     return colours
 
 
 def panels(image: Image.Image, truth: Tensor, predicted: Tensor, names: Sequence[str]) -> Image.Image:
-    """One picture as wide as four images. `truth` and `predicted` are label maps (H, W) of one size."""
+    """Draw one picture as wide as four images. `truth` and `predicted` are label maps (H, W) of one size."""
     height, width = truth.shape
     colours = palette(len(names))
     labelled, wrong = truth != VOID, predicted != truth

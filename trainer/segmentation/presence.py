@@ -1,8 +1,8 @@
-"""Which classes are in an image, by a linear layer on its mean patch feature: multi-label classification, frozen.
+"""Multi-label classification: which classes are in an image, by a linear layer on its frozen mean patch feature.
 
-LOCA's tables 3 and 7: targets are the classes in the label map, the loss is binary cross-entropy, the figure mAP. The
-paper does not say how patches are pooled; without a CLS token there is nothing but the mean. Here the layer is the
-minimum of a convex function, with an L2 penalty on its weights, in place of a training with a learning rate.
+As in LOCA's tables 3 and 7, targets are the classes in the label map, the loss is binary cross-entropy, and the figure
+is mAP. The paper does not say how patches are pooled; without a CLS token, the mean is the natural choice. Here the
+layer minimises a convex function with an L2 penalty on the weights, so that there is no learning rate to tune.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,18 @@ from trainer.segmentation.probes import PENALTIES
 
 class Images(NamedTuple):
     x: Tensor  # f64 (n, D): the mean feature of each image
-    present: Tensor  # bool (n, C): whether a pixel has the class
+    present: Tensor  # bool (n, C): whether any pixel has the class
 
 
 def pooled(features: Features) -> Images:
-    """What is needed of a set's features."""
+    """Return each image's mean feature and the classes present in it."""
     rows = [features.rows(j) for j in range(len(features.images))]
     x = torch.stack([features.x[some].float().mean(0) for some in rows])
     return Images(x.double(), torch.stack([(features.shares[some] > 0).any(0) for some in rows]))
 
 
 def fit(train: Images, penalty: float, start: Tensor | None = None) -> Tensor:
-    """The minimum of the mean cross-entropy plus ``penalty / 2 * |weights|^2``: f64 (D + 1, C), the bias last."""
+    """Minimise the mean cross-entropy plus ``penalty / 2 * |weights|^2``. Return f64 (D + 1, C), the bias last."""
     x = F.pad(train.x, (0, 1), value=1)
     weight = torch.zeros(x.shape[1], train.present.shape[1], dtype=torch.float64) if start is None else start.clone()
     weight.requires_grad_()
@@ -48,9 +48,9 @@ def fit(train: Images, penalty: float, start: Tensor | None = None) -> Tensor:
 
 
 def multilabel(train: Features, val: Features, seed: int = 0) -> dict[str, float]:
-    """mAP on `val` in percent, and the penalty: the best one for a tenth of `train` when the others are fitted.
+    """Return the mAP on `val` in percent, and the penalty, which is chosen on a held-out tenth of `train`.
 
-    Features are standardised by `train`. Raises ValueError for one training image.
+    Features are standardised with the statistics of `train`. Raises ValueError for a single training image.
     """
     seen, unseen = pooled(train), pooled(val)
     mean, std = seen.x.mean(0), seen.x.std(0, correction=0) + 1e-5
@@ -70,6 +70,6 @@ def multilabel(train: Features, val: Features, seed: int = 0) -> dict[str, float
 
 
 def precision(weight: Tensor, images: Images) -> float:
-    """mAP of a linear layer; 0 where no image has a class."""
+    """Return the mAP of a linear layer; 0 if no image has a class."""
     found = average_precision(images.x @ weight[:-1] + weight[-1], images.present).nanmean().item()
     return 0.0 if np.isnan(found) else found

@@ -1,6 +1,6 @@
-"""What turns frozen patch features into classes: nearest neighbours, logistic regression, and what needs no network.
+"""Probes that classify frozen patch features: nearest neighbours, logistic regression, and floors without a network.
 
-A probe maps features (p, D) to scores (p, C), f32. Neither has a learning rate: k-NN is not fitted, and the regression
+A probe maps features (p, D) to scores (p, C), f32. No probe has a learning rate: k-NN is not fitted, and the regression
 is convex, with one minimum.
 """
 
@@ -17,17 +17,18 @@ from trainer.segmentation.labelled import Labelled, class_shares
 from trainer.segmentation.metric import Scores
 
 PENALTIES = tuple(10.0**e for e in range(-1, -8, -1))
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # features at a time: what a cache holds; what keeps a GPU busy
-HESSIAN = 1 << 15  # patches, about, of which the Hessian is made
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # numbers per chunk: fits a CPU's cache; keeps a GPU busy
+HESSIAN = 1 << 15  # approximate number of patches used for the Hessian
 ITERATIONS = 300
 
 
 class Neighbours:
     """Soft-label k-NN after Hummingbird (Balazevic et al., arXiv 2306.01667) among `memory` patches of a training set.
 
-    Each of the `k` nearest by cosine s gives its class shares with weight softmax(s / temperature). Every image gives
-    equally many patches to the memory, drawn with `seed`: those of the least ``patches * uniform``, where `patches` of
-    the image hold a class of this one, counted for each of its classes. So what is rare in an image is kept.
+    Each of the `k` nearest patches by cosine similarity s contributes its class shares with weight
+    softmax(s / temperature). Every image gives equally many patches to the memory, drawn with `seed`: those with the
+    lowest ``count * uniform``, where `count` is, summed over the classes of a patch, the number of patches of the image
+    with that class. This favours classes that are rare in an image.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Linear:
-    """Logits of unstandardised features."""
+    """A linear layer that maps unstandardised features to logits."""
 
     weight: Tensor  # f32 (D, C)
     bias: Tensor  # f32 (C,)
@@ -77,12 +78,12 @@ class Linear:
 class Regression:
     """Multinomial logistic regression of class shares on standardised features, with an L2 penalty on the weights.
 
-    The loss is the mean cross-entropy over labelled pixels if all pixels of a patch get its prediction. It is convex,
-    and minimised by L-BFGS until a step lowers it by less than 1e-6, which leaves some 1e-5 to the minimum. The weights
-    of each class are rotated and scaled by its block of the Hessian at the start: some 30 evaluations, not 300.
+    The loss is the mean cross-entropy over labelled pixels, where all pixels of a patch get its prediction. It is
+    convex. L-BFGS minimises it until a step lowers it by less than 1e-6, about 1e-5 above the minimum. The weights of
+    each class are preconditioned with its block of the initial Hessian: some 30 evaluations instead of 300.
 
-    `x` (P, D) and `shares` (P, C) may be memory-mapped: they are read chunk by chunk. `without`, bool (P,), names
-    patches that do not count.
+    `x` (P, D) and `shares` (P, C) may be memory-mapped; they are read in chunks. `without`, bool (P,), marks patches
+    to ignore.
     """
 
     def __init__(self, x: Tensor, shares: Tensor, *, without: Tensor | None = None, device: str = "cpu") -> None:
@@ -99,7 +100,7 @@ class Regression:
         self.mean, self.std = mean.float(), (second / total - mean.square()).clamp(min=0).sqrt().float() + 1e-5
 
     def _chunks(self, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Standardised features, f32 (p, D), and class shares, f32 (p, C), of all patches or each `every`-th."""
+        """Yield standardised features, f32 (p, D), and class shares, f32 (p, C), of every `every`-th patch."""
         for first in range(0, len(self.x), self.step * every):
             part = slice(first, first + self.step * every, every)
             x, target = (whole[part].to(self.device).float() for whole in (self.x, self.shares))
@@ -108,7 +109,7 @@ class Regression:
             yield (x - self.mean) / self.std, target
 
     def loss(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss without its penalty at f64 (D + 1, C), the bias last, and its gradient."""
+        """Return the loss without penalty at `weight`, f64 (D + 1, C) with the bias last, and its gradient."""
         loss, gradient = torch.zeros((), dtype=torch.float64, device=self.device), torch.zeros_like(weight)
         w = weight.float()
         for rows, target in self._chunks():
@@ -119,7 +120,7 @@ class Regression:
         return loss / self.total, gradient / self.total
 
     def hessian(self, weight: Tensor) -> Tensor:
-        """f64 (C, D + 1, D + 1): the Hessian of the loss in each class's own weights, from some of the patches."""
+        """Return the Hessian blocks f64 (C, D + 1, D + 1), one per class, estimated from a subset of the patches."""
         blocks = torch.zeros(weight.shape[1], *(len(weight),) * 2, dtype=torch.float64, device=self.device)
         every, total = -(-len(self.x) // HESSIAN), 0.0
         for rows, target in self._chunks(every):
@@ -132,7 +133,7 @@ class Regression:
         return blocks / max(total, 1e-9)
 
     def fit(self, penalty: float, start: Tensor | None = None) -> Tensor:
-        """The minimum of ``loss + penalty / 2 * |weights|^2``, f64 (D + 1, C), from `start` or from 0."""
+        """Minimise ``loss + penalty / 2 * |weights|^2``, starting from `start` or 0. Return f64 (D + 1, C)."""
         if start is None:
             start = torch.zeros(self.x.shape[1] + 1, self.shares.shape[1], dtype=torch.float64, device=self.device)
         ridge = torch.full_like(start[:, :1], penalty)
@@ -165,13 +166,13 @@ class Regression:
         return weights()
 
     def probe(self, weight: Tensor) -> Linear:
-        """The fitted probe for features as they are."""
+        """Return the probe with weights `weight`, for features that are not standardised."""
         scaled = weight[:-1].float() / self.std[:, None]
         return Linear(scaled, weight[-1].float() - self.mean @ scaled)
 
 
 def resident(train: Features, device: str) -> Features:
-    """Features on the GPU if they fit in four fifths of its free memory: a regression reads them some hundred times."""
+    """Move features to the GPU if they fit in 80 % of its free memory. A regression reads them about 100 times."""
     if torch.device(device).type != "cuda":
         return train
     fits = train.x.nbytes + train.shares.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]
@@ -179,7 +180,7 @@ def resident(train: Features, device: str) -> Features:
 
 
 def surroundings(features: Features) -> Tensor:
-    """What a patch looks like without a network: f16 (P, 11), its colours, and its place up to second order."""
+    """Return features that need no network, f16 (P, 11): each patch's colours, and its position up to second order."""
     places = []
     for rows, columns in features.grids.tolist():
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -188,7 +189,7 @@ def surroundings(features: Features) -> Tensor:
 
 
 def prior(data: Labelled, classes: int, side: int = 128) -> Tensor:
-    """How often each class is seen at each place of the images of a set, stretched to a square: f32 (C, side, side)."""
+    """Return the frequency of each class at each position, over images stretched to a square: f32 (C, side, side)."""
     total = torch.zeros(side * side, classes)
     for i in range(len(data)):
         total += class_shares(data.mask(i), side, side, classes)
@@ -196,5 +197,5 @@ def prior(data: Labelled, classes: int, side: int = 128) -> Tensor:
 
 
 def scores(probe: Callable[[Tensor], Tensor], features: Features, x: Tensor) -> Scores:
-    """The j-th image's scores (C, rows, columns) by a probe of `x` (P, ...), which has a row for each patch."""
+    """Return a function from j to the j-th image's scores (C, rows, columns), given features `x` (P, ...)."""
     return lambda j: probe(x[features.rows(j)]).mT.unflatten(1, features.grids[j].tolist())

@@ -1,4 +1,4 @@
-"""A trained segmentation on whole images: resized, seen through overlapping windows, scored at the labels' own size."""
+"""Scores of a trained segmentation method on whole images, by overlapping windows, at the size of the label maps."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from trainer.console import counting
 from trainer.segmentation.labelled import VOID, Labelled, fitted
 from trainer.segmentation.metric import Confusion, average_precision, label_map, localised, percent
 
-WINDOWS = 8  # in one pass
+WINDOWS = 8  # per forward pass
 
 
 class Figures:
-    """What a set's predictions are worth; all in one pass over the images, which the ranks share.
+    """All figures of the predictions on a set, from one pass over the images, which the ranks share.
 
-    Trained for `multilabel`, which classes are in an image, they are worth an average precision and no more.
+    With `multilabel`, predictions only say which classes are in an image: average precision is the only figure.
     """
 
     def __init__(self, count: int, classes: int, device: torch.device, *, multilabel: bool = False) -> None:
@@ -30,9 +30,9 @@ class Figures:
         self._multilabel = multilabel
 
     def add(self, i: int, scores: Tensor, truth: Tensor) -> None:
-        """Counts image `i`: logits (C, h, w) of any size and its label map (H, W).
+        """Count image `i`, with logits (C, h, w) of any size and the label map (H, W).
 
-        Of a segmentation, a class is in the image as surely as it is in the most certain pixel.
+        For a segmentation, the score of a class in the image is its largest probability in any pixel.
         """
         self.present[i] = truth[truth != VOID].long().bincount(minlength=len(scores)) > 0
         if self._multilabel:
@@ -45,12 +45,12 @@ class Figures:
         self.localisation.matrix += localised(image.matrix)
 
     def gather_(self) -> None:
-        """Adds what the other ranks have counted."""
+        """Sum the counts of all ranks, in place."""
         for part in (self.segmentation.matrix, self.localisation.matrix, self.scores, self.present):
             parallel.sum_over_ranks_(part)
 
     def result(self, names: list[str]) -> dict[str, Any]:
-        """In percent, first the figure that a choice goes by; `per_class` IoU or average precision, None for none."""
+        """Return all figures in percent, the main one first; `per_class` is IoU or precision, None if undefined."""
         precision = average_precision(self.scores, self.present > 0)
         found: dict[str, Any] = {}
         if not self._multilabel:
@@ -63,7 +63,7 @@ class Figures:
 
 
 def score(method: Any, data: Labelled, device: torch.device, *, show: str | None = None) -> list[Figures]:
-    """The figures of each head of a method, `finetune` or `heads`, on a whole set; `show` titles a bar."""
+    """Score each head of a method, `finetune` or `heads`, on a whole set. `show` titles a progress bar."""
     method = method.to(device).eval()
     classes = method.cfg.classes
     multilabel = getattr(method.cfg, "objective", "segmentation") == "multilabel"
@@ -81,11 +81,11 @@ def score(method: Any, data: Labelled, device: torch.device, *, show: str | None
 
 @torch.no_grad()
 def logits(method: Any, picture: Image.Image) -> Tensor:
-    """Scores (K * C, h, w) of the picture, resized as in training at scale 1: of all heads, one after another.
+    """Return scores (K * C, h, w) of the picture, resized as in training at scale 1, of one head after another.
 
-    Through windows of ``method.window`` pixels, ``method.stride`` apart; a picture that is smaller is enlarged. Their
-    logits are interpolated to their pixels, and averaged where windows overlap. Without a window, of the whole picture,
-    whose sides become multiples of the backbone's stride.
+    Windows of ``method.window`` pixels lie ``method.stride`` apart; a picture smaller than a window is enlarged. Logits
+    are interpolated to the pixels of their window and averaged over overlapping windows. If ``method.window`` is None,
+    the whole picture is scored at once, with sides rounded to multiples of the backbone's stride.
     """
     views, size = method.cfg.views, method.window
     device = next(method.parameters()).device
@@ -116,5 +116,5 @@ def logits(method: Any, picture: Image.Image) -> Tensor:
 
 
 def starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows of `size` begin that cover `length`, `stride` apart; the last one is flush with the end."""
+    """Return the starts of windows of `size`, `stride` apart, that cover `length`. The last one ends at `length`."""
     return [*range(0, length - size, stride), length - size]
