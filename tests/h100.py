@@ -1,7 +1,7 @@
-"""A machine without a GPU is made to believe that it has an H100: enough to trace a training step and to compile it.
+"""A simulated H100 on a machine without a GPU: enough to trace and compile a training step.
 
-Nothing is computed and nothing is launched. Python's side is patched; what autograd's engine and Triton ask of CUDA is
-answered by a small library (h100.c) that is loaded before theirs, which takes a process of its own: see `environment`.
+Nothing is computed or launched. The Python side is patched. A small library (h100.c), loaded before CUDA's libraries,
+answers the CUDA calls of autograd's engine and Triton. This needs a separate process: see `environment`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the loader's tests share: a small set, a small recipe, and batches as comparable facts."""
+"""Helpers for the loader's tests: a small set, a small recipe, and batches in a comparable form."""
 
 import hashlib
 from collections.abc import Iterable

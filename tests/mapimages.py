@@ -1,7 +1,7 @@
 """Images whose colour is their coordinate, packed as real WebDataset shards.
 
-The pixel (row, column) of image k is (red, green, blue) = (column, row, k): a view can be asked where each of its
-pixels comes from, after decoding, cutting, resizing and mirroring, without believing any number of the loader's.
+The pixel (row, column) of image k is (red, green, blue) = (column, row, k). Each pixel of a view therefore shows where
+it comes from, after decoding, cutting, resizing and flipping, independent of the loader's own numbers.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""The operations on pixels written slowly and plainly, in float64 and without rounding; what the fast ones must equal.
+"""Reference implementations of the pixel operations: slow and plain, in float64, without rounding.
 
 Images here are float arrays (H, W, 3) in levels, 0 to 255.
 """

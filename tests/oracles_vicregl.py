@@ -1,7 +1,7 @@
-"""VICRegL's loss as its formulas read, one pair of views after another: slow, obvious, differentiable.
+"""Reference implementation of VICRegL's loss, one pair of views after another: slow, obvious, differentiable.
 
-Two forms of the criterion: `vic` computes all slots of a pair at once, as anyone would transcribe it; `vic_by_loops`
-goes through slots and channels one by one. A map is (n, P, D), a grid of places (n, P, 2), P cells of n images.
+There are two forms of the criterion. `vic` computes all slots of a pair at once, as a direct transcription.
+`vic_by_loops` loops over slots and channels. A map is (n, P, D), a grid of places (n, P, 2), for P cells of n images.
 """
 
 import torch

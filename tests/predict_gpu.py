@@ -1,12 +1,12 @@
-"""What a GPU would be asked to do, found out without one: see h100. Each flag prints a line of JSON.
+"""Prediction of a GPU's work on a machine without one: see h100. Each flag prints a line of JSON.
 
     python tests/predict_gpu.py --views              the kernels that cut views: machine code, bytes and time by count
     python tests/predict_gpu.py --step FILE.yaml...  a preset's step on one of its GPUs: memory and operations
     python tests/predict_gpu.py --graphs FILE.yaml [--ranks N]  its step as torch.compile sees it
     python tests/predict_gpu.py --table LINES        the lines that --step printed, as the table of docs/gpu.md
 
-A step is the trainer's own, on CUDA tensors that have a shape, a type and a device but no contents: whatever lies on
-the wrong device, has the wrong type or makes the host wait for a number raises.
+A step is the trainer's own, on CUDA tensors with shape, type and device but no contents. A tensor on the wrong device
+or of the wrong type raises an error, and so does any value that the host would have to wait for.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Several gloo ranks for tests, each a process of its own."""
+"""Several gloo ranks for tests, each in a separate process."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""A remote set for tests: its size, patient and impatient requests, and what lies in its cache."""
+"""A remote set for tests: its size, requests with long and short retries, and the contents of its cache."""
 
 import time
 from collections.abc import Callable

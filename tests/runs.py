@@ -1,4 +1,4 @@
-"""Runs of the program for tests: small settings, how to start it, and what it left behind."""
+"""Runs of the program for tests: small settings, starting it, and reading its output files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Miniature data sets for segmentation, each laid out and coded as the real one is; and how to run the tool."""
+"""Miniature segmentation data sets in the layout and encoding of the real ones, and a function that runs the tool."""
 
 import io
 import runpy

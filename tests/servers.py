@@ -1,4 +1,4 @@
-"""Servers on this machine for tests of remote shards: S3 (moto), a web server, and a proxy that makes faults."""
+"""Local servers for tests of remote shards: S3 (moto), a web server, and a proxy that injects faults."""
 
 import asyncio
 import hashlib

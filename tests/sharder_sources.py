@@ -1,4 +1,4 @@
-"""Miniature sources for the sharder's tests, each made as the real one is laid out; and how to run the tool."""
+"""Miniature sources for the sharder's tests in the layout of the real ones, and a function that runs the tool."""
 
 import io
 import os

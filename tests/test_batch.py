@@ -1,4 +1,4 @@
-"""What a batch offers: normalised tensors, and a text that says what is in it."""
+"""Batches: normalised tensors, and a readable summary of the contents."""
 
 import pytest
 import torch

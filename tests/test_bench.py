@@ -1,4 +1,4 @@
-"""bench_loader: the command and its last line, the verdict, the comparison, the chart; the rivals cut what we cut."""
+"""bench_loader: the command and its last line, the verdict, comparison, chart; the rivals cut the same views."""
 
 import copy
 import json

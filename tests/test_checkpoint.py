@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, newest readable first, nothing unpickled."""
+"""Checkpoints: written atomically, newest readable one first, nothing unpickled."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Checkpoints and several ranks: rank 0 reads for all, and what it cannot use ends all of them alike."""
+"""Checkpoints with several ranks: rank 0 reads for all, and a checkpoint that it cannot use ends all ranks alike."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The GPU's colours, run on the CPU: equal to the kernel's to one level, in one graph."""
+"""The GPU's colour augmentation, run on the CPU: equal to the CPU kernel's to one level, in one graph."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is asked for: defaults < preset < file < options, and one sentence for every mistake."""
+"""Settings: defaults < preset < file < options, and one sentence for every mistake."""
 
 import subprocess
 import sys

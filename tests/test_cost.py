@@ -1,4 +1,4 @@
-"""What a step costs, known before anything is built."""
+"""The predicted cost of a training step, before anything is built."""
 
 from typing import Any
 

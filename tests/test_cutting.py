@@ -1,4 +1,4 @@
-"""The CPU's pixels: both primitives, each operation against its slow oracle, Pillow and torchvision; hostile input.
+"""The CPU's kernel: both primitives, each operation against its oracle, Pillow and torchvision; hostile input.
 
 Tolerances, in levels of 255: resize 1.05 and blur 1.35 (two roundings each), jitter and gray 0.55 (one, and the fixed
 point's), solarize 0.

@@ -1,4 +1,4 @@
-"""The bundled photographs' shards: made once, by one process, or a sentence."""
+"""The bundled photographs' shards: made once, by one process; otherwise an error of one sentence."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

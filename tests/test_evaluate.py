@@ -1,4 +1,4 @@
-"""The probes against written-out ones, and the program on real shards."""
+"""The evaluation's probes against plain reference code, and the program on real shards."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The examples, and the method of the guide, run as they stand there."""
+"""The examples, and the guide's method, run unchanged."""
 
 import sys
 from collections.abc import Callable

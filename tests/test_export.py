@@ -1,4 +1,4 @@
-"""What is exported, timm loads, and computes the same with it."""
+"""Exported weights: timm loads them and computes the same features."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Bad samples and bad shards: the run goes on, each is replaced by rule, counted, and named once."""
+"""Bad samples and bad shards: the run continues; each bad sample is replaced by rule, counted, and logged once."""
 
 import io
 import logging

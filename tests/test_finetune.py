@@ -1,4 +1,4 @@
-"""Fine-tuning: the program, whole; what it starts from; windows, oracles and subsets against plain text of them."""
+"""Fine-tuning: the whole program, the weights that it starts from, and windows and subsets against plain oracles."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""gpu_check without a GPU: its checks do run, and whatever becomes of one, the others are run and reported."""
+"""gpu_check without a GPU: its checks run, and if one fails, the others still run and are reported."""
 
 import argparse
 import ast

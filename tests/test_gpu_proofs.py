@@ -1,4 +1,4 @@
-"""What can be proved of the GPU's path without a GPU; docs/gpu.md says what cannot."""
+"""Proofs about the GPU's path that need no GPU; docs/gpu.md lists the rest."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Pixels: both forms of the graph show what the windows say, in the order in which they were asked."""
+"""Pixels: both forms of the graph show the parts in the windows, in the order of submission."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Sizes by the first bytes of an image."""
+"""Image sizes from the first bytes of a file."""
 
 import io
 import os

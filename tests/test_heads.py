@@ -1,4 +1,4 @@
-"""Linear heads by SGD: several at once are each alone, the backbone stays, and both programs score them."""
+"""Linear heads by SGD: several at once train as each alone does, on a frozen backbone; both programs score them."""
 
 import json
 from collections.abc import Callable

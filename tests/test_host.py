@@ -1,4 +1,4 @@
-"""What the machine gives, and files that are whole or not there."""
+"""The machine's cores, memory and cache folder; atomic files, JSON and locks."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept on disk, and never outlive the code that they were compiled from."""
+"""Compiled kernels are cached on disk, and never used after their source code has changed."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""LARS by hand, and the step that it skips."""
+"""LARS against a calculation by hand, and the step that it skips."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The loader's promises: what is random follows from (seed, epoch, sample, view), and nothing else changes a batch."""
+"""The loader's guarantees: everything random follows from (seed, epoch, sample, view); nothing else changes a batch."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""The loader in its process: threads, reading ahead, forks, signals, memory."""
+"""The loader in its process: threads, prefetching, forks, signals, memory."""
 
 import gc
 import os

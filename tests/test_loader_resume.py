@@ -1,4 +1,4 @@
-"""A loader goes on exactly where it was: from a state, after an interruption, with other ranks and batches."""
+"""A loader resumes exactly: from a state, after an interruption, with another number of ranks or batch size."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""LOCA's losses against loop-written ones, its published numbers and its teacher."""
+"""LOCA's losses against plain loops, its published numbers and its teacher."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LOCA's step where nothing corresponds, under autocast, over ranks, as one graph; and settings that cannot be."""
+"""LOCA's step without correspondences, under autocast, over ranks, as one graph; and invalid settings."""
 
 import math
 from typing import Any

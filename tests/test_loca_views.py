@@ -1,4 +1,4 @@
-"""What LOCA draws, what it has cut, where queries lie, and where it places them."""
+"""LOCA's views: its draws, its cuts, the places of the queries, and its predictions of them."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Label maps are cut as their images are: the same windows, the nearest pixel, indices that stay indices."""
+"""Label maps are cut like their images: the same windows, the nearest pixel, class indices preserved."""
 
 import re
 from dataclasses import replace

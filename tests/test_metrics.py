@@ -1,4 +1,4 @@
-"""Numbers on their way to the log, and where it is written."""
+"""Metrics: collecting numbers, and writing them to the log."""
 
 import io
 import resource

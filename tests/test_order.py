@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation of everything, different every time, without memory."""
+"""The order of an epoch: a permutation of all samples, different in each epoch, computed without storage."""
 
 import tracemalloc
 

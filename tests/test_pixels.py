@@ -1,4 +1,4 @@
-"""`Loader(pixels=...)`: the u8 loader's views, normalised as torch does it; memory is never taken from a holder."""
+"""`Loader(pixels=...)`: the u8 loader's views, normalised as torch does; memory in use is never overwritten."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

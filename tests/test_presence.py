@@ -1,4 +1,4 @@
-"""Multi-label classification on mean patch features: pooling, the minimum, and sets whose answer is known."""
+"""Multi-label classification on mean patch features: pooling, the optimum, and sets with known results."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Recipes: their published numbers, what the fidelities disagree on, and that they can be named and carried."""
+"""Recipes: published numbers, differences between the fidelities, names and pickling."""
 
 import json
 import pickle

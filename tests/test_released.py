@@ -1,4 +1,4 @@
-"""Released weights, made here under their own names and in their own layouts, compute here what they compute there."""
+"""Released weights, imitated with their own names and layouts, give the same features here as in the released code."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""VICRegL's released weights, made here under their own names, compute here what they compute there."""
+"""VICRegL's released weights, imitated with their own names, give the same features here as in the released code."""
 
 import sys
 from collections.abc import Callable

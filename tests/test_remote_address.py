@@ -1,4 +1,4 @@
-"""What lies at an address is a set like any folder's, and what it lacks is one sentence."""
+"""A set at an address behaves like a set in a folder; anything missing gives an error of one sentence."""
 
 import json
 import logging

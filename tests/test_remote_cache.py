@@ -1,4 +1,4 @@
-"""Shards on this machine's disk: fetched whole and ahead, kept, checked, and never mistaken for others' files."""
+"""The shard cache: shards are downloaded whole and ahead of use, kept, verified, and told apart from other files."""
 
 import os
 import resource

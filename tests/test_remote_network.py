@@ -1,4 +1,4 @@
-"""Requests: what passes is repeated, what lasts is an outage, and a batch's images are asked for together."""
+"""Requests: transient failures are retried, lasting ones are outages, and a batch's images are requested together."""
 
 import os
 import signal

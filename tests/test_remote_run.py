@@ -1,4 +1,4 @@
-"""A run from a bucket of a real object store, killed and resumed, learns what a run from the disk learns."""
+"""A run from a bucket of a real object store, killed and resumed, gives the same weights as a run from the disk."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""report.html: what it says, that it asks nobody for anything, and that a browser shows it."""
+"""report.html: its contents, that it loads nothing from elsewhere, and that a browser shows it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The program, whole: what it writes, what it computes, and what it says when it cannot."""
+"""The whole training program: its files, its results, and its error messages."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Several ranks: a run on them is the run of one, whoever dies and however many go on."""
+"""Several ranks: a run gives the results of one rank, also after a rank dies or with another number of ranks."""
 
 import io
 from collections.abc import Callable

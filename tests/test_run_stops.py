@@ -1,4 +1,4 @@
-"""A run that stops, or is stopped, goes on exactly where it was; one that cannot leaves its folder as it was."""
+"""A run that stops or is stopped resumes exactly; a run that cannot resume leaves its folder unchanged."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Real torchrun: what it does to a run when somebody stops it, and what a run does when it is stopped."""
+"""Runs under real torchrun: what torchrun does when it is stopped, and what the run does then."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The segmentation program on real shards: features once, figures, pictures, and what is refused."""
+"""The segmentation program on real shards: features computed once, figures, pictures, and rejected input."""
 
 import json
 import os

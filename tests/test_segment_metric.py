@@ -1,4 +1,4 @@
-"""mIoU against a written-out one, and label maps, patch grids and images that must lie on each other to the pixel."""
+"""mIoU against plain reference code, and the exact alignment of label maps, patch grids and images."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""k-NN against loops, the regression against its definition, and features of which the result is known."""
+"""k-NN against loops, the regression against its definition, and features with known results."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Each data set's own folders and encoding become the right class indices; what would be silently wrong is refused."""
+"""Each data set's folders and encoding give the right class indices; silently wrong data is refused."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""The tars of labelled images: what they hold, that others read them, that they come out the same, and their check."""
+"""The tars of labelled images: their contents, that other libraries read them, reproducibility, and --check."""
 
 import concurrent.futures
 import io

@@ -1,4 +1,4 @@
-"""Sample tables and manifests: used while they are true, made again where they are damaged."""
+"""Sample tables and manifests: used while they match the shards, made again if they are damaged."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the sharder writes, and that others read it sample for sample."""
+"""The sharder's output, and that other libraries read the same samples from it."""
 
 import io
 import json

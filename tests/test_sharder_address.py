@@ -1,4 +1,4 @@
-"""A source at an address gives the bytes of the same source on a disk; a finished set there is checked to the byte."""
+"""A source at an address gives the same bytes as on a disk; a finished set at an address is checked to the byte."""
 
 import concurrent.futures
 import sys

@@ -1,4 +1,4 @@
-"""Shards that are written to a bucket: the bytes of a local run, whoever is killed."""
+"""Shards written to a bucket: the same bytes as a local run, even after processes are killed."""
 
 import os
 import signal

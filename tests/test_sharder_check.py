@@ -1,4 +1,4 @@
-"""Whether --check sees every kind of damage, and our own tars survive our own walk."""
+"""--check detects every kind of damage, and our tar parser reads our own tars without notes."""
 
 import concurrent.futures
 import json

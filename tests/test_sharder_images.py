@@ -1,4 +1,4 @@
-"""Which images pass untouched, which are repaired and how, which are refused and why."""
+"""Images that the sharder copies unchanged, images that it repairs and how, and images that it refuses and why."""
 
 import io
 import resource

@@ -1,4 +1,4 @@
-"""What samples and classes are called: keys that any reader takes, each once, and the names that must be refused."""
+"""Names of samples and classes: unique keys that every reader accepts, and names that must be refused."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Kills, full disks, second runs, and parts over machines."""
+"""The sharder's runs: kills, full disks, second runs, and parts on several machines."""
 
 import errno
 import json

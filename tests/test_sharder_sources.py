@@ -1,4 +1,4 @@
-"""Every layout in which ImageNet is handed out, in miniature, and the sources that must be refused or survived."""
+"""Every layout in which ImageNet is distributed, in miniature, and sources that must be refused or tolerated."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Tars as sources that are hostile, cut short, damaged, or several in one file."""
+"""Tars as sources: hostile, cut short, damaged, or several in one file."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Shards of ours and other people's as one numbered list of images."""
+"""Shards of our sharder and of others as one numbered list of images."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The picture shows what the pipeline says: windows where they are, lines between the cells that belong together."""
+"""show_views: the picture has the windows in the right place, and lines between corresponding cells."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The training step: accumulation, clipping, and what it makes of numbers that are not finite."""
+"""The training step: accumulation, clipping, and losses or gradients that are not finite."""
 
 from itertools import repeat
 from types import SimpleNamespace

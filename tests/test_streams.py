@@ -1,4 +1,4 @@
-"""Shards that can only be read from their start, and webdataset's own pipeline over ours."""
+"""Shards that can only be read from their start, and webdataset's own pipeline on our shards."""
 
 import subprocess
 import sys

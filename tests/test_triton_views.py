@@ -1,4 +1,4 @@
-"""The GPU's own kernels, by Triton's interpreter on the CPU: what the CPU's kernel cuts, to one level."""
+"""The GPU's kernels in Triton's interpreter on the CPU: equal to the CPU's kernel to one level."""
 
 from dataclasses import replace
 

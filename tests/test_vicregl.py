@@ -1,4 +1,4 @@
-"""VICRegL's losses against published check values and loop-written formulas."""
+"""VICRegL's losses against published check values and plain loops."""
 
 import numpy as np
 import oracles_vicregl as oracle

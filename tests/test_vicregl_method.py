@@ -1,4 +1,4 @@
-"""VICRegL as a method: its views, heads and settings, its edges, one graph, other numbers of ranks."""
+"""VICRegL as a method: its views, heads and settings, edge cases, one graph, other numbers of ranks."""
 
 import os
 import socket

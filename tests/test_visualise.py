@@ -1,4 +1,4 @@
-"""The picture of a LOCA run: discs and squares lie on the patches that they stand for, whatever the grid."""
+"""The picture of a LOCA run: discs and squares are drawn on their patches, for any grid."""
 
 from pathlib import Path
 

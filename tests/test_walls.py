@@ -1,4 +1,4 @@
-"""Who may import whom. A wall that is a test stays up."""
+"""The import rules between the modules, enforced as a test."""
 
 import ast
 import sys

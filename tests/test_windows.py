@@ -1,4 +1,4 @@
-"""Windows and boxes are two ways to write the same thing."""
+"""Conversion between windows and boxes."""
 
 import numpy as np
 from hypothesis import given
