@@ -111,7 +111,7 @@ def test_a_switch_alone_turns_it_on(argv: list[str]) -> None:
         (["--optim.lr", "fast"], "optim.lr"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "loca_600ep"], "no such preset; presets are finetune, .*, loca, loca_b16_1k_600ep, "),
-        (["--shards", "a-0.tar", "a-1.tar"], "'a-1.tar' is no option.*a pattern: put it in quotes"),
+        (["--shards", "a-0.tar", "a-1.tar"], "'a-1.tar' is not an option.*a pattern: put it in quotes"),
         (["--batch_size", "0"], "positive"),
         (["--stop_after", "none"], "stop_after is 'none': it must be a number or null"),
         (["--data.order", "any"], r"data\.order is 'any': it must be one of global, block or null"),
@@ -238,7 +238,7 @@ def test_a_file_of_names(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_bytes(b"a.jpg\r\n\r\nb \n")
     assert config.names_in(str(path)) == ["a.jpg", "b"]
-    for content, why in ((b"\n \n", "holds no name"), (b"\xb5\xff", "it is no text")):
+    for content, why in ((b"\n \n", "holds no name"), (b"\xb5\xff", "it is not text")):
         path.write_bytes(content)
         with pytest.raises(config.UsageError, match=f"names.txt: .*{why}"):
             config.names_in(str(path))

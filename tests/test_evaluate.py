@@ -269,7 +269,7 @@ def test_program(
     assert evaluate.main(arguments) == 0
     printed = capsys.readouterr()
     trained = json.loads(printed.out.splitlines()[-1])
-    assert "the same images: this is no result" in printed.err and "random weights: k-NN" in printed.out
+    assert "the same images: the scores are meaningless" in printed.err and "random weights: k-NN" in printed.out
     assert json.loads((tmp_path / "evaluate.json").read_text()) == trained
     assert trained["size"] == 64  # as it was trained
     random = trained.pop("untrained")
@@ -335,7 +335,7 @@ def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.Cap
     for argv, sentence in (
         ([str(tmp_path), *bare, "--untrained", "0"], r"bare.*without a class"),
         ([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"], r"nowhere: not a readable checkpoint"),
-        ([str(tmp_path), *bare, "b.tar"], r"'b.tar' is no option: .* put it in quotes"),
+        ([str(tmp_path), *bare, "b.tar"], r"'b.tar' is not an option: .* put it in quotes"),
         ([str(tmp_path), *bare, "--seed", "1"], r"--seed.: settings of run.py belong to --head sgd"),
         ([str(tmp_path), *bare, "--lr", "0.1"], r"--lr belongs to --head sgd"),
         (["timm:test_vit", *bare], r"timm:test_vit: name a run's folder or a checkpoint"),

@@ -428,7 +428,7 @@ def test_what_cannot_be_meant_is_one_sentence(
 def test_a_share_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         program.main(["WHAT", "--train", "x", "--val", "y", "--out", "z", "--fraction", text])
-    assert ended.value.code == 2 and f"'{text}' is no share" in capsys.readouterr().err
+    assert ended.value.code == 2 and f"'{text}' is not a fraction" in capsys.readouterr().err
 
 
 PRESET_CLASSES = {

@@ -34,7 +34,7 @@ def test_a_log_on_a_full_disk(
     log.line({"step": 1, "epoch": 0, "loss": 2.0, "poor": float("nan"), "step_ms": 1.0})
     with Path("/dev/full").open("w") as full, log._file:
         log._file = full
-        with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
+        with pytest.warns(UserWarning, match="No space left on device; the run continues"):
             log.line({"step": 2, "epoch": 0, "loss": 1.0, "step_ms": 6e8})
         log.close()
     assert lines(tmp_path) == [{"step": 1, "epoch": 0, "loss": 2.0, "poor": None, "step_ms": 1.0}]

@@ -57,7 +57,7 @@ def test_a_run_from_a_bucket_is_killed_and_resumed(tmp_path: Path) -> None:
         assert step_of(tmp_path / "remote") < STEPS
         assert list(cache.rglob("0000??.tar"))
         done = subprocess.run(remote, cwd=ROOT, env=there, check=True, capture_output=True, text=True)
-        assert "going on from step" in done.stdout
+        assert "resuming from step" in done.stdout
         hits = [line["cache_hits"] for line in lines(tmp_path / "remote")[-30:]]  # the last step asks for nothing more
         assert sum(hits) > 15
         assert_same_run(tmp_path / "remote", tmp_path / "local")

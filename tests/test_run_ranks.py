@@ -82,7 +82,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path: Path, shards: Path) 
     finally:
         process.kill()
     assert process.returncode == 0, errors[-3000:]
-    assert "going on from step 5" in printed
+    assert "resuming from step 5" in printed
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
@@ -116,7 +116,7 @@ def test_ranks_learn_what_one_learns_and_go_on_as_more_and_fewer(
         on_ranks(*argv, "--stop-after", "0", ranks=ranks)
         assert final(parts)["step"] == step
     printed = on_ranks(*argv)
-    assert "going on from step 2" in printed and (compiled == "on") == ("not compiled" not in printed)
+    assert "resuming from step 2" in printed and (compiled == "on") == ("not compiled" not in printed)
     alone, together = (lines(tmp_path / out) for out in ("one", "parts"))
     assert len(together) == 6
     narrow = "bf16" in words

@@ -309,7 +309,7 @@ def test_a_refused_run_leaves_the_folder_as_it_was(
         (tmp_path / "vicregl.yaml").write_text(VICREGL)
         change = ["--config", str(tmp_path / "vicregl.yaml")]
     before = (out / "config.yaml").read_text()
-    with pytest.raises(UsageError, match=f"cannot go on.*{sentence}.*name another folder"):
+    with pytest.raises(UsageError, match=f"cannot resume.*{sentence}.*name another folder"):
         run("--out", str(out), *change)
     assert (out / "config.yaml").read_text() == before
     assert status(out)["state"] == "done"

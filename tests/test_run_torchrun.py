@@ -106,7 +106,7 @@ def test_torchrun_restarts_three_times_and_no_more(tmp_path: Path, shards: Path)
     finally:
         process.kill()
     assert process.returncode == 1 and "Signal 9 (SIGKILL)" in errors
-    assert printed.count("2 steps an epoch") == 4 and printed.count("going on from step") == 3
+    assert printed.count("2 steps an epoch") == 4 and printed.count("resuming from step") == 3
     assert final(out)["step"] >= seen - 2 and not workers(out)
 
 

@@ -108,7 +108,7 @@ def load(path: Path) -> Payload:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
     except Exception:  # a truncated file raises many kinds of errors
-        why = "it is damaged, or something else" if path.exists() else "there is no such file or folder"
+        why = "it is damaged, or another kind of file" if path.exists() else "there is no such file or folder"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else None
@@ -155,11 +155,11 @@ def resume(folder: Path, name: str, method: nn.Module, optimizer: torch.optim.Op
                 if payload["method"] != name:
                     raise ValueError(f"it is of method {payload['method']!r}")
                 if lacking := [key for key in OPTIONAL if key not in payload]:
-                    raise ValueError(f"it holds weights to begin with (--init), but no {lacking[0]!r} to go on with")
+                    raise ValueError(f"it holds weights for --init, but no {lacking[0]!r} to resume with")
                 check_fit(method, optimizer, payload)
             except ValueError as error:
                 before = [other.name for other in _paths(folder) if other < path]
-                remedy = f"; if it is damaged, remove it to go on from {before[0]}" if before else ""
+                remedy = f"; if it is damaged, remove it to resume from {before[0]}" if before else ""
                 raise ValueError(f"{path}: {error}{remedy}") from None
     payload = found[1] if found else {}
     rest = parallel.from_rank_0({key: value for key, value in payload.items() if key not in ("model", "optimizer")})
@@ -218,7 +218,7 @@ def check_fit(method: nn.Module, optimizer: torch.optim.Optimizer, payload: Payl
                     raise ValueError(f"{key} of {name} has the shape {[*value.shape]} instead of {[*shape]}")
         grouped = [name for group in saved["param_groups"] for name in group["params"]]
         if len(saved["param_groups"]) != len(optimizer.param_groups) or {*grouped} != {*shapes}:
-            raise ValueError("its groups of parameters are others")
+            raise ValueError("its parameter groups differ")
 
 
 def _check_weights(method: nn.Module, payload: Payload) -> None:

@@ -340,7 +340,7 @@ def options(argv: list[str]) -> dict[str, Any]:
         if not key.startswith("--"):
             file = key.endswith(".tar") or Path(key).exists()
             quote = "; the shell has expanded a pattern: put it in quotes" if file else ""
-            raise UsageError(f"{key!r} is no option: their names begin with --{quote}")
+            raise UsageError(f"{key!r} is not an option: option names begin with --{quote}")
         if not equals:
             value = "true" if not words or words[-1].startswith("--") else words.pop()
         if not value:
@@ -394,7 +394,7 @@ def names_in(path: str) -> list[str]:
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UsageError(f"--only {path}: cannot be read ({why})") from None
     if not any(names):
         raise UsageError(f"--only {path}: holds no name; name images, one a line")

@@ -93,11 +93,11 @@ def summary(out: Path, state: str, records: Sequence[dict[str, Any]], seconds: f
         ranks, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         launcher = f"torchrun --nproc_per_node={here}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
         again = f"{launcher} trainer/run.py --out {folder}" if ranks == here else "the same command on every machine"
-        return "\n".join([*lines, "go on with", f"  {again}"])
+        return "\n".join([*lines, "resume with", f"  {again}"])
     return "\n".join(
         [
             *lines,
-            "and now",
+            "next steps",
             f"  python -m trainer.segment {folder} --train SPEC --val SPEC     # frozen segmentation: mIoU",
             f"  python -m trainer.evaluate {folder} --train SPEC --val SPEC    # k-NN and linear probe",
             f"  python -m trainer.export {folder} exported                     # for timm.create_model",

@@ -162,7 +162,7 @@ def too_long(estimate: Estimate, images: float, ranks: int, remedy: str) -> list
         times.append(time.perf_counter() - start)
     hours = estimate.flops_per_image * images / ranks / (2 * 1024**3 / min(times)) / 3600
     memory = f"{estimate.memory * ranks / 1e9:.1f} GB of memory"
-    text = f"on this CPU it takes at least {hours:,.0f} hours and {memory}: a run for GPUs; {remedy}"
+    text = f"on this CPU the run takes at least {hours:,.0f} hours and {memory}: it needs GPUs; {remedy}"
     return [text] if hours > 24 else []
 
 

@@ -263,7 +263,7 @@ def main(argv: list[str]) -> None:
             with suppress(OSError):  # the folder may not be writable; the result is printed anyway
                 host.write_atomic(run / "evaluate.json", json.dumps(result).encode())
     if train.fingerprint == val.fingerprint:
-        print("trainer.evaluate: --train and --val are the same images: this is no result", file=sys.stderr)
+        print("trainer.evaluate: --train and --val are the same images: the scores are meaningless", file=sys.stderr)
     print(json.dumps(result if args.untrained is None else result | random))
 
 

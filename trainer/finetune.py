@@ -124,7 +124,7 @@ def few(data: Labelled, fraction: Fraction, subset: int, out: Path) -> Path:
     order = np.random.default_rng(subset).permutation(len(data))
     count = int(len(data) * fraction)
     if not count:
-        raise ValueError(f"--fraction {fraction}: of {len(data)} images that is less than one")
+        raise ValueError(f"--fraction {fraction}: this is less than one of the {len(data)} images")
     path = out / f"subset_{subset}_{fraction.numerator}_of_{fraction.denominator}.txt"
     if downstream.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def share(text: str) -> Fraction:
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: say 1/32, for example") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction, such as 1/32") from None
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -160,7 +160,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if odd := [lr for lr in options.lr or [] if not 0 < lr < 1]:
         raise ValueError(f"--lr {odd[0]:g}: it must lie between 0 and 1")
     if options.subset and not options.fraction:
-        raise ValueError("--subset chooses among images: say how many with --fraction, as 1/32")
+        raise ValueError("--subset needs --fraction, the fraction of images to choose, such as 1/32")
     if min(options.subset or [0]) < 0:
         raise ValueError(f"--subset {min(options.subset)}: a seed must not be negative")
     if options.fraction is not None and not 0 < options.fraction <= 1:

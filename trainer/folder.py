@@ -76,7 +76,7 @@ class RunFolder:
             if key in before and before[key] != value and key not in FREE:
                 found.append(f"this run has {key}={_plain(before[key])}, you ask for {_plain(value)}")
                 if resumes and key.startswith(fixed):
-                    raise config.UsageError(f"--out {self.path}: cannot go on: {found[-1]}; name another folder for it")
+                    raise config.UsageError(f"--out {self.path}: cannot resume: {found[-1]}; name another folder")
         return found
 
     def write_config(self, text: str) -> None:

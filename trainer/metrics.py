@@ -222,7 +222,7 @@ class Log:
             self._file.write(json.dumps(dict.fromkeys(record) | numbers) + "\n")  # null for NaN, which JSON lacks
             self._file.flush()  # if this fails, the buffered line is written with the next one
         except OSError as error:
-            warnings.warn(f"log.jsonl: {error}; the run goes on", stacklevel=2)
+            warnings.warn(f"log.jsonl: {error}; the run continues", stacklevel=2)
         self._console.line(record)
         del numbers["step"]
         for name, value in numbers.items() if self._board else ():

@@ -50,7 +50,7 @@ class Guard:
                     with self._file.open("a", encoding="utf-8") as file:  # every rank appends whole lines
                         file.write(json.dumps(record) + "\n")
                 except OSError as error:
-                    warnings.warn(f"{self._file}: {error}; the run goes on", stacklevel=2)
+                    warnings.warn(f"{self._file}: {error}; the run continues", stacklevel=2)
             if self._in_a_row >= self._limit:
                 raise RunError(f"{self._limit} steps in a row had a non-finite loss or gradient; see {self._file}")
         self._seen = []

@@ -23,8 +23,8 @@ from trainer.metrics import group
 POINTS = 400  # most points of a curve; longer curves are averaged
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 190, 54, 22, 10, 10  # sizes of a chart and its margins, in pixels
 CAPTIONS = {
-    "views": "the views of the first batch of this start, an image a row",
-    "placements": "where the model places the patches of queries, and where they are",
+    "views": "the views of the first batch after this start, one image per row",
+    "placements": "predicted and true places of the queries' patches",
     "segmentation": "frozen segmentation by k-NN",
 }
 STYLE = """

@@ -77,7 +77,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     micro_batch = cfg.batch_size // micro_batches
     if cfg.batch_size % micro_batches:
         parts = f"{world_size} ranks x {cfg.speed.accumulate} micro-batches"
-        raise config.UsageError(f"batch_size {cfg.batch_size} is no multiple of {micro_batches}, {parts}")
+        raise config.UsageError(f"batch_size {cfg.batch_size} is not a multiple of {micro_batches}, {parts}")
 
     # ---------------------------------------------------------------- model
     module = methods.load(cfg.method)
@@ -156,7 +156,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
         out.total = total
         out.status("running", start)
         facts = describe(cfg, training_step, shards, loader, estimate, range(start, total))
-        place = f"to {out.path}/" + (f", going on from step {start:,}" if start else "")
+        place = f"to {out.path}/" + (f", resuming from step {start:,}" if start else "")
         print(*changes, *facts, place, sep="\n", flush=True)
 
     # ---------------------------------------------------------------- loop
@@ -300,7 +300,7 @@ def describe(
     ]
     if here * loader.num_threads > host.cores():
         shared = f"{here} rank{'s' * (here > 1)} x {loader.num_threads} decoding threads share {host.cores()} cores"
-        lines.append(f"{shared}: give the job more, or set data.num_threads")
+        lines.append(f"{shared}: give the job more cores, or lower data.num_threads")
     if steps.start == 0 and (warmup := cfg.optim.warmup_epochs * epoch) > steps.stop / 2:
         rises = f"the learning rate rises for {warmup:,.0f} steps, and there are {steps.stop:,}"
         lines.append(f"{rises}: lower optim.warmup_epochs for so short a run")
@@ -328,7 +328,7 @@ def resume(settings: config.Settings, changes: list[str], step: "TrainingStep", 
             return saved["step"]
     except ValueError as error:
         reasons = "; ".join([str(error), *changes])
-        raise config.UsageError(f"--out {settings.out}: cannot go on: {reasons}; name another folder") from None
+        raise config.UsageError(f"--out {settings.out}: cannot resume: {reasons}; name another folder") from None
     if cfg.init:
         try:
             checkpoint.set_weights(step.method, checkpoint.load(Path(cfg.init)))

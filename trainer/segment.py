@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     title = "trained" if options.untrained is None else f"untrained_{options.untrained}"
     draw(out / title, val, predictors["logistic"], names)
     print(table(figures, found["ceiling"], names))
-    print(f"which classes are in an image, by a linear layer on the mean patch: {presence['map']:.1f} mAP")
+    print(f"multi-label classification, by a linear layer on the mean patch: {presence['map']:.1f} mAP")
     grids = np.unique(unseen.grids, axis=0)
     result = {
         "knn": figures["knn"] | {"memory": options.memory},
