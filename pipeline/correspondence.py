@@ -183,7 +183,7 @@ def _windows(name: str, value: ArrayLike, ndim: int | None) -> NDArray[np.float3
 
 
 def _at_least_one(name: str, value: int) -> int:
-    """`value` as Python's int: a narrow one of NumPy's overflows when it is squared."""
+    """Return `value` as a Python int, since NumPy's narrow integers overflow when squared."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} is {value}; it must be an integer of at least 1")
     return int(value)

@@ -55,7 +55,7 @@ class Cut:
     count: int  # V, number of views
     size: int  # S, side in pixels
     grid: int  # patches per side, for the correspondences
-    scale: tuple[float, float] = (0.08, 1.0)  # range of the share of the image's area
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area; for "scaled": factor on short_side
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of width / height
     sampler: Sampler = "torchvision"  # "centre" (evaluation): the central square of scale[1] times the short side
     short_side: int = 0  # for "scaled": the image's short side at scale 1, in pixels
@@ -63,7 +63,7 @@ class Cut:
     flip: float = 0.5  # probability of the horizontal flip
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
-    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # view i takes number i modulo their count
+    augmentations: tuple[Augmentation, ...] = (Augmentation(),)  # assigned to the views in turn, cyclically
 
     @property
     def by_view(self) -> list[Augmentation]:

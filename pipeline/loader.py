@@ -38,7 +38,7 @@ from .streams import Stream
 
 _VERSION = 1
 _MOST = 2**31 - 1
-_MOST_THREADS = 1024  # more than this, a typing error, would abort the process
+_MOST_THREADS = 1024  # more threads, as by a typing error, would abort the process
 
 
 @dataclass

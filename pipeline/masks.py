@@ -15,7 +15,7 @@ from .cutting import cut_mask
 from .parameters import VOID
 from .recipes import Cut
 
-ATTEMPTS = 10  # windows to try until no class exceeds the cut's `most`; the last one is kept
+ATTEMPTS = 10  # windows to try until no class reaches the cut's `most`; the last one is kept
 
 
 def decode_mask(data: bytes) -> NDArray[np.uint8]:

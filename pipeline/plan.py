@@ -23,7 +23,7 @@ TOP, LEFT, FLIPPED = range(3)
 ROW_TAPS, COLUMN_TAPS = 3, 4  # number of taps for each row and column of the view
 ROW_SPANS, COLUMN_SPANS = 5, 6  # index of the first span in `Plan.spans`
 ROW_WEIGHTS, COLUMN_WEIGHTS = 7, 8  # index of the first weight in `Plan.weights`
-STEPS, BEFORE_CONTRAST, OPERATIONS = 9, 10, 11  # count of jitter operations, count before the contrast, first of four
+STEPS, BEFORE_CONTRAST, OPERATIONS = 9, 10, 11  # jitter operations: count, count before contrast, first of four
 SHIFTED, IS_GRAY, RADIUS, SOLARIZED = 15, 16, 17, 18  # flags, but for the blur's radius (0: none); SHIFTED: TENSORFLOW
 COLUMNS = 19
 

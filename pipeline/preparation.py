@@ -280,12 +280,12 @@ def _targets(recipe: Recipe, windows: NDArray[np.float32]) -> dict[str, NDArray[
                 f"it must be an array with one row for each of the {len(windows)} images"
             )
         if target.dtype.kind not in "biufc":
-            raise ValueError(f"target {name!r} of recipe {recipe.name!r} holds {target.dtype.str}: numbers are due")
+            raise ValueError(f"target {name!r} of recipe {recipe.name!r} holds {target.dtype.str}, not numbers")
     return {name: np.require(target, requirements=("C", "W")) for name, target in found.items()}
 
 
 def by_kind(recipe: Recipe, views: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Split an array of all views (B, T, ...) by kind: (B, V, ...) each, a copy that its receiver may write on."""
+    """Split an array of all views (B, T, ...) by kind: (B, V, ...) each, as copies that the receiver may modify."""
     ends = np.cumsum([cut.count for cut in recipe.cuts])[:-1]
     parts = np.split(views, ends, axis=1)
     return {cut.kind: part.copy() for cut, part in zip(recipe.cuts, parts, strict=True)}

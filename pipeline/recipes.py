@@ -69,7 +69,7 @@ class Loca:
     jitter: float = 0.8
     """probability of the colour jitter"""
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """of the jitter: ranges of brightness, contrast, saturation and hue"""
+    """strength of the jitter: ranges of brightness, contrast, saturation and hue"""
     gray: float = 0.2
     """probability of grayscale"""
     blur: tuple[float, float, float] | None = None
@@ -143,9 +143,9 @@ class VICRegL:
     _name: ClassVar[str] = "vicregl"
     fidelity: Fidelity = "paper"
     large: int = 2
-    """large views; each is paired with every other view"""
+    """number of large views; each is paired with every other view"""
     small: int = 6
-    """small views"""
+    """number of small views"""
     size: int = 224
     """side of the large views, in pixels"""
     small_size: int = 96
@@ -161,7 +161,7 @@ class VICRegL:
     jitter: float = 0.8
     """probability of the colour jitter"""
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """of the jitter: ranges of brightness, contrast, saturation and hue"""
+    """strength of the jitter: ranges of brightness, contrast, saturation and hue"""
     gray: float = 0.2
     """probability of grayscale"""
     blur: tuple[float, float] = (1.0, 0.1)
@@ -291,7 +291,7 @@ class Segmentation:
             kind="image",
             count=1,
             size=self.size,
-            grid=1,  # nothing corresponds
+            grid=1,  # unused: there are no correspondences
             scale=self.scale,
             sampler="scaled",
             short_side=self.short_side,
