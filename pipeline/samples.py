@@ -1,12 +1,12 @@
 """Loading of good samples: bad samples are detected and replaced.
 
-Whether a sample is bad depends only on its stored bytes. Every device, rank and resumed run therefore makes the same
-replacements. Each image is checked before the decoder gets it: complete, an image, of the size in the table, and with
-an end marker. If only the end marker is missing, Pillow decodes the image once to decide. Damage in the middle of the
-data shows only when a decoder fails, and the sample is rejected then. Devices may differ there, but a set that was
-verified when it was made has no such images. Masks are decoded here. A bad sample is not read again, so it costs time
-only once. Unreadable bytes (a failing file system, a missing shard) do not make a sample bad, since that would depend
-on the moment.
+Whether a sample is bad depends only on its stored bytes and, with masks, on the class list beside its shard. Every
+device, rank and resumed run therefore makes the same replacements. Each image is checked before the decoder gets it:
+complete, an image, of the size in the table, and with an end marker. If only the end marker is missing, Pillow decodes
+the image once to decide. Damage in the middle of the data shows only when a decoder fails, and the sample is rejected
+then. Devices may differ there, but a set that was verified when it was made has no such images. Masks are decoded here.
+A bad sample is not read again, so it costs time only once. Unreadable bytes (a failing file system, a missing shard) do
+not make a sample bad, since that would depend on the moment.
 """
 
 import io
@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from . import headers
 from .masks import decode_mask
 from .order import replacement
+from .parameters import VOID
 from .shards import MASK, ReadError, ShardError, ShardSet
 
 _Stored = TypeVar("_Stored", bytes, bytes | None)
@@ -45,7 +46,7 @@ class Samples:
 
     `bad` maps the number of each bad sample found so far to the reason. ShardError with a list is raised if more than
     the share `max_bad` of the set is bad; None allows a hundredth of the set, but at least 32 samples. With `masks`, a
-    sample needs a label map of its image's size. Thread-safe.
+    sample needs a label map of its image's size and of listed classes. Thread-safe.
     """
 
     def __init__(self, shards: ShardSet, seed: int, max_bad: float | None = None, masks: bool = False):
@@ -54,6 +55,7 @@ class Samples:
         n = len(shards)
         self.shards, self.bad = shards, dict[int, str]()
         self._seed, self._masks = seed, masks
+        self._classes = len(shards.listed("classes.txt")) if masks else 0  # 0: not known
         self._allowed = min(n - 1, max(32, n // 100) if max_bad is None else int(max_bad * n))
         self._decoded: set[int] = set()  # images without an end marker that Pillow has decoded in full
         self._lock = threading.Lock()
@@ -118,6 +120,8 @@ class Samples:
         if mask.shape != (row["height"], row["width"]):
             measured = " x ".join(map(str, mask.shape))
             raise _Bad(f"its mask measures {measured} pixels where the image has {row['height']} x {row['width']}")
+        if self._classes and (unlisted := mask[(mask >= self._classes) & (mask != VOID)]).size:
+            raise _Bad(f"its mask has class {unlisted.max()}, but classes.txt lists {self._classes}")
         return mask
 
     def _read(self, i: int, read: Callable[[int], _Stored]) -> _Stored:

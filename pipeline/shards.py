@@ -140,6 +140,17 @@ class ShardSet:
             member = None if at is None else tar.member_at(read, at - tar.BLOCK)
         return None if member is None else read(member.offset, member.size)
 
+    def listed(self, name: str) -> list[str]:
+        """Return the lines of a file beside the first shard: classes.txt or synsets.txt, whose line numbers are labels.
+
+        Line numbers begin at 0. Empty if there is none, as beside a remote set. Raises ValueError if it is no text.
+        """
+        path = Path(str(self.paths[0])).with_name(name)
+        try:
+            return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is no text in UTF-8; it names the classes, one a line") from None
+
     def only(self, names: Iterable[str]) -> "ShardSet":
         """Return a set of the named images: `names` are keys or file names, with or without folders and extension.
 

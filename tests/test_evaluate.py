@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,10 @@ def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.Cap
         keep_every=None,
     )
     bare = ["--train", str(tmp_path / "bare-000000.tar"), "--val", str(shards)]
+    # Labels 0 to 2 of both sets, which are not the same classes.
+    shift = ["--train", str(tmp_path / "one"), "--val", str(tmp_path / "other")]
+    for path, names in zip(shift[1::2], ("ant\nbass\ncup\n", "bass\ncup\ndog\n"), strict=True):
+        (Path(shutil.copytree(shards, path)) / "synsets.txt").write_text(names)
     for argv, sentence in (
         ([str(tmp_path), *bare, "--untrained", "0"], r"bare.*without a class"),
         ([str(tmp_path / "nowhere"), "--train", "x", "--val", "y"], r"nowhere: not a readable checkpoint"),
@@ -342,6 +347,8 @@ def test_images_without_a_class(tmp_path: Path, shards: Path, capsys: pytest.Cap
         ([str(tmp_path), *bare, "--device", "tpu"], r"--device tpu: .*tpu"),
         ([str(tmp_path), *bare, "--untrained", "-1"], r"--untrained -1: a seed"),
         ([str(tmp_path), "--train", str(shards), "--val", str(shards), "--size", "0"], r"size"),
+        ([str(tmp_path), *shift], r"synsets.txt differ, .* --classes"),
+        ([str(tmp_path), *shift, "--head", "sgd"], r"synsets.txt differ"),
         ([str(tmp_path), "--train", str(shards), "--val", str(shards), "--batch-size", "0"], r"batch_size"),
     ):
         assert evaluate.main(argv) == 2

@@ -292,6 +292,13 @@ def oracle_names(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.n
     return named
 
 
+def test_a_set_without_labels_has_no_score(tmp_path: Path) -> None:
+    picture, mask = pair(0)
+    data = Labelled(write_pairs(tmp_path / "void", [(picture, np.full_like(mask, VOID))]))
+    with pytest.raises(ValueError, match="void: no pixel has a label"):
+        sliding.score(finetune.Method(small()), data, torch.device("cpu"))
+
+
 def test_localisation_is_what_an_oracle_of_names_leaves() -> None:
     rng = np.random.default_rng(0)
     mine, wanted = Confusion(5), Confusion(5)

@@ -189,8 +189,10 @@ def test_bad_masks_are_bad_samples(tmp_path: Path) -> None:
         12: (encode(stripes(*size).astype(np.uint16)), "its mask has more than 8 bits"),
         16: (b"", "its mask is no PNG$"),
         20: (encode(stripes(*size), "TIFF"), "its mask is no PNG$"),
+        24: (encode(np.full_like(stripes(*size), 254)), "its mask has class 254, but classes.txt lists 254"),
     }
-    shards = masked(tmp_path, {k: mask for k, (mask, _) in bad.items()}, 24)
+    (tmp_path / "classes.txt").write_text("a class\n" * 254)
+    shards = masked(tmp_path, {k: mask for k, (mask, _) in bad.items()}, 28)
     source = loader(shards)
     seen = [i for batch in source for i in batch.index.tolist()]
     assert set(source.bad) == set(bad)

@@ -135,8 +135,14 @@ def test_classes_without_a_list_are_counted(tmp_path: Path) -> None:
     assert class_names(data) == ["0", "1", "2"]
     listed = Labelled(write_pairs(tmp_path / "b", [pair(0)], [*NAMES, "nowhere"]))
     assert class_names(listed) == [*NAMES, "nowhere"]
-    with pytest.raises(ValueError, match="different classes"):
+    with pytest.raises(ValueError, match=r"different classes: .* the same classes.txt, or none"):
         class_names(data, listed)
+    (tmp_path / "b" / "classes.txt").write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match=r"classes.txt names 'a' twice"):
+        class_names(Labelled(listed.name))
+    (tmp_path / "b" / "classes.txt").write_bytes(b"stra\xdfe\n")
+    with pytest.raises(ValueError, match=r"classes.txt: is no text in UTF-8"):
+        Labelled(listed.name)
 
 
 PICTURE, MASK = pair(0)

@@ -63,12 +63,16 @@ def features(
     return torch.cat(x), torch.cat(y)
 
 
-def labelled(spec: str) -> ShardSet:
-    """Open the shards `spec`. Raises ValueError if an image has no class."""
-    shards = ShardSet(spec)
-    if (shards.table["label"] < 0).any():
-        raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
-    return shards
+def labelled(*specs: str) -> list[ShardSet]:
+    """Open the sets. Raises ValueError if an image has no class, or if the class lists beside the shards differ."""
+    sets = [ShardSet(spec) for spec in specs]
+    for spec, shards in zip(specs, sets, strict=True):
+        if (shards.table["label"] < 0).any():
+            raise ValueError(f"{spec}: holds images without a class; a probe needs one for each")
+    if len({tuple(names) for shards in sets if (names := shards.listed("synsets.txt"))}) > 1:
+        both = " and ".join(specs)
+        raise ValueError(f"{both}: their synsets.txt differ, so do their labels; shard one with the other's --classes")
+    return sets
 
 
 def stored(
@@ -133,7 +137,7 @@ class Probe:
     """
 
     def __init__(self, cfg: config.Probe, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
-        self._sets = [labelled(spec) for spec in (cfg.train, cfg.val) if spec]
+        self._sets = labelled(*(spec for spec in (cfg.train, cfg.val) if spec))
         self._options: dict[str, Any] = {"mean": mean, "std": std, "device": device, "images": cfg.images}
 
     def __call__(self, backbone: Any) -> float:
@@ -235,7 +239,7 @@ def main(argv: list[str]) -> None:
     path = Path(args.what)
     run = path if path.is_dir() else path.parent
     if args.head == "sgd":
-        heads.classify(args, rest, args.out or run / "linear")
+        heads.classify(args, rest, args.out or run / "linear", *labelled(args.train, args.val))
         return
     heads.refuse(args, rest, "lr", "wd", "out")
     if args.what.startswith(("timm:", "released:", "random:")):
@@ -244,7 +248,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--size {args.size}: it must be positive")
     method: Any = checkpoint.restore(checkpoint.load(path))
     size = trained_size(method) if args.size is None else args.size
-    train, val = labelled(args.train), labelled(args.val)
+    train, val = labelled(args.train, args.val)
     options = {"size": size, "batch_size": args.batch_size, "device": args.device}
     options |= {"folder": args.features or run / "features", "mean": method.mean, "std": method.std}
     result = {

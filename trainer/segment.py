@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
     figures = {name: figure(confusion, names) for name, confusion in found.items()}
     title = "trained" if options.untrained is None else f"untrained_{options.untrained}"
     draw(out / title, val, predictors["logistic"], names)
+    if train.shards.fingerprint == val.shards.fingerprint:
+        print("trainer.segment: --train and --val are the same images: this is no result", file=sys.stderr)
     print(table(figures, found["ceiling"], names))
     print(f"multi-label classification, by a linear layer on the mean patch: {presence['map']:.1f} mAP")
     grids = np.unique(unseen.grids, axis=0)

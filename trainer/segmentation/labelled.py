@@ -1,7 +1,6 @@
 """Shards of images with label maps: ``KEY.jpg`` beside ``KEY.seg.png``, a single-channel PNG of class indices."""
 
 import io
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -20,7 +19,7 @@ class Labelled:
     def __init__(self, spec: str) -> None:
         self.shards = ShardSet(spec)
         self.name = spec
-        self.classes = _listed(Path(str(self.shards.paths[0])).with_name("classes.txt"))
+        self.classes = self.shards.listed("classes.txt")
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -58,12 +57,15 @@ class Labelled:
 def class_names(*sets: Labelled) -> list[str]:
     """Return the names of the classes: the list stored beside the shards, or numbers up to the largest label.
 
-    Raises ValueError if the sets have different lists.
+    Raises ValueError if the sets have different lists, or if a list names a class twice.
     """
     lists = {tuple(labelled.classes) for labelled in sets}
     if len(lists) > 1:
-        raise ValueError(f"{' and '.join(labelled.name for labelled in sets)} list different classes")
+        both = " and ".join(labelled.name for labelled in sets)
+        raise ValueError(f"{both} list different classes: beside the shards of each lies the same classes.txt, or none")
     if names := lists.pop():
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{sets[0].name}: its classes.txt names {twice[0]!r} twice; name each class once")
         return list(names)
     largest = -1
     for labelled in sets:
@@ -96,8 +98,3 @@ def class_shares(mask: Tensor, rows: int, columns: int, classes: int) -> Tensor:
     labelled = mask != VOID
     counts = torch.bincount(patch[labelled] * classes + mask[labelled], minlength=rows * columns * classes)
     return counts.view(-1, classes) / pixels.clamp(min=1)[:, None].float()
-
-
-def _listed(path: Path) -> list[str]:
-    """Read the class list beside the shards, one name per line; [] if there is none, as for remote sets."""
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -63,7 +63,10 @@ class Figures:
 
 
 def score(method: Any, data: Labelled, device: torch.device, *, show: str | None = None) -> list[Figures]:
-    """Score each head of a method, `finetune` or `heads`, on a whole set. `show` titles a progress bar."""
+    """Score each head of a method, `finetune` or `heads`, on a whole set. `show` titles a progress bar.
+
+    Raises ValueError if no pixel of the set has a label.
+    """
     method = method.to(device).eval()
     classes = method.cfg.classes
     multilabel = getattr(method.cfg, "objective", "segmentation") == "multilabel"
@@ -76,6 +79,8 @@ def score(method: Any, data: Labelled, device: torch.device, *, show: str | None
             figures.add(i, scores, truth)
     for figures in found:
         figures.gather_()
+    if not found[0].present.any():
+        raise ValueError(f"{data.name}: no pixel has a label")
     return found
 
 
