@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def test_what_it_prints_can_be_pasted(
     assert export.main([str(folder / "run"), str(folder / "out"), "--hub", "someone/small"]) == 0
     assert sent == {"name": "someone/small", "someone/small": folder / "out"}
     assert 'timm.create_model("hf-hub:someone/small", pretrained=True)' in (folder / "out" / "README.md").read_text()
+
+
+def test_nobody_elses_readme_is_overwritten(
+    saved: tuple[Path, loca.Method], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = saved
+    (project := folder / "project").mkdir()
+    (project / "README.md").write_text("mine")
+    assert export.main([str(folder / "run"), str(project)]) == 2
+    assert re.search(r"project: holds a README.md .* name another folder\n$", capsys.readouterr().err)
+    assert [path.read_text() for path in project.iterdir()] == ["mine"]
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,8 +69,12 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
 
     A ConvNeXt gets a layer scale of ones, which timm's model requires and VICRegL's lacks. Its last norm is applied to
     every cell here, but to the mean of the cells in timm: the weights are the same, the pooled features are not.
+    Raises ValueError if that would overwrite files that are no export's.
     """
     name, arguments = architecture(backbone)
+    others = [path.name for path in (out / "README.md", out / "config.json") if path.exists()]
+    if others and not (out / "model.safetensors").exists():
+        raise ValueError(f"{out}: holds a {others[0]} that is no export's, and would lose it; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     weights = {key: value.contiguous() for key, value in backbone.state_dict().items()}
     if isinstance(backbone, ConvNeXt):
