@@ -109,14 +109,15 @@ def test_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "views.png"
     assert show.main(["--shards", str(tar), "--recipe", "vicregl_resnet50", "--out", str(out)]) == 0
     assert Image.open(out).width == show.WIDTH
-    assert show.main(["--shards", str(tar), "--recipe", "vicregl_resnet50", "--out", str(tmp_path / "views.html")]) == 0
-    inside = (tmp_path / "views.html").read_text().partition("base64,")[2].partition('"')[0]
+    assert show.main(["--shards", str(tar), "--recipe", "vicregl_resnet50", "--out", str(tmp_path / "views.HTML")]) == 0
+    inside = (tmp_path / "views.HTML").read_text().partition("base64,")[2].partition('"')[0]
     assert Image.open(io.BytesIO(base64.b64decode(inside))) == Image.open(out)
     capsys.readouterr()
     for arguments in (
         ["--shards", str(tmp_path / "no.tar")],
         ["--shards", str(tar), "--out", str(tmp_path / "no" / "x.png")],
         ["--shards", str(tar), "--out", "no.picture"],
+        ["--shards", str(tar), "--out", "no.psd"],  # which Pillow reads and does not write
     ):
         assert show.main(["--recipe", "plain", *arguments]) == 2
         error = capsys.readouterr().err

@@ -219,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
     args = parse_args(parser, argv)
     try:
-        if args.out.suffix.lower() not in {".html", *Image.registered_extensions()}:
+        writable = {ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE}
+        if args.out.suffix.lower() not in {".html", *writable}:
             raise ValueError(f"--out {args.out}: name a picture, as views.png or views.jpg, or an .html")
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
         save(page, args.out)
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def save(page: Image.Image, path: Path) -> None:
     """Writes the page as a picture, or as an HTML file that holds it."""
-    if path.suffix != ".html":
+    if path.suffix.lower() != ".html":
         page.save(path)
         return
     png = io.BytesIO()
