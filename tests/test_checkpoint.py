@@ -49,6 +49,15 @@ def test_old_ones_go_and_milestones_stay(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{s:09d}.pt" for s in (5, 9, 10)]
 
 
+def test_a_file_system_without_links_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    write(tmp_path, 1, 2, keep_last=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000000002.pt"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other format", "pickle"])
 def test_an_unreadable_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     write(tmp_path, 1, 2)

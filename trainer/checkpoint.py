@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,10 @@ def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None)
         for part in folder.glob("*.part"):  # left by a writer that was killed
             part.unlink()
         write(target, payload)
-        link = folder / "last.part"
-        link.symlink_to(target.name)
-        link.replace(folder / "last")
+        with suppress(OSError):  # not every file system has links (exFAT, some of the network's), and nothing reads it
+            link = folder / "last.part"
+            link.symlink_to(target.name)
+            link.replace(folder / "last")
         host.sync_folder(folder)
     except OSError as error:
         warnings.warn(f"no checkpoint at step {payload['step']}: {error}; the ones before it are kept", stacklevel=2)
