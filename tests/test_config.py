@@ -135,7 +135,7 @@ def test_a_mistake_is_one_sentence(argv: list[str], sentence: str) -> None:
     "--optim.betas=[2.0,0.9] --optim.betas=[0.9,-1] --optim.lr=-1 --optim.clip=-1 --optim.clip=0 --epochs=.inf "
     "--optim.weight_decay=-0.1 --optim.warmup_epochs=-1 --optim.final_lr=-1 --optim.lr=.nan --log.keep_every=0 "
     "--stop_after=-1 --optim.max_skipped=0 --data.prefetch=1.5 --data.max_bad=2 --optim=/etc/passwd --loca=5 --config "
-    "--loca.eta=null --speed.recompute=true stray".split(),
+    "--loca.eta=null --speed.recompute=true --epochs=1e300 stray".split(),
 )
 def test_nonsense_is_named(option: str) -> None:
     with pytest.raises(config.UsageError) as error:

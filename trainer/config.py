@@ -209,6 +209,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must lie between 0 and 1", lambda x: 0 <= x <= 1, "data.hw_decoder_load data.max_bad"),
     ("must be at least 0 and below 1", lambda pair: all(0 <= x < 1 for x in pair), "optim.betas"),
     ("must be at least 0 and below 2**63", lambda x: 0 <= x < 2**63, "seed"),
+    ("must be at most 1e9", lambda x: x <= 1e9, "epochs steps"),
 ]
 
 
