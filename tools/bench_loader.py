@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How fast the loader is, stage by stage, and what limits it.
+"""Measures the loader's speed stage by stage, and says what limits it.
 
     python tools/bench_loader.py --shards SPEC --recipe loca --device cpu --batch-size 64 --num-threads 2 --seconds 10
 
-Prints what it measures, a table, and as the last line one JSON object. Warm-up is outside the clock; what is compared
-is measured in turns. "Stage alone": one stage in one thread, on what the stage before gives it. "Pipeline so far": up
-to and with that stage, with all threads and prefetching. Exit code: 0 done, 2 wrong usage or unusable input.
+Prints progress, a table, and as the last line one JSON object. Warm-up is not timed; variants to be compared are
+measured alternately. "Stage alone": one stage in one thread, on the output of the previous stage. "Pipeline so far":
+all stages up to this one, with all threads and prefetching. Exit code: 0 done, 2 wrong usage or unusable input.
 """
 
 import argparse
@@ -29,27 +29,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", required=True, help="folder, brace pattern or tar")
-    add("--recipe", default="loca", choices=(*RECIPES, "decode"), help="decode: reading and decoding only")
-    add("--fidelity", choices=("paper", "released"), help="default: the recipe's own, with which run.py trains")
+    add("--recipe", default="loca", choices=(*RECIPES, "decode"), help="decode: read and decode only")
+    add("--fidelity", choices=("paper", "released"), help="default: the recipe's default, which run.py uses, too")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
     add("--batch-size", type=int, default=64)
-    add("--num-threads", type=int, default=cores(), help="DALI's; rivals get as many workers")
-    add("--seconds", type=float, default=10.0, help="of measuring the whole loader; the other stages take their share")
-    add("--repeats", type=int, default=3, help="rounds; the spread over them is what is printed as min and max")
+    add("--num-threads", type=int, default=cores(), help="threads of DALI; --against loaders get as many workers")
+    add("--seconds", type=float, default=10.0, help="time to measure the whole loader; other stages take a share of it")
+    add("--repeats", type=int, default=3, help="rounds of measuring; min and max are taken over the rounds")
     add("--order", default="global", choices=("global", "block"))
-    add("--pixels", default="uint8", choices=get_args(Pixels), help="type of the views, of the rivals' as well")
-    add("--wanted", type=float, help="images/s: the verdict says how many cores make them")
-    add("--hw-decoder-load", type=float, help="share of a GPU's JPEG engines")
-    add("--step-ms", type=float, help="of the simulated consumer (default: 1.25 x the loader's own time per batch)")
-    add("--against", default="", help=f"comma-separated rivals: {', '.join(rivals.NAMES)}; or all")
+    add("--pixels", default="uint8", choices=get_args(Pixels), help="type of the views, also for --against loaders")
+    add("--wanted", type=float, help="target in images/s: the verdict says how many cores it needs (default: 1000)")
+    add("--hw-decoder-load", type=float, help="share of images decoded by a GPU's JPEG engines, 0 to 1")
+    add("--step-ms", type=float, help="step time of the simulated consumer (default: 1.25 x the loader's batch time)")
+    add("--against", default="", help=f"comma-separated loaders to compare with: {', '.join(rivals.NAMES)}; or all")
     add("--tune", action="store_true", help="search threads x hardware share, then prefetching, then batch size")
-    add("--scaling", action="store_true", help="curves over threads, batch size, views and size of the set")
-    add("--headspace", action="store_true", help="train on replayed batches and on the loader")
-    add("--method", default="loca", help="of --headspace")
-    add("--backbone", help="of --headspace, where the method's own is too large for the machine")
-    add("--json", type=Path, help="write the result here as well")
-    add("--compare", type=Path, help="an earlier --json to hold this run against")
-    add("--chart", type=Path, help="write a PNG of the ladder")
+    add("--scaling", action="store_true", help="measure over threads, batch size, views and size of the set")
+    add("--headspace", action="store_true", help="compare training on batches replayed from memory and on the loader")
+    add("--method", default="loca", help="method that --headspace trains")
+    add("--backbone", help="backbone for --headspace, if the method's default is too large for the machine")
+    add("--json", type=Path, help="also write the result to this file")
+    add("--compare", type=Path, help="earlier --json file to compare this run with")
+    add("--chart", type=Path, help="write the stages as a PNG chart")
     return parse_args(parser, argv)
 
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """All stages, alone and as the pipeline so far, and the rivals, measured in turns."""
+    """Measure all stages, alone and cumulatively, and the `--against` loaders in turns. Add the figures to `result`."""
     challengers = [rivals.meter(name, task) for name in rivals.chosen(args.against)]
     turn = args.seconds / args.repeats
     single = stages.alone(task, stages.Pool(task))
@@ -147,7 +147,7 @@ def ladder(task: stages.Task, args: argparse.Namespace, result: dict[str, Any]) 
         m.close()
     times = {m.name: [1000 / rate for rate in m.rates] for m in single}
     for both, first, second in (("cut + colour", "cut", "colour"), ("decode + cut", "decode", "cut")):
-        if both in times:  # the second is what both take longer than the first, round by round
+        if both in times:  # the second stage's time is the difference, round by round
             times[second] = [max(0.0, b - a) for a, b in zip(times[first], times.pop(both), strict=True)]
     summed = {m.name: m for m in so_far}
     for name in STAGES:

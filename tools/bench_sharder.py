@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How fast the sharder is: against copying, against a plain ShardWriter, against decoding alone.
+"""Compares the sharder's speed with copying, with a plain ShardWriter, and with decoding alone.
 
     python tools/bench_sharder.py FOLDER [--workers 2] [--rounds 3] [--copies 4]
 
-FOLDER: class folders of real photographs; each is linked --copies times so that start-up weighs little, and read from
-the page cache, so the source's disk is not measured. Each round runs all candidates one after the other, so that a
-noisy machine slows all alike; medians are printed, and CPU time beside wall time: other people's load moves it less.
+FOLDER: class folders of real photographs. Each photograph is hard-linked --copies times, so that start-up has little
+weight, and read from the page cache, so that the source's disk is not measured. Each round runs all candidates one
+after the other, so that a noisy machine slows all of them alike. Prints medians of wall time, and CPU time, which
+depends less on the machine's other load.
   cp           `cp -r` of the same files
-  ShardWriter  one process, webdataset's writer, no check of anything
+  ShardWriter  one process, webdataset's writer, no checks
   decode       one process, Pillow decodes every JPEG to full size: the machine's own speed
   sharder      the whole command on 1 and on N workers: start-up, list, plan, verify, hash, sync, metadata
 The last line is one JSON object.
@@ -37,11 +38,11 @@ TOOL = Path(__file__).with_name("shard_imagenet.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="class folders of JPEGs")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2, help="workers of the parallel sharder (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each candidate (default: 3)")
+    parser.add_argument("--copies", type=int, default=4, help="hard links to each photograph (default: 4)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder.parent) as work:  # beside it: hard links need one file system
+    with tempfile.TemporaryDirectory(dir=args.folder.parent) as work:  # hard links need the same file system
         source, out = Path(work, "source"), Path(work, "out")
         files = link(args.folder, source, args.copies)
         total = sum(len(file.read_bytes()) for file in files)  # also warms the page cache
@@ -61,7 +62,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, candidate in candidates.items():
                 shutil.rmtree(out, ignore_errors=True)
-                os.sync()  # no candidate pays for writing back what another one left
+                os.sync()  # so that no candidate pays for the write-back of the previous one
                 began, busy = time.perf_counter(), sum(os.times()[:4])
                 candidate()
                 wall[name].append(time.perf_counter() - began)
@@ -99,11 +100,11 @@ def process(words: list[str]) -> None:
 
 
 def peak_memory(words: list[str]) -> float:
-    """MB that the largest child of a command ever held, by the kernel's high-water mark; an untimed run of its own."""
+    """Peak memory in MB of a command's largest child, by the kernel's high-water mark, in a separate untimed run."""
     peak = 0
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None:
-            with suppress(OSError):  # a process has just ended
+            with suppress(OSError):  # the process has just exited
                 for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
                     lines = Path(f"/proc/{child}/status").read_text().splitlines()
                     peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)

@@ -1,12 +1,12 @@
-"""Checks every claim that needs a GPU, and writes the figures down. One command, no installation:
+"""Checks every claim that needs a GPU, and records the figures. One command, no installation:
 
     PYTHONPATH=. python3 tools/gpu_check.py --out DIR [--shards SPEC] [--quick] [--minutes 10]
 
-Without --shards it makes its own: smooth random pictures of ImageNet's usual size, packed as WebDataset tars. Each
-check runs in a process of its own with a limit of time, so that a crash or a hang costs the others nothing, and what it
-found before is kept. They stand in the order of what they are worth: --minutes ends the last of them, not the first.
-Writes DIR/gpu_check.json and DIR/gpu_check.md after each. Exit code 0 if every check passed, 1 if one did not,
-2 if there is no GPU or a package is missing.
+Without --shards it generates shards: smooth random pictures of ImageNet's usual size, packed as WebDataset tars. Each
+check runs in its own process with a time limit, so that a crash or a hang does not affect the others; figures recorded
+before the crash are kept. The most important checks run first, so --minutes cuts off the least important ones. Writes
+DIR/gpu_check.json and DIR/gpu_check.md after each check. Exit code 0 if every check passed, 1 if one failed, 2 if there
+is no GPU or a package is missing.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# By the module that is imported. What only some checks need costs those alone.
+# Imported module -> package. A package in SOME_NEED is required by that check only.
 MODULES = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -43,7 +43,7 @@ SOME_NEED = {"marked_tests": {"pytest": "pytest", "hypothesis": "hypothesis", "s
 
 
 def missing(modules: dict[str, str]) -> list[str]:
-    """The packages whose modules cannot be found, without importing any."""
+    """Return the packages whose modules are not installed, without importing any of them."""
     found = []
     for module, package in modules.items():
         parents = module.split(".")[:-1]
@@ -62,7 +62,7 @@ from tools.checking import pixels, rates, steps  # noqa: E402
 from tools.checking.bench import Bench  # noqa: E402
 from tools.checking.pictures import make_shards  # noqa: E402
 
-CHECKS = {  # in the order of what they are worth
+CHECKS = {  # the most important first
     check.__name__: check
     for check in (
         pixels.windows_are_equal_and_pixels_close,
@@ -78,7 +78,7 @@ CHECKS = {  # in the order of what they are worth
     )
 }
 BY_TORCHRUN = {"nccl_and_ddp"}
-MINUTES = 8.0  # for one check, at most
+MINUTES = 8.0  # default time limit of one check
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm", "numba", "numpy")
 
 
@@ -99,8 +99,8 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def run_here(name: str, bench: Bench) -> None:
-    """Runs a check in this process and writes its outcome."""
-    bench.write(passed=False, error="it did not come to its end")
+    """Run a check in this process and write its outcome."""
+    bench.write(passed=False, error="it did not finish")
     try:
         CHECKS[name](bench)
         bench.write(passed=True)
@@ -109,7 +109,7 @@ def run_here(name: str, bench: Bench) -> None:
 
 
 def run_apart(name: str, args: argparse.Namespace, shards: str, scratch: Path, minutes: float) -> dict[str, Any]:
-    """Runs a check in a process of its own; its outcome, also where that process crashes or hangs."""
+    """Run a check in its own process and return its outcome, even if that process crashes or hangs."""
     if absent := missing(SOME_NEED.get(name, {})):
         return {"passed": False, "error": f"needs pip install {' '.join(absent)}", "figures": {}, "seconds": 0.0}
     if minutes <= 0:
@@ -138,7 +138,7 @@ def run_apart(name: str, args: argparse.Namespace, shards: str, scratch: Path, m
         _, said = process.communicate(timeout=60 * minutes)
         end = f"its process ended with {process.returncode}"
     except subprocess.TimeoutExpired:
-        process.terminate()  # so that torchrun ends its rank, for which it takes 30 s at the most
+        process.terminate()  # lets torchrun end its rank, which takes at most 30 s
         try:
             _, said = process.communicate(timeout=40)
         except subprocess.TimeoutExpired:
@@ -161,13 +161,13 @@ def run_apart(name: str, args: argparse.Namespace, shards: str, scratch: Path, m
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", help="JPEG shards to use in place of made ones")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--shards", help="JPEG shards to use instead of generated ones")
     parser.add_argument("--quick", action="store_true", help="fewer repeats and images")
-    parser.add_argument("--only", default="", help="run the checks whose name contains this")
-    parser.add_argument("--device", default="cuda", help="cpu tries out this program, and shows nothing of a GPU")
-    parser.add_argument("--minutes", type=float, default=90, help="for all checks together; those left over are named")
-    parser.add_argument("--each", type=float, default=MINUTES, help="minutes after which one check is stopped")
+    parser.add_argument("--only", default="", help="run only the checks whose name contains this")
+    parser.add_argument("--device", default="cuda", help="cpu tests this program itself, and checks nothing on a GPU")
+    parser.add_argument("--minutes", type=float, default=90, help="limit for all checks; the remaining ones are listed")
+    parser.add_argument("--each", type=float, default=MINUTES, help="limit in minutes for each check")
     parser.add_argument("--alone", choices=CHECKS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():

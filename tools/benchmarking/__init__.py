@@ -1,1 +1,1 @@
-"""What `bench_loader.py` measures with: the machine, stages, sweeps, rival loaders, and the report."""
+"""The parts of `bench_loader.py`: the machine, stages, sweeps, loaders to compare with, and the report."""

@@ -1,7 +1,7 @@
-"""A DataLoader's worker as an expert writes it: simplejpeg decodes, OpenCV cuts, look-up tables colour.
+"""A DataLoader worker as an expert would write it: simplejpeg decodes, OpenCV cuts, look-up tables augment colours.
 
-Views of one kind lie in one array, so that a sample is a tensor for each kind. Colours are bytes between the steps, the
-hue is OpenCV's of 180 values. Antialiased views average areas (`INTER_AREA`), which OpenCV has the fastest code for.
+Views of one kind share one array, so a sample has one tensor for each kind. Pixels are bytes between the steps; the hue
+has OpenCV's 180 values. Antialiased views average areas (`INTER_AREA`), for which OpenCV has its fastest code.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 def build(*, antialias: bool) -> Callable[[Recipe, torch.dtype], Callable[[bytes], list[torch.Tensor]]]:
-    """What a worker calls once for the function from stored bytes to a tensor for each kind of view."""
+    """Return a factory. A worker calls it once to get a function from stored bytes to one tensor per kind of view."""
 
     def prepare(recipe: Recipe, dtype: torch.dtype) -> Callable[[bytes], list[torch.Tensor]]:
         import cv2
@@ -45,7 +45,7 @@ def build(*, antialias: bool) -> Callable[[Recipe, torch.dtype], Callable[[bytes
 
 
 def finish(dtype: torch.dtype) -> Callable[[Pixels], torch.Tensor]:
-    """From u8 (S, S, 3) to a tensor: as it is, or normalised (3, S, S) of `dtype`, each plane by a table."""
+    """Return a function from u8 (S, S, 3) to a tensor: unchanged, or normalised (3, S, S) of `dtype` by look-up."""
     if dtype == torch.uint8:
         return torch.from_numpy
     import cv2
@@ -62,7 +62,7 @@ def finish(dtype: torch.dtype) -> Callable[[Pixels], torch.Tensor]:
 
 
 def _crop(image: Pixels, cut: Cut, antialias: bool, rng: np.random.Generator, cv2: Any) -> Pixels:
-    """A RandomResizedCrop with a flip."""
+    """Return a RandomResizedCrop of `image` with a random flip."""
     height, width = image.shape[:2]
     h, w = height, width
     for _ in range(10):

@@ -1,7 +1,7 @@
-"""DALI's own operators on the CPU, as its manual puts them together for a multi-crop loader.
+"""A multi-crop loader of DALI's own CPU operators, combined as in DALI's manual.
 
-What it has no operator for is built of those it has: gray is a saturation of 0, solarizing is arithmetic. Its
-``color_twist`` turns the hue in YIQ and centres the contrast at 128, in one fixed order: less work than a recipe asks.
+DALI has no operator for two augmentations: grayscale is a saturation of 0, solarize is arithmetic. Its ``color_twist``
+rotates the hue in YIQ and centres the contrast at 128, in one fixed order: less work than the recipes require.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _FILTERS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DAL
 
 
 def batches(task: Task) -> Iterator[int]:
-    """How many images each batch had, its views handed to torch in the task's type."""
+    """Yield the number of images of each batch, after its views became torch tensors of the task's type."""
     shards, recipe, rng = task.shards, task.recipe, np.random.default_rng(0)
     assert recipe is not None
 
@@ -40,7 +40,7 @@ def batches(task: Task) -> Iterator[int]:
 
     pipe = graph(batch_size=task.batch_size, num_threads=task.num_threads, device_id=None, prefetch_queue_depth=2)
     while True:
-        # Its own float16 takes several times as long as float32, and bfloat16 it has not.
+        # torch converts: DALI's own float16 takes several times as long as float32, and DALI has no bfloat16.
         views = [torch.from_dlpack(output.as_tensor()).to(task.dtype) for output in pipe.run()]
         yield len(views[0])
 

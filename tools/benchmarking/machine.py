@@ -1,4 +1,4 @@
-"""The machine of a measurement: what it is, what of it this process may use, and what the process used."""
+"""The machine of a measurement: its description, the resources allowed to this process, and the resources used."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores allowed, memory, GPU and versions, as JSON can hold them."""
+    """The processor, allowed cores, memory, GPU and versions as a JSON-serialisable dict."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _commit(),
@@ -47,7 +47,7 @@ def line(machine: dict[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with a + where files differ from it."""
+    """The commit of this checkout, with a + if files differ from it, or None."""
     here = Path(__file__).parent
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--abbrev=9"]
@@ -84,7 +84,7 @@ def _text(path: str) -> str:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process, its threads and its living children (a DataLoader's workers)."""
+    """CPU time of this process, its threads and its living children (the workers of a DataLoader)."""
     total = time.process_time()
     for task in Path("/proc/self/task").iterdir():
         for child in _text(f"{task}/children").split():
@@ -95,7 +95,7 @@ def cpu_seconds() -> float:
 
 
 def storage_bytes() -> int:
-    """Bytes that this process had fetched from storage so far: what did not come from the page cache."""
+    """Bytes that this process has read from storage so far, not from the page cache."""
     for text in _text("/proc/self/io").splitlines():
         if text.startswith("read_bytes:"):
             return int(text.split()[1])
@@ -103,7 +103,7 @@ def storage_bytes() -> int:
 
 
 def memory_mb() -> dict[str, float]:
-    """Of this process: VmHWM, the peak with mapped files (the shards' pages), and RssAnon, what is private now."""
+    """Memory of this process: VmHWM, the peak including mapped files (pages of shards), and RssAnon, private now."""
     found = {}
     for text in _text("/proc/self/status").splitlines():
         name, _, value = text.partition(":")

@@ -1,4 +1,4 @@
-"""Measuring in turns: all that is compared runs once per round, so that a machine's changes of speed touch it alike."""
+"""Measuring in turns: every variant runs once per round, so that changes of the machine's speed affect all alike."""
 
 import threading
 import time
@@ -13,22 +13,22 @@ from pipeline import Loader
 
 from . import machine
 
-SETTLE = 4  # steps outside the clock at the start of each turn: what was prefetched during another's turn
+SETTLE = 4  # untimed steps at the start of each turn: they use up batches prefetched during other turns
 
 
 @dataclass
 class Meter:
-    """What is measured: `steps` does one batch per item and yields how many images that was."""
+    """A variant to measure: `steps` processes one batch per item and yields its number of images."""
 
     name: str
     steps: Iterator[int]
     close: Callable[[], None] = lambda: None
     settle: int = SETTLE
-    share: float = 1.0  # of the seconds given to a turn
+    share: float = 1.0  # fraction of a turn's seconds
     rates: list[float] = field(default_factory=list)  # images per second, one per turn
     cpu: list[float] = field(default_factory=list)  # CPU-seconds per 1,000 images, one per turn
     busy: list[float] = field(default_factory=list)  # cores kept busy, one per turn
-    feeding: list[float] = field(default_factory=list)  # ms an image of the busiest single thread, per turn
+    feeding: list[float] = field(default_factory=list)  # ms per image of the busiest single thread, one per turn
     latencies: list[float] = field(default_factory=list)  # seconds per batch, of all turns
 
     def turn(self, seconds: float) -> None:
@@ -62,7 +62,7 @@ class Meter:
 
 
 def rest() -> None:
-    """Waits until what others prefetch after their turn is done, so that it is not charged to the next one."""
+    """Wait until the prefetching of earlier turns has ended, so that it is not charged to the next turn."""
     deadline = time.perf_counter() + 10
     while time.perf_counter() < deadline:
         before = machine.cpu_seconds()
@@ -72,7 +72,7 @@ def rest() -> None:
 
 
 def single_threads() -> dict[int, float]:
-    """CPU-seconds by thread, of those whose work no further core shares: this one takes batches, others feed DALI."""
+    """CPU-seconds of each thread whose work is serial: the calling thread takes batches, others feed DALI."""
     threads = [t for t in threading.enumerate() if t.name.startswith("loader_feeds")]
     idents = [threading.get_ident(), *(t.ident for t in threads if t.ident is not None)]
     return {ident: time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in idents}
@@ -92,7 +92,7 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def in_turns(meters: list[Meter], seconds: float, repeats: int, say: Callable[[str], None]) -> None:
-    """`repeats` rounds in which each meter has `seconds` x its share."""
+    """Measure `repeats` rounds, in each of which every meter runs for `seconds` x its share."""
     for number in range(repeats):
         for meter in meters:
             meter.turn(seconds)
@@ -104,7 +104,7 @@ def in_turns(meters: list[Meter], seconds: float, repeats: int, say: Callable[[s
 
 
 def repeat(step: Callable[[int], int]) -> Iterator[int]:
-    """Steps 0, 1, 2, ... of a function that does one batch and returns how many images that was."""
+    """Yield step(0), step(1), ...; `step` processes one batch and returns its number of images."""
     number = 0
     while True:
         yield step(number)
@@ -112,5 +112,5 @@ def repeat(step: Callable[[int], int]) -> Iterator[int]:
 
 
 def of_loader(name: str, loader: Loader, **settings: Any) -> Meter:
-    """A loader's batches, epoch after epoch."""
+    """A meter of a loader's batches, epoch after epoch."""
     return Meter(name, (len(batch.label) for batch in loader.forever()), loader.close, **settings)

@@ -1,15 +1,15 @@
-"""A measurement as people read it: a table, a sentence, a comparison, a chart."""
+"""Human-readable forms of a measurement: a table, a verdict, a comparison, a chart."""
 
 from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
-# What two measurements must have in common to be compared.
+# Settings that must be equal for two measurements to be compared.
 SETTINGS = ("recipe", "fidelity", "device", "batch_size", "num_threads", "order", "hw_decoder_load", "pixels")
 
 
 def table(result: Result) -> str:
-    """A Markdown table: each stage alone on one core, and the pipeline up to and with it."""
+    """A Markdown table: each stage alone on one core, and the pipeline up to and including it."""
     lines = [
         "| stage | stage alone, ms/image (one core) | pipeline so far, images/s | min - max | CPU-s / 1,000 |",
         "|---|---|---|---|---|",
@@ -30,12 +30,12 @@ def table(result: Result) -> str:
 
 
 def verdict(result: Result) -> str:
-    """What limits the loader, what to turn, and what it takes."""
+    """The loader's bottleneck, the setting to change, and the cores needed."""
     return f"{_limit(result)} {_needed(result)}"
 
 
 def _needed(result: Result) -> str:
-    """The loader's appetite for cores, and the rate that no number of them lifts."""
+    """The cores needed for the wanted rate, and the rate that more cores cannot exceed."""
     cpu, feeding = result["cpu_s_per_1000"]["median"], result["feeding_ms"]["median"]
     wanted = result["wanted"] or 1000.0
     return (
@@ -82,15 +82,15 @@ def _limit(result: Result) -> str:
 
 
 def comparable(settings: dict[str, Any], earlier: Result) -> None:
-    """Raises ValueError, naming the first setting in which two measurements differ."""
+    """Raise ValueError that names the first setting in which two measurements differ."""
     for name in SETTINGS:
         if settings[name] != earlier[name]:
             option = name.replace("_", "-")
-            raise ValueError(f"--compare holds a run with --{option} {earlier[name]}, not {settings[name]}")
+            raise ValueError(f"--compare: the earlier run had --{option} {earlier[name]}, not {settings[name]}")
 
 
 def compare(result: Result, earlier: Result) -> list[str]:
-    """One line per figure: the change, and whether it is beyond both runs' noise (their ranges do not touch)."""
+    """One line per figure: the change, and whether it exceeds the noise (the ranges of both runs do not overlap)."""
     single = min(result["repeats"], earlier["repeats"]) < 2
     lines = []
     for label, new, old in _pairs(result, earlier):
@@ -112,13 +112,13 @@ def _pairs(result: Result, earlier: Result) -> list[tuple[str, dict[str, float],
 
 
 def chart(result: Result, path: Path) -> None:
-    """A PNG of the same; needs matplotlib."""
+    """Write a PNG chart of the stages; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    stages = {n: s for n, s in result["stages"].items() if n != "read"}  # its bar would leave the others no height
+    stages = {n: s for n, s in result["stages"].items() if n != "read"}  # its bar would dwarf all others
     rungs = {n: s["images_per_s"] for n, s in stages.items() if "images_per_s" in s}
     rivals = {n: r["images_per_s"] for n, r in result.get("against", {}).items()}
     singles = {n: s["alone_ms"]["median"] for n, s in result["stages"].items() if "alone_ms" in s}

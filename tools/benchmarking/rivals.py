@@ -1,9 +1,9 @@
-"""What a user would pick instead: a DataLoader whose workers cut all views of an image, or DALI's own operators.
+"""Loaders to compare with: DataLoaders whose workers cut all views of an image, and a graph of DALI's own operators.
 
-Each reads the same tars and hands out tensors of the same shapes and type as the loader, with the recipe's crops,
-filters, probabilities and ranges. ``torchvision`` is the usual PIL multi-crop loader; ``opencv`` is Albumentations on
-OpenCV, not antialiased; ``simplejpeg`` and ``simplejpeg-aa`` are an expert's, written by hand (`by_hand`), without and
-with antialiasing; ``dali`` is DALI's graph as its manual has it (`dali_graph`).
+Each of them reads the same tars and yields tensors of the same shapes and type as our loader, with the recipe's crops,
+filters, probabilities and ranges. ``torchvision`` is the usual PIL multi-crop loader. ``opencv`` is Albumentations on
+OpenCV, not antialiased. ``simplejpeg`` and ``simplejpeg-aa`` are hand-written loaders (`by_hand`), without and with
+antialiasing. ``dali`` is a graph as in DALI's manual (`dali_graph`).
 """
 
 import io
@@ -30,7 +30,7 @@ Build = Callable[[Recipe, torch.dtype], Transform]
 
 
 def chosen(names: str) -> list[str]:
-    """The rivals that `--against` names; "all" for each of them. Raises ValueError for one that there is not."""
+    """The loaders that `--against` names; "all" names every one. Raises ValueError for an unknown name."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if wanted == ["all"]:
         return list(NAMES)
@@ -41,7 +41,7 @@ def chosen(names: str) -> list[str]:
 
 
 def meter(name: str, task: Task) -> Meter:
-    """The rival `name` with as many workers as the loader has threads. Raises ValueError where it is not installed."""
+    """A meter of loader `name`, with one worker per thread of ours. Raises ValueError if a package is missing."""
     packages, build = _RIVALS[name]
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
@@ -58,7 +58,7 @@ def _sizes(task: Task, name: str) -> Iterator[int]:
         sampler=RandomSampler(data, replacement=True, num_samples=1 << 30),
         num_workers=task.num_threads,
         persistent_workers=True,
-        multiprocessing_context="spawn",  # behind a fork, this process would copy every page that it writes to
+        multiprocessing_context="spawn",  # after a fork, this process would copy every page that it writes to
     )
     for views in loader:
         yield len(views[0])
@@ -163,7 +163,7 @@ def _opencv(recipe: Recipe, dtype: torch.dtype) -> Transform:
     return transform
 
 
-_RIVALS: dict[str, tuple[tuple[str, ...], Build | None]] = {  # the packages that each needs, and what a worker does
+_RIVALS: dict[str, tuple[tuple[str, ...], Build | None]] = {  # packages needed, and factory of the worker's transform
     "torchvision": ((), _torchvision),
     "opencv": (("cv2", "albumentations"), _opencv),
     "simplejpeg": (("cv2", "simplejpeg"), by_hand.build(antialias=False)),

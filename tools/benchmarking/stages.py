@@ -1,4 +1,4 @@
-"""The stages of the pipeline: each alone on one core, and the pipeline up to and with each, as the loader runs it."""
+"""The stages of the pipeline: each alone on one core, and cumulatively, as the loader runs them."""
 
 import time
 from collections import deque
@@ -24,12 +24,12 @@ from pipeline.samples import Samples
 from . import machine
 from .meter import Meter, of_loader, repeat
 
-_POOL = 16  # batches that the stages alone work on, over and over: some 100 MB of stored images
+_POOL = 16  # batches that single stages process repeatedly: about 100 MB of stored images
 
 
 @dataclass
 class Task:
-    """What is measured: a recipe (None: decoding only) on shards, and the settings of the loader."""
+    """The setting to measure: shards, a recipe (None: decoding only), and the loader's settings."""
 
     shards: ShardSet
     recipe: Recipe | None
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the views that the loader, and each rival, hands out."""
+        """Type of the views, of our loader and of the loaders to compare with."""
         return getattr(torch, self.pixels)
 
     def loader(self, recipe: Recipe | None = None, **changes: Any) -> Loader:
@@ -65,12 +65,12 @@ class Task:
 
     @property
     def device_id(self) -> int | None:
-        """DALI's number of the GPU; None on a CPU."""
+        """The GPU's number for DALI, or None on a CPU."""
         return (torch.device(self.device).index or 0) if self.gpu else None
 
 
 class Decoder:
-    """DALI's image decoder and nothing else."""
+    """A DALI pipeline with nothing but the image decoder."""
 
     def __init__(self, task: Task, threads: int):
         gpu = task.gpu
@@ -106,7 +106,7 @@ class Decoder:
 
 
 def uncoloured(recipe: Recipe) -> Recipe:
-    """The same windows without colours and targets."""
+    """The recipe with the same windows, but without colour augmentation and targets."""
     cuts = tuple(
         replace(cut, augmentations=tuple(Augmentation(rule=c.rule) for c in cut.augmentations)) for cut in recipe.cuts
     )
@@ -114,7 +114,7 @@ def uncoloured(recipe: Recipe) -> Recipe:
 
 
 class Pool:
-    """Some batches of stored images with their draws, for the stages alone."""
+    """Some batches of stored images with their draws, as input for single stages."""
 
     def __init__(self, task: Task):
         self.samples = Samples(task.shards, 0)
@@ -134,7 +134,7 @@ class Pool:
 
 
 def alone(task: Task, pool: Pool) -> list[Meter]:
-    """Each stage by itself in the calling thread, on what the stage before would hand it."""
+    """A meter for each single stage, in the calling thread, on the output of the previous stage."""
 
     def stage(name: str, step: Callable[[int], Any], share: float = 0.1) -> Meter:
         def one(number: int) -> int:
@@ -171,7 +171,7 @@ def alone(task: Task, pool: Pool) -> list[Meter]:
 
 def _on_cpu(pool: Pool, recipe: Recipe, decoder: Decoder, stage: Callable[..., Meter]) -> list[Meter]:
     decoder.submit(pool.images[0])
-    images = [np.array(image) for image in decoder.take()]  # one batch decoded: enough images, and memory for all
+    images = [np.array(image) for image in decoder.take()]  # one decoded batch: all 16 would take too much memory
     outputs = tuple(np.empty((c.count, c.size, c.size, 3), np.uint8) for c in recipe.cuts)
     plain = pool.params[0].copy()
     plain[..., parameters.ORDER] = -1
@@ -211,7 +211,7 @@ def _on_gpu(task: Task, pool: Pool, recipe: Recipe, stage: Callable[..., Meter])
 
 
 def cumulative(task: Task) -> list[Meter]:
-    """From reading alone to the whole loader, each with all threads and prefetching."""
+    """Meters from reading alone to the whole loader, each with all threads and prefetching."""
     samples = Samples(task.shards, 0)
     meters = [
         Meter("read", _reading(task, samples), share=0.25),
@@ -229,7 +229,7 @@ def cumulative(task: Task) -> list[Meter]:
 
 
 def _loads(task: Task, samples: Samples) -> Iterator[list[Any]]:
-    """Stored images, a batch after the other, read ahead by four threads as the loader does."""
+    """Yield batches of stored images, read ahead by four threads as in the loader."""
     n, b = len(task.shards), task.batch_size
     wanted = (
         positions(0, epoch, start, min(start + b, n), n)
@@ -258,7 +258,7 @@ def _decoding(task: Task, samples: Samples) -> Iterator[int]:
 
 
 def consume(task: Task, step_ms: float, seconds: float) -> dict[str, float]:
-    """A trainer that takes `step_ms` for each batch without using the host, and what it waits for the loader."""
+    """Simulate a trainer that sleeps `step_ms` for each batch, and return its waits for the loader."""
     loader, waits = task.loader(), list[float]()
     steps = loader.forever()
     start = time.perf_counter()
@@ -278,7 +278,7 @@ def consume(task: Task, step_ms: float, seconds: float) -> dict[str, float]:
 
 
 def memory(task: Task, spec: str) -> dict[str, float]:
-    """Megabytes that the whole loader takes in a process of its own, after some batches: at its peak, and private."""
+    """Memory in MB of a separate process with the whole loader after some batches: the peak, and the private part."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_memory, _settings(task), spec).result()
 

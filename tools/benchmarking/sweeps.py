@@ -1,4 +1,4 @@
-"""Searches and curves: the best setting, how speed scales, and how close training on real data comes to its ceiling."""
+"""Sweeps: the best setting, how speed scales, and how close training on the loader comes to its ceiling."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,16 +22,16 @@ Say = Callable[[str], None]
 
 
 def tune(task: Task, seconds: float, say: Say) -> dict[str, Any]:
-    """The best setting by images per second, each measured in two turns.
+    """Search the setting with the most images per second; each is measured in two turns.
 
-    Threads and (on a GPU) the share of the hardware decoder are searched together, since threads do what the hardware
-    leaves; then how far to prefetch, then the batch size, each at the best setting so far.
+    Threads and (on a GPU) the share of the hardware decoder are searched together, because threads decode what the
+    hardware does not. Then the prefetch depth and then the batch size are searched at the best setting so far.
     """
     rows = list[dict[str, Any]]()
 
     def best_of(settings: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for setting in settings:
-            meter = of_loader("tune", task.loader(**setting), settle=3 * setting["prefetch"])  # what lay ready
+            meter = of_loader("tune", task.loader(**setting), settle=3 * setting["prefetch"])  # prefetched
             for _ in range(2):
                 meter.turn(seconds)
             meter.close()
@@ -52,7 +52,7 @@ def tune(task: Task, seconds: float, say: Say) -> dict[str, Any]:
 
 
 def scaling(task: Task, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
-    """Images per second over threads, batch sizes and views, and the host's work over the size of the set."""
+    """Measure images per second over threads, batch sizes and views, and the host's work over the size of the set."""
     found: dict[str, Any] = {}
 
     def curve(name: str, loaders: dict[Any, Loader]) -> None:
@@ -97,17 +97,17 @@ def _host_ms(task: Task, n: int, repeats: int) -> dict[str, float]:
 
 
 def headspace_config(method: str, backbone: str | None) -> tuple[Any, Any]:
-    """A method's module and its settings. Raises ValueError for a method or backbone that is not there."""
+    """A method's module and its settings. Raises ValueError for an unknown method or backbone."""
     if method not in methods.names():
         raise ValueError(f"--method {method!r}: choose from {', '.join(methods.names())}")
     module = methods.load(method)
     config = module.Config() if backbone is None else replace(module.Config(), backbone=backbone)
-    module.views(config)  # knows its backbones
+    module.views(config)  # raises for an unknown backbone
     return module, config
 
 
 def headspace(task: Task, method: str, backbone: str | None, seconds: float, repeats: int, say: Say) -> dict[str, Any]:
-    """Training steps on batches that are replayed from memory (the ceiling) and on the loader, turn about."""
+    """Measure training steps alternately on batches replayed from memory (the ceiling) and on the loader."""
     module, config = headspace_config(method, backbone)
     device = torch.device(task.device)
     model = module.Method(config).to(device)

@@ -1,4 +1,4 @@
-"""What a check works with."""
+"""The context of a check: shards, device, settings and results."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"loca": recipes.loca, "vicregl": rec
 
 @dataclass
 class Bench:
-    """What a check works with: shards, a device, a folder for scratch files, and where its figures are written."""
+    """The context of a check: shards, a device, a folder for scratch files, and the file for its figures."""
 
     shards: str
     device: str
@@ -37,9 +37,9 @@ class Bench:
         return Loader(self.shards, recipe, self.batch, device=device or self.device, **settings)
 
     def note(self, name: str, figure: Any) -> None:
-        """Keeps a figure, whatever happens next."""
+        """Record a figure at once, so that a later crash does not lose it."""
         self.figures[name] = figure
-        self.write(passed=False, error="it did not come to its end")
+        self.write(passed=False, error="it did not finish")
 
     def write(self, **outcome: Any) -> None:
         self.result.write_text(json.dumps({**outcome, "figures": self.figures}))
@@ -49,12 +49,12 @@ class Bench:
             torch.cuda.synchronize()
 
     def forbid_waiting(self, forbidden: bool) -> None:
-        """Whether an operation of torch that makes the host wait for the device is an error."""
+        """Make torch raise on operations that synchronise the host with the device, or allow them again."""
         if self.gpu:
             torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
     def config(self, module: Any) -> Any:
-        """A method's own settings; those of its small run where there is no GPU."""
+        """A method's default settings, or without a GPU those of its demo preset."""
         if self.gpu:
             return module.Config()
         name = module.__name__.rpartition(".")[2]

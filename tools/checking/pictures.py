@@ -1,4 +1,4 @@
-"""Shards of made pictures, for a machine that has none."""
+"""Shards of generated pictures, for a machine without shards."""
 
 import io
 import tarfile
@@ -9,11 +9,11 @@ from PIL import Image
 
 
 def make_shards(folder: Path, count: int) -> str:
-    """`count` smooth random pictures, mostly 500x375, some 107 kB each, as tars of 500. Returns the folder."""
+    """Write `count` smooth random pictures, mostly 500x375, about 107 kB each, in tars of 500. Return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     originals = []
-    for _ in range(64):  # pictures differ by their crops; drawing each again would take minutes
+    for _ in range(64):  # crops make the pictures differ; generating each one anew would take minutes
         octaves = [
             np.asarray(
                 Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize(

@@ -1,4 +1,4 @@
-"""Are the views those of the CPU, and do they stay so?"""
+"""Checks that the views equal the CPU's, and that they stay valid while they are held."""
 
 from contextlib import nullcontext
 
@@ -13,14 +13,14 @@ PIXEL_MEAN, PIXEL_SHARE = 1.5, 0.02  # levels of mean difference; share of pixel
 
 
 def windows_are_equal_and_pixels_close(bench: Bench) -> None:
-    """CPU and GPU, each form: the same samples, windows bit for bit, pixels within the tolerance."""
+    """Check each form against the CPU: the same samples, windows bit for bit, pixels within the tolerance."""
     apart = []
     for name, make in RECIPES.items():
         for form in bench.forms:
             host, device = bench.loader(make(), "cpu", seed=3), bench.loader(make(), seed=3, form=form)
             found: dict[str, dict[str, float]] = {}
             for a, b, _ in zip(host, device, range(2), strict=False):
-                assert torch.equal(a.index, b.index), f"{name}, {form}: other samples on the GPU"
+                assert torch.equal(a.index, b.index), f"{name}, {form}: different samples on the GPU"
                 for kind, view in a.views.items():
                     assert torch.equal(view.window, b.views[kind].window.cpu()), (
                         f"{name}/{kind}, {form}: windows differ"
@@ -40,14 +40,14 @@ def windows_are_equal_and_pixels_close(bench: Bench) -> None:
 
 
 def outputs_stay_valid(bench: Bench) -> None:
-    """DALI's memory, views or decoded images, in each form: kept while held, and until the device has read it."""
+    """Check in each form that DALI keeps its memory (views, decoded images) while it is held or the device reads it."""
 
     def sums(form: Form, late: bool) -> list[int]:
         loader, found = bench.loader(recipes.plain(), form=form), []
         with torch.cuda.stream(torch.cuda.Stream()) if late and bench.gpu else nullcontext():
             for batch, _ in zip(loader.forever(), range(24), strict=False):
                 if late and bench.gpu:
-                    torch.cuda._sleep(20_000_000)  # the batch is let go some 10 ms before it is read
+                    torch.cuda._sleep(20_000_000)  # the batch is released about 10 ms before it is read
                 found.append(batch.views["image"].pixels.sum(dtype=torch.int64))
                 if not late:
                     bench.synchronize()

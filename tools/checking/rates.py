@@ -1,4 +1,4 @@
-"""How fast are the forms, and what do they take from a trainer?"""
+"""Checks of the forms' rates, and of how much they slow a trainer."""
 
 import os
 import time
@@ -17,7 +17,7 @@ GOALS = {"loca": 5000, "vicregl": 6000}  # images a second on an H100 with 16 co
 
 
 def loader_throughput(bench: Bench) -> None:
-    """Source images a second with all views: the forms against each other, as DALI and the loader set them up."""
+    """Measure source images/s with all views in each form, at default settings. The best form must reach the goal."""
     bench.note("threads", len(os.sched_getaffinity(0)))
     for name in RECIPES:
         for form in bench.forms:
@@ -26,11 +26,11 @@ def loader_throughput(bench: Bench) -> None:
         best = max(found, key=lambda form: found[form])
         bench.note(f"fastest of {name}", best)
         goal = GOALS[name] if bench.gpu and "H100" in torch.cuda.get_device_name() else 0
-        assert found[best] >= goal, f"{name}: {found[best]} images a second, not {goal}"
+        assert found[best] >= goal, f"{name}: {found[best]} images/s, below the goal of {goal}"
 
 
 def shares_and_threads(bench: Bench) -> None:
-    """Where the rate comes from: the share of the JPEG engines with all threads, then threads with the best share."""
+    """Measure rates over the share of the JPEG engines with all threads, then over threads with the best share."""
     cores = len(os.sched_getaffinity(0))
     form: Form = "operators" if bench.gpu else "fused"
     shares = (0.65, 0.25) if bench.quick else (0.65, 0.0, 0.25, 0.5, 0.8, 1.0)
@@ -69,7 +69,7 @@ def _rates(bench: Bench, loader: Loader, steps: int, repeats: int) -> list[float
 
 
 def the_gpu_is_left_to_the_trainer(bench: Bench) -> None:
-    """What decoding, cutting and augmenting 1,500 images a second take from a device that multiplies matrices."""
+    """Measure how much the loader slows a device that multiplies matrices, at 1,500 images/s."""
     side = 8192 if bench.gpu else 256
     matrix = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
     costly = []
@@ -87,13 +87,13 @@ def the_gpu_is_left_to_the_trainer(bench: Bench) -> None:
             taken = round(100 * (fed / alone - 1), 1)
             bench.note(f"{name} {form}", {"images_per_s": round(steps * bench.batch / fed), "percent_taken": taken})
             costly += [f"{name} {form}"] if fed > 1.05 * alone else []
-    assert not bench.gpu or not costly, f"more than 5 % of the GPU: {', '.join(costly)}"
+    assert not bench.gpu or not costly, f"the loader takes more than 5 % of the GPU: {', '.join(costly)}"
 
 
 def _multiply(
     bench: Bench, matrix: torch.Tensor, products: int, steps: int, batches: Iterator[Batch] | None = None
 ) -> float:
-    """Seconds for so many steps of so many products, a batch taken before each step where there are `batches`."""
+    """Seconds for `steps` steps of `products` matrix products; each step first takes a batch of `batches`, if given."""
     bench.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -106,7 +106,7 @@ def _multiply(
 
 
 def the_host_runs_ahead(bench: Bench) -> None:
-    """A batch is handed out while the trainer's stream is still busy: nothing waits for the device."""
+    """Check that the loader yields a batch while the trainer's stream is still busy, without waiting for the device."""
     for form in bench.forms:
         loader = bench.loader(recipes.loca(), form=form)
         batches = loader.forever()

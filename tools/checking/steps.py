@@ -1,4 +1,4 @@
-"""A method's step: graphs, time, memory, ranks; a short training; the tests that need a GPU."""
+"""Checks of a method's step (graphs, time, memory, ranks), a short training, and the tests that need a GPU."""
 
 import itertools
 import json
@@ -18,13 +18,13 @@ from .bench import ROOT, Bench
 
 
 def one_compiled_graph(bench: Bench) -> None:
-    """Pretraining's steps: one graph, nothing compiled after the second step, no wait for the device; rate and MFU."""
+    """Check the steps of pretraining: one graph, no compilation after step 4, no synchronisation; note rate and MFU."""
     failed = []
     pretraining = [name for name in methods.names() if (ROOT / f"trainer/presets/{name}_demo.yaml").exists()]
     for name in [*pretraining, *(["vicregl resnet50"] if bench.gpu else [])]:
         try:
             bench.note(name, _train(bench, *name.split()))
-        except Exception as error:  # the other methods still have something to say
+        except Exception as error:  # check the other methods, too
             traceback.print_exc()
             failed.append(f"{name}: {type(error).__name__}: {error}")
         finally:
@@ -32,7 +32,7 @@ def one_compiled_graph(bench: Bench) -> None:
     assert not failed, "; ".join(failed)
 
 
-# GiB of an eager step's weights and optimizer, and of each image: what tests/predict_gpu.py counts (docs/gpu.md).
+# GiB of an eager step: weights and optimizer, and each image, as counted by tests/predict_gpu.py (docs/gpu.md).
 PREDICTED = {"loca": (1.5, 0.1752), "vicregl": (2.13, 0.2792), "vicregl resnet50": (1.32, 0.0938)}
 
 
@@ -47,7 +47,7 @@ def _train(bench: Bench, name: str, backbone: str | None = None) -> dict[str, An
     loader = bench.loader(module.views(config))
     batches = loader.forever()
     for _ in range(2):
-        next(batches)  # the loader's own graphs, of the colours, are compiled here
+        next(batches)  # compiles the loader's own graphs, for the colours
     progress = torch.zeros((), device=bench.device)
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -74,7 +74,7 @@ def _train(bench: Bench, name: str, backbone: str | None = None) -> dict[str, An
     figure = {"batch": bench.batch, "step_ms": round(step_ms, 1), "images_per_s": rate}
     if not bench.gpu:
         return figure
-    each = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]  # memory pools grow in the first of them
+    each = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]  # memory pools grow in the first steps
     peak = cost.peak_flops(torch.device(bench.device))
     fixed, each_image = PREDICTED[f"{name} {backbone}" if backbone else name]
     return {
@@ -88,7 +88,7 @@ def _train(bench: Bench, name: str, backbone: str | None = None) -> dict[str, An
 
 
 def _mark(bench: Bench) -> Any:
-    """A place in the device's queue of work."""
+    """A timing event in the device's queue, or None without a GPU."""
     if not bench.gpu:
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -97,12 +97,12 @@ def _mark(bench: Bench) -> Any:
 
 
 def nccl_and_ddp(bench: Bench) -> None:
-    """One rank with NCCL: DDP's step with and without Dynamo's splitting at its buckets, in graphs and milliseconds."""
+    """Run NCCL with one rank. Note graphs and milliseconds of DDP's step with and without Dynamo's split at buckets."""
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if bench.gpu else "gloo"
     device = torch.device("cuda", 0) if bench.gpu else None
-    if dist.is_torchelastic_launched():  # as gpu_check does it
+    if dist.is_torchelastic_launched():  # as under gpu_check
         dist.init_process_group(backend, device_id=device)
     else:
         store = f"file://{bench.result.absolute()}.store"
@@ -138,7 +138,7 @@ def nccl_and_ddp(bench: Bench) -> None:
 
 
 def a_short_training(bench: Bench) -> None:
-    """`run.py` in bf16, compiled: the loss falls, the loader is not waited for, the run resumes."""
+    """Check `run.py` in bf16, compiled: the loss falls, the trainer does not wait for the loader, the run resumes."""
     out, steps = bench.scratch / "run", 60 if bench.quick else 300
     command = [sys.executable, str(ROOT / "trainer/run.py"), "--shards", bench.shards, "--out", str(out)]
     small = f"--method loca --config {ROOT}/trainer/presets/loca_demo.yaml"
@@ -154,13 +154,13 @@ def a_short_training(bench: Bench) -> None:
     for name, line in (("first", lines[0]), ("last", lines[-1])):
         bench.note(name, {key: line[key] for key in keys})
     waited = lines[-1]["data_wait_ms"] / lines[-1]["step_ms"]
-    assert not bench.gpu or waited < 0.02, f"{waited:.1%} of a step is spent on waiting for data, not 2 % at the most"
-    assert lines[-1]["step"] == steps, "the second call did not go on"
+    assert not bench.gpu or waited < 0.02, f"{waited:.1%} of a step is spent waiting for data, more than 2 %"
+    assert lines[-1]["step"] == steps, "the second call did not resume"
     assert lines[-1]["position_loss"] < lines[0]["position_loss"], "the position loss did not fall"
 
 
 def marked_tests(bench: Bench) -> None:
-    """The tests that need a GPU."""
+    """Run the tests that need a GPU."""
     if not bench.gpu:
         return
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_colour.py", "tests/test_loader.py"]
