@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""ImageNet (1k, 21k) or any folder of images -> shuffled WebDataset tars, each image proven to decode.
+"""Converts ImageNet (1k, 21k) or any folder of images into shuffled WebDataset tars, and verifies that each decodes.
 
-    python tools/shard_imagenet.py SOURCE OUT --split train          # shard; run it again to go on after a stop
+    python tools/shard_imagenet.py SOURCE OUT --split train          # shard; run it again to resume after a stop
     python tools/shard_imagenet.py SOURCE OUT --split val --labels DEVKIT_OR_CSV
     python tools/shard_imagenet.py --check OUT                       # verify every byte of a finished folder
 
-SOURCE: a folder of class folders, Kaggle's layout, ILSVRC2012_img_train.tar or _val.tar or the folder they lie in,
+SOURCE: a folder of class folders, Kaggle's layout, ILSVRC2012_img_train.tar or _val.tar or the folder with them,
 ImageNet-21k as a (gzipped) tar of class tars, a folder of class tars or of class folders, or unlabelled images; or
 the address of any of these in a bucket (s3://, gs://, az://), or of a tar on a web server (http(s)://).
-OUT gets <name>-<split>-0000.tar ..., a DALI index (.idx) and a sample table (.samples.npy) beside each, timm's
-_info.json, manifest.json (sha256 of each shard), synsets.txt and quarantine.jsonl (what was left out, and why).
+OUT gets <name>-<split>-0000.tar ..., a DALI index (.idx) and a sample table (.samples.npy) for each tar, timm's
+_info.json, manifest.json (sha256 of each shard), synsets.txt and quarantine.jsonl (omitted images, and why).
 
-Same source and options give the same bytes, whatever the number of workers and however often the run was killed. Over
-many machines: start the same command under torchrun or as a Slurm array; each takes its part, the last one finishes.
+The same source and options give the same bytes, for any number of workers and after any interruption. On many machines,
+start the same command under torchrun or as a Slurm array: each takes its part, and the last one finishes the set.
 Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable input.
 """
 
@@ -56,7 +56,7 @@ def shard(args: argparse.Namespace) -> int:
 
 
 def prepare(target: Target, planned: plan.Plan, missing: list[int]) -> None:
-    """What the workers read: the plan, and the images of a .tar.gz."""
+    """Write the workers' input to the work folder: the plan, and the images of a .tar.gz."""
     if not (target.work / "rows.npy").exists():
         planned.save(target.work)
     if planned.gzipped:
@@ -93,20 +93,20 @@ def describe(planned: plan.Plan, part: tuple[int, int]) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     add = parser.add_argument_group("which images").add_argument
-    add("--classes", type=Path, metavar="FILE", help="only these classes, one a line; label = line number from 0")
-    text = "N random images by --seed; a smaller N is part of a larger one"
+    add("--classes", type=Path, metavar="FILE", help="only these classes, one per line; label = line number from 0")
+    text = "only N random images, chosen by --seed; a smaller subset is part of a larger one"
     add("--subset", type=command.integer(1), metavar="N", help=text)
     text = "for flat folders: the devkit, LOC_val_solution.csv, or lines `<file> <label>`"
     add("--labels", type=Path, metavar="FILE", help=text)
-    text = "added to the integers of --labels (-1 where they begin at 1)"
+    text = "added to integer labels of --labels (-1 if they begin at 1)"
     add("--label-offset", type=command.integer(-(2**31), 2**31), metavar="K", help=text)
-    add("--unlabelled", action="store_true", help="all images below SOURCE, label -1")
-    text = "what names a sample: its file's stem or its path; auto: the path where stems repeat"
+    add("--unlabelled", action="store_true", help="take all images below SOURCE, with label -1")
+    text = "sample key: the file's stem or its path; auto: the path if stems repeat"
     add("--key", choices=("auto", "stem", "path"), default="auto", help=text)
     add = parser.add_argument_group("what is stored").add_argument
-    add("--short-side", type=command.integer(1), metavar="N", help="downsize to it, never up (re-encodes)")
-    add("--quality", type=command.integer(1, 100), default=95, help="of JPEGs that are re-encoded (default: 95)")
-    text = "larger images are quarantined (default: 30,000,000)"
+    add("--short-side", type=command.integer(1), metavar="N", help="downsize larger images to this (re-encodes)")
+    add("--quality", type=command.integer(1, 100), default=95, help="JPEG quality of re-encoded images (default: 95)")
+    text = "quarantine images with more pixels (default: 30,000,000)"
     add("--max-pixels", type=command.integer(1), default=Rules.max_pixels, metavar="N", help=text)
     return command.parse(parser, argv)
 

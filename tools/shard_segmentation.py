@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Labelled images for segmentation -> WebDataset tars of KEY.jpg and KEY.seg.png, masks as class indices, 255 = void.
+"""Converts images with segmentation masks into WebDataset tars of KEY.jpg and KEY.seg.png (class indices, 255 = void).
 
     python tools/shard_segmentation.py SOURCE OUT --layout voc --split train_aug    # shard; run it again to resume
     python tools/shard_segmentation.py --check OUT                                  # verify a finished folder
 
-SOURCE: `--layout folders` is images/SPLIT, masks/SPLIT (gray PNGs of class indices) and classes.txt, a name a line.
-Every other layout is a public data set as its archives unpack; docs/sharding.md says which folders each one wants.
+SOURCE: `--layout folders` is images/SPLIT, masks/SPLIT (gray PNGs of class indices) and classes.txt, one name per line.
+Every other layout is a public data set as its archives unpack; docs/sharding.md lists the folders that each one needs.
 OUT gets what tools/shard_imagenet.py writes, classes.txt, and the pixels and share of each class in the manifest.
 
-Refused, by name: a mask of another size than its image, one that is coded in another way than the layout says (a
-palette or colours where indices are due), a number or colour that stands for no class, images and masks without each
-other. Same source and options give the same bytes, whatever the number of workers, however often the run was killed.
-Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable input.
+These are refused with a message that names the file: a mask whose size differs from its image's; a mask with another
+coding than the layout's (a palette or colours instead of indices); a number or colour that is no class; an image
+without a mask, or a mask without an image. The same source and options give the same bytes, for any number of workers
+and after any interruption. Exit code: 0 done, 1 failed or differences found, 2 wrong usage or unusable input.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def shard(args: argparse.Namespace) -> int:
         return 0
     more = partial(statistics, maker.target.spec.classes)
     code = command.carry_out(maker.target, maker, args, images=maker.count, more=more)
-    if manifest := maker.target.manifest():  # else other parts are still at work
+    if manifest := maker.target.manifest():  # otherwise other parts are not finished
         rows = manifest["classes"]
         shares = [f"{name} {row['share']:.2f}" for name, row in rows.items() if row["pixels"]]
         print(f"{len(shares)} of {len(rows)} classes, in percent of the labelled pixels: {', '.join(shares)}")
@@ -56,7 +56,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def list_and_plan(args: argparse.Namespace) -> ShardMaker:
-    """Which pair goes into which shard: everything that is decided before the first image is read."""
+    """List the source and assign pairs to shards: everything that is decided before the first image is read."""
     if not isinstance(args.source, Path) or not args.source.is_dir():
         raise SourceError(f"{args.source} is no folder: SOURCE is where the data set's archives are unpacked")
     if command.inside(args.out, args.source):
@@ -75,7 +75,7 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
     content = hashlib.sha256(json.dumps([layout.classes, rows]).encode())
     size = sum(sizes.values())
     bounds = plan.bounds(len(found), size, args.shards)
-    rules = Rules(subsampling="4:4:4")  # of PNGs that become JPEGs: small coloured things are classes here
+    rules = Rules(subsampling="4:4:4")  # for PNGs that become JPEGs: small coloured objects are classes here
     spec = Spec(
         name=args.name or (plan.folder_name(args.source, args.split) if args.layout == "folders" else args.layout),
         split=args.split,
@@ -100,8 +100,8 @@ def list_and_plan(args: argparse.Namespace) -> ShardMaker:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     add = parser.add_argument_group("which images").add_argument
-    add("--layout", choices=["folders", *layouts.LAYOUTS], help="how SOURCE is laid out and its masks are coded")
-    add("--list", type=Path, metavar="FILE", help="names the split's images, one a line, in the layout's place")
+    add("--layout", choices=["folders", *layouts.LAYOUTS], help="data set: its folders and the coding of its masks")
+    add("--list", type=Path, metavar="FILE", help="list of the split's images, one per line, instead of the layout's")
     args = command.parse(parser, argv)
     if not args.check and args.layout is None:
         parser.error("--layout is needed: folders, or the data set's")

@@ -1,16 +1,16 @@
-"""The parts of `tools/shard_imagenet.py`; what is not about ImageNet serves other sharders as well.
+"""The parts of `tools/shard_imagenet.py`; `tools/shard_segmentation.py` uses those that are not about ImageNet.
 
 labels   class lists, the devkit's ground truth, Kaggle's csv files
-sources  what lies in a folder or tar: one row per image, no content read
+sources  lists a folder or tar: one row per image, no content read
 places   a source's folders and files, on this machine or at an address
-plan     keys, order, subset, shards: everything that is decided before the first image
-images   prove that an image decodes; repair or refuse it
+plan     keys, order, subset, shards: everything that is decided before the first image is read
+images   verifies that an image decodes; repairs or refuses it
 samples  one shard of a plan as samples: read, examined, described
 writer   samples as a USTAR file, its DALI index and its table
-target   an OUT folder: paths, locks, what is made and what is missing, the metadata and the manifest
-bucket   the same at an address in a bucket
-pool     many shards over processes, with progress
-check    is a finished folder what its manifest says?
+target   an OUT folder: paths, locks, finished and missing shards, the metadata and the manifest
+bucket   a target in a bucket
+pool     makes shards in several processes, with progress
+check    compares a finished folder with its manifest
 command  options, the steps over a target, exit codes
 """
 
@@ -20,5 +20,5 @@ class SourceError(ValueError):
 
 
 def printable(name: str) -> str:
-    """A name with the bytes that are no UTF-8 written as escapes."""
+    """Return a name with escapes for bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()

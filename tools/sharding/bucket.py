@@ -1,10 +1,10 @@
 """A split that is written to a bucket.
 
-Shards are made in a folder of this process and put into the bucket, a shard's record last: as on a disk, a shard counts
-as made when its record exists. A put is atomic, and a shard's bytes depend on nothing but the source and the options.
-So nothing is locked: two processes that make the same shard write the same. What may happen only once, taking
-possession of the address, is a put that fails where somebody was first. A part that is done helps with the others', so
-that a lost machine costs time and no second start.
+Shards are made in a local folder of this process and uploaded, the shard's record last. As on a disk, a shard counts as
+made when its record exists. A put is atomic, and a shard's bytes depend only on the source and the options, so no lock
+is needed: two processes that make the same shard write the same bytes. Claiming the address must happen only once: it
+is a put that fails if the object exists. A finished part helps with the shards of other parts, so that a lost machine
+costs time, but no second start.
 """
 
 import os
@@ -25,11 +25,11 @@ from .target import Spec, Target
 from .writer import Quarantined, Sample
 
 T = TypeVar("T")
-_STATE = ("spec.json", "record.")  # in the work folder; all else there is this process's own
+_STATE = ("spec.json", "record.")  # shared files of the work folder; the others are local to this process
 
 
 class BucketTarget(Target):
-    """As Target, at an address. `out` is a folder of this process, in which what it knows of the bucket lies."""
+    """A target at an address. `out` is a local folder of this process with copies of the bucket's state."""
 
     def __init__(self, address: str, spec: Spec):
         super().__init__(Path(tempfile.gettempdir()) / f"sharding-{os.getpid()}-{spec.name}-{spec.split}", spec)
@@ -61,13 +61,13 @@ class BucketTarget(Target):
         if not finished and not _run(self._remote_work.put("spec.json", self._spec_path.read_bytes(), create=True)):
             self._spec_path.unlink()
             self._pull()
-            self._begin()  # refuses where whoever was first makes another set
+            self._begin()  # raises if the process that was first makes another set
         return finished
 
     def _begin(self) -> bool:
         try:
             return super().begin()
-        except SourceError as error:  # speaks of our copies
+        except SourceError as error:  # the message names our local copy
             raise SourceError(str(error).replace(str(self.out), self.address)) from None
 
     def missing(self, part: tuple[int, int] = (0, 1)) -> list[int]:
@@ -75,7 +75,7 @@ class BucketTarget(Target):
         return super().missing(part)
 
     def others(self, part: tuple[int, int]) -> list[int]:
-        """From a place of its own on, so that two that help begin with different shards."""
+        """The missing shards of other parts. The start depends on the part, so that helpers begin differently."""
         missing = self.missing() if part[1] > 1 else []
         start = part[0] * len(missing) // part[1]
         return missing[start:] + missing[:start]
@@ -94,7 +94,7 @@ class BucketTarget(Target):
         return Folder(f"{self.address}/{self.work.name}")
 
     def _pull(self) -> None:
-        """Fetches what the bucket knows of this split and of the folder: its state, not its shards."""
+        """Fetch the bucket's state of this split and of the folder (spec, records, metadata), but no shards."""
         here, work = _run(self._remote.list()), _run(self._remote_work.list())
         self._listed = {name: found.size for name, found in here.items()}
         metadata = {self.spec.class_file, "_info.json", "manifest.json", f"{self.spec.split}.manifest.json"}
@@ -125,7 +125,7 @@ class BucketTarget(Target):
         return entry
 
     def _made_elsewhere(self, shard: int) -> dict | None:
-        """The entry of a shard that another part has made since this one looked."""
+        """The entry of a shard that another part has made since the last look at the bucket, or None."""
         name = self._record_path(shard).name
         found = _run(self._remote_work.head(name))
         if found is None or self._record_path(shard).exists():
@@ -161,7 +161,7 @@ def _run(task: Coroutine[Any, Any, T]) -> T:
 
 
 def at(out: Place, spec: Spec) -> Target:
-    """The target at a folder or an address. Raises SourceError for an address that cannot be written."""
+    """Return the target at a folder or an address. Raises SourceError for an address that cannot be written."""
     if isinstance(out, Path):
         return Target(out, spec)
     if out.url.lower().startswith("http"):

@@ -1,6 +1,4 @@
-"""Is a finished folder what its manifests say? Reads every byte. Of a folder at an address each worker fetches a shard
-at a time, and reads that.
-"""
+"""Compares every byte of a finished folder with its manifests. At an address, a worker fetches one shard at a time."""
 
 import hashlib
 import json
@@ -26,13 +24,13 @@ from . import SourceError, places, pool, writer
 from .places import Place
 from .target import fault, named, timm_splits
 
-_LARGEST = 1 << 28  # bytes of a member that is read
+_LARGEST = 1 << 28  # bytes read of one member, at most
 _MEMBERS = ("jpg", "cls", "json")
-_OLDER = {"members": [*_MEMBERS], "class_file": "synsets.txt"}  # what manifests mean that were written without them
+_OLDER = {"members": [*_MEMBERS], "class_file": "synsets.txt"}  # defaults for older manifests
 
 
 class Found(NamedTuple):
-    """What the members of a sample say, and what is wrong with them. `sums` are added up over the split."""
+    """The facts in a sample's members, and the differences found. `sums` are added up over the split."""
 
     height: int = 0
     width: int = 0
@@ -41,14 +39,14 @@ class Found(NamedTuple):
     sums: Mapping[str, int] | None = None
 
 
-# Looks into one sample: (key, extension -> content, class names). Must be picklable.
+# Examines one sample: (key, extension -> content, class names). Must be picklable.
 Look = Callable[[str, Callable[[str], bytes], list[str]], Found]
 # (folder with the class list, manifest, sums) -> differences of the whole split
 Compare = Callable[[Path, dict, Counter], list[str]]
 
 
 def labelled_image(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
-    """An image with `cls` and `json`: its label is in range, and that of the class that the JSON names."""
+    """Examine an image with `cls` and `json`: its label must be in range and match the class named in the JSON."""
     differences = []
     try:
         metadata = json.loads(read("json"))
@@ -73,10 +71,10 @@ def run(
     look: Look = labelled_image,
     compare: Compare = lambda folder, manifest, sums: [],
 ) -> list[str]:
-    """Every difference found, a sentence each; none: the folder is what it was.
+    """Return all differences, one sentence each; an empty list if the folder is unchanged.
 
-    Raises SourceError without a manifest, or where samples of other `members` are expected than it lists; ReadError
-    where a server does not answer.
+    Raises SourceError if there is no manifest, or if its samples have other `members`. Raises ReadError if a server
+    does not answer.
     """
     try:
         return _run(_Folder(out) if isinstance(out, Path) else _AtAddress(out), workers, members, look, compare)
@@ -112,7 +110,7 @@ def _run(out: "_Folder", workers: int, members: tuple[str, ...], look: Look, com
 
 
 class _Folder:
-    """A finished folder on this machine. Workers get a copy."""
+    """A finished folder on this machine; pickled to workers."""
 
     def __init__(self, out: Place):
         self.out = out
@@ -121,18 +119,18 @@ class _Folder:
         return str(self.out)
 
     def names(self) -> tuple[list[str], list[str]]:
-        """What is known to lie in it: folders, and files."""
+        """The names of its folders and of its files."""
         return places.entries(self.out) if self.out.is_dir() else ([], [])
 
     @contextmanager
     def fetched(self, names: Iterable[str]) -> Iterator[Path]:
-        """A folder on this machine with those of the named files that exist."""
+        """Yield a folder on this machine that contains the named files, as far as they exist."""
         assert isinstance(self.out, Path)
         yield self.out
 
 
 class _AtAddress(_Folder):
-    """One in a bucket or on a web server, which names no files by itself."""
+    """A finished folder in a bucket or on a web server; a web server cannot list files."""
 
     def names(self) -> tuple[list[str], list[str]]:
         folder = Folder(str(self.out))
@@ -149,7 +147,7 @@ class _AtAddress(_Folder):
         with tempfile.TemporaryDirectory() as scratch:
             here = Path(scratch)
             for one in found.values():
-                (here / one.name).touch()  # one without content has no part to fetch
+                (here / one.name).touch()  # `fetch` skips empty files
             for _ in fetch(Job(0, one, here / one.name) for one in found.values() if one.size):
                 pass
             yield here
@@ -204,7 +202,7 @@ def _quarantine(out: Path, manifest: dict) -> list[str]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Checks one shard. Workers get a copy."""
+    """Checks one shard; pickled to workers."""
 
     out: _Folder
     classes: list[str]
@@ -212,7 +210,7 @@ class _Shard:
     look: Look
 
     def __call__(self, entry: dict) -> tuple[list[str], np.ndarray, Counter]:
-        """Differences, the table that the tar itself gives, and the samples' sums."""
+        """Return the differences, the table computed from the tar itself, and the samples' sums."""
         file = Path(entry["file"])
         beside = [file.with_suffix(suffix).name for suffix in (".idx", ".samples.npy")]
         with self.out.fetched([file.name, *beside]) as here:
@@ -265,7 +263,7 @@ class _Shard:
 
 
 def _table(path: Path, wanted: np.ndarray) -> list[str]:
-    """Never unpickled: an object array is a difference like any other."""
+    """Compare a saved table. It is never unpickled: an object array counts as unreadable."""
     if not path.is_file():
         return [f"{path.name}: missing"]
     try:

@@ -1,4 +1,4 @@
-"""What the sharders' command lines share: options, the steps over a target, sentences and exit codes."""
+"""The common part of the sharders' command lines: options, the steps over a target, messages and exit codes."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from .target import Target
 
 
 def run(program: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`: 1 where it failed, 2 where the input cannot be used, each with one sentence."""
+    """Run `work` and return its exit code: 1 if it failed, 2 if the input is unusable, each with a one-line message."""
     try:
         return work()
     except (SourceError, TarError) as error:
@@ -43,10 +43,10 @@ def carry_out(
     refused: Iterable[tuple[str, str]] = (),
     more: Callable[[dict[str, int]], dict[str, Any]] = lambda sums: {},
 ) -> int:
-    """Makes what is missing of this part of a target, and finishes the split if this part is the last.
+    """Make this part's missing shards. If this part is the last, finish the split. Return the exit code.
 
-    `make` makes a shard (see pool), `images` counts the images of some shards, `prepare` saves what `make` needs in the
-    work folder; `refused` and `more` are those of Target.finish.
+    `make` makes a shard (see pool), `images` counts the images of some shards, and `prepare` saves the input of `make`
+    in the work folder. `refused` and `more` are passed to Target.finish.
     """
     with target.lock(args.part):
         with target.exclusive():
@@ -79,7 +79,7 @@ def carry_out(
 
 
 def report(out: Path | Address, differences: list[str]) -> int:
-    """Prints what `--check` found; its exit code."""
+    """Print the differences that `--check` found, and return its exit code."""
     for difference in differences:
         print(printable(difference))
     print(f"{out}: {f'{len(differences)} difference(s)' if differences else 'no difference'}")
@@ -87,23 +87,23 @@ def report(out: Path | Address, differences: list[str]) -> int:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options of all sharders; the description's first line is the summary."""
+    """Return a parser with the options of all sharders; the description's first line is the summary."""
     summary, _, rest = description.partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=place, nargs="?", metavar="SOURCE")
+    add("source", type=place, nargs="?", metavar="SOURCE", help="the images; see below")
     add("out", type=place, nargs="?", metavar="OUT", help="a folder, or an address in a bucket (s3://, gs://, az://)")
-    add("--split", default="train", help="names the shards; val finds a val folder, too (default: train)")
-    add("--name", help="of the set (default: by what it is, else the source's own name)")
+    add("--split", default="train", help="split to read, and part of the shards' names (default: train)")
+    add("--name", help="name of the set (default: the known data set's name, else the source's)")
     add("--workers", type=integer(1), default=host.cores(), metavar="N", help="processes (default: cores)")
     add("--check", type=place, metavar="OUT", help="verify a finished folder instead")
-    add("--dry-run", action="store_true", help="say what would be done, write nothing")
+    add("--dry-run", action="store_true", help="report what would be done, write nothing")
     add("--strict", action="store_true", help="a quarantined image is an error: no manifest is written")
-    add("--seed", type=integer(-(2**63), 2**63 - 1), default=0, help="of the shuffle (default: 0)")
-    add("--shards", type=integer(1), metavar="N", help="(default: of 140 MB)")
-    text = "part I of N, on many machines (default: RANK and WORLD_SIZE, or the Slurm array's; 0/1 is all of it)"
+    add("--seed", type=integer(-(2**63), 2**63 - 1), default=0, help="seed of the shuffle (default: 0)")
+    add("--shards", type=integer(1), metavar="N", help="number of shards (default: shards of about 140 MB)")
+    text = "make part I of N, on many machines (default: from RANK and WORLD_SIZE or the Slurm array, else 0/1: all)"
     add("--part", type=part, metavar="I/N", help=text)
     return parser
 
@@ -123,7 +123,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def place(text: str) -> Place:
-    """A folder or file, or the address of one."""
+    """Parse an option: a path, or the address of a folder or file."""
     if is_address(text):
         return Address(text.rstrip("/"))
     if "://" in text:
@@ -132,14 +132,14 @@ def place(text: str) -> Place:
 
 
 def inside(out: Place, source: Place) -> bool:
-    """Whether OUT lies in the folder SOURCE, or is that folder."""
+    """Whether OUT is inside the folder SOURCE, or is that folder."""
     if isinstance(out, Path) and isinstance(source, Path):
         return source.is_dir() and out.resolve().is_relative_to(source.resolve())
     return f"{out}/".startswith(f"{source}/")
 
 
 def part_of_environment(found: os._Environ[str]) -> str:
-    """torchrun's rank, or the place in a Slurm array; all of it elsewhere."""
+    """The part "I/N" from torchrun's rank or the index in a Slurm array; "0/1" (everything) otherwise."""
     if "RANK" in found and "WORLD_SIZE" in found:
         return f"{found['RANK']}/{found['WORLD_SIZE']}"
     if "SLURM_ARRAY_TASK_ID" in found and "SLURM_ARRAY_TASK_COUNT" in found:
@@ -157,7 +157,7 @@ def part(text: str) -> tuple[int, int]:
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option: an integer from `low` to `high`."""
+    """Return the type of an option: an integer from `low` to `high`."""
 
     def read(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or len(text) > 20:

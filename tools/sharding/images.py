@@ -1,4 +1,4 @@
-"""One image: prove that it decodes, pass it through untouched, repair it, or refuse it with a reason."""
+"""Verifies that one image decodes; passes it through unchanged, repairs it, or refuses it with a reason."""
 
 import io
 import warnings
@@ -9,46 +9,46 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.headers import jpeg_frame
 
-warnings.simplefilter("ignore")  # Pillow on odd EXIF, palettes, sizes: we decide about these ourselves
-Image.MAX_IMAGE_PIXELS = None  # our own limit comes first, and by the header
+warnings.simplefilter("ignore")  # Pillow's warnings on odd EXIF, palettes, sizes: this module decides about these
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first, by the header
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _USUAL_SAMPLING = {((1, 1),), ((1, 1),) * 3, ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1))}
 
 
 class Refused(Exception):
-    """This image cannot be used; the message is the reason that the quarantine list gives."""
+    """Raised for an unusable image; the message is the reason in the quarantine list."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the command line says about images."""
+    """The command line's options for images."""
 
-    short_side: int | None = None  # downsize to it, never up
-    quality: int = 95  # of what is re-encoded
-    subsampling: str | None = None  # of the chroma of what is re-encoded, such as 4:4:4; None: Pillow's own
-    max_pixels: int = 30_000_000  # ImageNet-1k's largest has 28.5 million; a repair holds two copies of 4 bytes a pixel
+    short_side: int | None = None  # downsize larger images to this; never enlarge
+    quality: int = 95  # of re-encoded images
+    subsampling: str | None = None  # chroma subsampling of re-encoded images, for example 4:4:4; None: Pillow's default
+    max_pixels: int = 30_000_000  # ImageNet-1k's largest has 28.5 million; a repair holds two copies at 4 bytes/pixel
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG to store. `repairs` is empty where `content` is the source's own bytes."""
+    """A JPEG to store. `repairs` is empty if `content` is the source's own bytes."""
 
     content: bytes
     height: int
     width: int
     repairs: tuple[str, ...]
-    notes: tuple[str, ...]  # counted, stored as it is: progressive, unusual chroma sampling
-    orientation: int = 1  # of EXIF, as applied to the pixels; 1 is none
+    notes: tuple[str, ...]  # counted only, image unchanged: progressive, unusual chroma sampling
+    orientation: int = 1  # EXIF orientation that was applied to the pixels; 1 is none
 
 
 def examine(data: bytes, rules: Rules) -> Jpeg:
-    """Decodes `data` once; raises Refused.
+    """Decode `data` once and return the JPEG to store. Raises Refused.
 
-    The proof of a JPEG that is passed through entropy-decodes every coefficient of every component; of the arithmetic
-    after that, which cannot fail, it does only each block's mean. It finds the faults that a decode to full size finds,
-    for two thirds of the time and a fraction of the memory. What libjpeg merely warns of (a wrong value within the
-    data, an end mark after half an image) no decoder refuses, and so this does not.
+    For a JPEG that is stored unchanged, every coefficient of every component is entropy-decoded. The arithmetic after
+    that cannot fail, so only each block's mean is computed. This finds the same faults as a decode to full size, in two
+    thirds of the time and a fraction of the memory. Some damage only gives a libjpeg warning (a wrong value within the
+    data, an end mark after half an image). No decoder refuses it, and neither does this function.
     """
     image = _open(data)
     width, height = image.size
@@ -58,7 +58,7 @@ def examine(data: bytes, rules: Rules) -> Jpeg:
     repairs = []
     if not data.startswith(b"\xff\xd8"):
         repairs.append(f"{image.format} to JPEG")
-    elif (frame := jpeg_frame(data)[0]) not in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive: others few read
+    elif (frame := jpeg_frame(data)[0]) not in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive; few read others
         if frame <= 0:
             raise Refused("no frame header in the JPEG")
         repairs.append(f"JPEG of type SOF{frame - 0xC0}")
@@ -97,12 +97,12 @@ def examine(data: bytes, rules: Rules) -> Jpeg:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header, by the first bytes and not by the name; no pixel is decoded and none allocated."""
+    """Open an image by its first bytes, not by its name. Reads the header only; no pixel is decoded or allocated."""
     if not data:
         raise Refused("empty file")
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:  # its own text is the address of a buffer
+    except UnidentifiedImageError:  # Pillow's own message contains the address of a buffer
         raise Refused(f"no supported image, or a damaged header: begins with {data[:12]!r}") from None
     except Exception as error:
         raise Refused(f"unreadable header: {error}") from None
@@ -119,7 +119,7 @@ def _orientation(image: Image.Image) -> tuple[int, list[str]]:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """8-bit RGB or gray: 16 bits lose the lower 8, transparency becomes white."""
+    """Convert to 8-bit RGB or gray: 16 bits lose the lower 8, transparency becomes white."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray((np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

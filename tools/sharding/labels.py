@@ -1,4 +1,4 @@
-"""Which class an image belongs to, where its folder does not say so: class lists, the devkit, Kaggle's csv files."""
+"""The class of an image if its folder does not say it: class lists, the devkit, Kaggle's csv files."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from . import SourceError
 
 _INTEGER = re.compile(r"-?\d{1,18}")  # Python refuses to read very long numbers
 WNID = re.compile(r"n\d{8}")
-# Number of classes -> (what it is, the name its shards get). Names are those of timm's published shards.
+# Number of classes -> (description, name of the shards). The names are those of timm's published shards.
 RELEASES = {
     1000: ("ImageNet-1k (ILSVRC2012)", "imagenet1k"),
     10450: ("ImageNet-21k-P, winter21", "imagenet_w21p"),
@@ -30,12 +30,12 @@ BESIDE = (
 
 
 def release(classes: list[str]) -> tuple[str, str] | None:
-    """(description, short name) of the ImageNet release that has just as many classes, all named like its synsets."""
+    """(description, name) of the ImageNet release with this number of classes, if all are named like synsets."""
     return RELEASES.get(len(classes)) if all(WNID.fullmatch(name) for name in classes) else None
 
 
 def read_classes(path: Path) -> list[str]:
-    """One class per line, label = line number; what follows a synset's name (LOC_synset_mapping.txt) is dropped."""
+    """Read one class per line, label = line number. Text after a synset's name (LOC_synset_mapping.txt) is dropped."""
     names = []
     for line in _text(path).splitlines():
         name = line.strip()
@@ -52,7 +52,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def missing_from_1k(classes: list[str]) -> list[str]:
-    """Synsets that this almost complete ImageNet-1k lacks (timm installs the list); empty when it is something else."""
+    """The synsets missing from an almost complete ImageNet-1k, by timm's list; empty for any other set."""
     timm = find_spec("timm")
     if not 900 <= len(classes) < 1000 or timm is None or not timm.submodule_search_locations:
         return []
@@ -62,15 +62,15 @@ def missing_from_1k(classes: list[str]) -> list[str]:
 
 
 def beside(folder: Path) -> Path | None:
-    """A file of validation labels lying in `folder` under its published name."""
+    """The file of validation labels in `folder`, by its published name, or None."""
     return next((folder / name for name in BESIDE[:-1] if (folder / name).exists()), None)
 
 
 def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
-    """{file stem: class name, or label where the file gives integers}.
+    """Read labels as {file stem: class name, or label if the file has integers}.
 
-    `path`: Kaggle's LOC_val_solution.csv; the ILSVRC2012 devkit (folder, .tar.gz, or its ground truth .txt with
-    meta.mat beside it); or a text file with lines `<file name> <class name or label>`. `offset` is added to integers.
+    `path`: Kaggle's LOC_val_solution.csv; the ILSVRC2012 devkit (folder, .tar.gz, or its ground truth .txt next to
+    meta.mat); or a text file with lines `<file name> <class name or label>`. `offset` is added to integers.
     """
     if not path.exists():
         raise SourceError(f"{path} does not exist: --labels wants a csv, the devkit, or lines `<file name> <label>`")
@@ -85,7 +85,7 @@ def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
     integers = [row for row in labelled if _INTEGER.fullmatch(row[2])]
     if not integers:
         return found
-    if len(integers) < len(labelled):  # most lines say which kind is meant
+    if len(integers) < len(labelled):  # the kind of most lines is the intended one
         words = [row for row in labelled if not _INTEGER.fullmatch(row[2])]
         few, kind = (words, "integers") if len(words) < len(integers) else (integers, "class names")
         number, _, label = few[0]
@@ -99,7 +99,7 @@ def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, file stem, label) of each line that has both; Kaggle's csv has boxes behind the label."""
+    """Yield (line number, file stem, label) of each line that has both. Kaggle's csv has boxes after the label."""
     text = _text(path)
     lines: Iterator[tuple[int, list[str]]] = enumerate(map(str.split, text.splitlines()), 1)
     if path.suffix == ".csv":
@@ -114,7 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _devkit(path: Path) -> dict[str, str | int]:
-    """The ground truth counts in the devkit's own ids, which are not the sorted order: meta.mat translates."""
+    """Read the devkit's ground truth. It uses the devkit's own ids, not the sorted order; meta.mat translates them."""
     names = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
     try:
         from scipy.io import loadmat  # only this one file needs it, and it is slow to import
@@ -144,7 +144,7 @@ def _devkit(path: Path) -> dict[str, str | int]:
 
 
 def _text(path: Path) -> str:
-    """UTF-8, with or without a byte order mark, or names as the file system has them; line ends of any system."""
+    """Read UTF-8 with or without a byte order mark; other bytes are kept, as in file names. Any line ends."""
     try:
         return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where a source lies, on this machine or at an address, and what both can be asked."""
+"""Folders and files of a source, on this machine or at an address, with one interface for both."""
 
 import errno
 import io
@@ -17,25 +17,25 @@ from typing import TypeVar
 from pipeline import remote, tar
 from pipeline.remote import Folder, Object
 
-_AHEAD = 4  # parts of a tar that is walked from its start to its end
-_LISTINGS = 16  # under way at a time
+_AHEAD = 4  # parts fetched ahead while a tar is read from start to end
+_LISTINGS = 16  # concurrent listings of folders
 A = TypeVar("A")
 B = TypeVar("B")
 Wanted = Callable[[str], bool]
 Sizes = Iterator[tuple[str, int | None]]
-"""Names, and their bytes; None for what is no regular file."""
+"""Pairs of a file's name and its size in bytes, or None if it is not a regular file."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """A file or a folder in a bucket, or a file of a web server, with the names that Path gives such questions."""
+    """A file or a folder in a bucket, or a file on a web server, with the methods of Path that a source needs."""
 
     url: str
 
     def __str__(self) -> str:
         return self.url
 
-    def __reduce__(self) -> "tuple[type[Address], tuple[str]]":  # not with what it was told
+    def __reduce__(self) -> "tuple[type[Address], tuple[str]]":  # without cached answers
         return Address, (self.url,)
 
     def __truediv__(self, name: str) -> "Address":
@@ -54,9 +54,9 @@ class Address:
 
     @cached_property
     def object(self) -> Object | None:
-        Folder(self.url)  # raises for what is no address
+        Folder(self.url)  # raises for an invalid address
         folder, _, name = self.url.rpartition("/")
-        return None if folder.endswith("/") else remote.run(Folder(folder).head(name))  # s3://bucket is none
+        return None if folder.endswith("/") else remote.run(Folder(folder).head(name))  # s3://bucket is no object
 
     @cached_property
     def entries(self) -> tuple[list[str], dict[str, Object]]:
@@ -76,7 +76,7 @@ Place = Path | Address
 
 
 def entries(folder: Place) -> tuple[list[str], list[str]]:
-    """The names of the folders in a folder, links to some included, and of all else; by their bytes."""
+    """The names of the folders in a folder, including links to folders, and of everything else, sorted by bytes."""
     if isinstance(folder, Address):
         folders, files = folder.entries[0], [*folder.entries[1]]
     else:
@@ -85,7 +85,7 @@ def entries(folder: Place) -> tuple[list[str], list[str]]:
 
 
 def directly(root: Place, names: Iterable[str], wanted: Wanted) -> Sizes:
-    """Of the files directly in a folder those that are wanted."""
+    """The wanted files directly in a folder, with their sizes; `names` are its files."""
     if isinstance(root, Address):
         sizes = root.entries[1]
         return ((name, sizes[name].size) for name in names if wanted(name))
@@ -93,7 +93,7 @@ def directly(root: Place, names: Iterable[str], wanted: Wanted) -> Sizes:
 
 
 def below(root: Place, folders: Iterable[str], wanted: Wanted) -> Iterator[tuple[str, Sizes]]:
-    """Each of the folders in a folder, and the files in it and in the folders below, named from `root`."""
+    """Yield each of `folders` with the wanted files in it and in its subfolders, named relative to `root`."""
     if isinstance(root, Address):
         for name, found in _ahead(folders, lambda name: remote.submit(Folder(root.url).below(name)), _LISTINGS):
             yield name, ((name, one.size) for name, one in sorted(found.items()) if wanted(name))
@@ -103,7 +103,7 @@ def below(root: Place, folders: Iterable[str], wanted: Wanted) -> Iterator[tuple
 
 
 def _walk(root: Path, name: str, wanted: Wanted) -> Sizes:
-    for folder, inner, files in os.walk(root / name, onerror=_raise):  # into no link to a folder
+    for folder, inner, files in os.walk(root / name, onerror=_raise):  # does not follow links to folders
         inner.sort(key=os.fsencode)
         relative = Path(folder).relative_to(root)
         for file in sorted(files, key=os.fsencode):
@@ -112,7 +112,7 @@ def _walk(root: Path, name: str, wanted: Wanted) -> Sizes:
 
 
 def _size(path: str | Path) -> int | None:
-    """Links to files are followed, as every reader does."""
+    """The size of a regular file, else None. Links to files are followed, as by every reader."""
     try:
         found = os.stat(path)  # noqa: PTH116 - called once per image, pathlib is slow
     except OSError as error:
@@ -127,7 +127,7 @@ def _raise(error: OSError) -> None:
 
 
 def file(place: Place) -> Path | Object:
-    """A file that is there, in the form in which plans keep it."""
+    """Return an existing file in the form that plans store."""
     if isinstance(place, Path):
         return place
     assert place.object
@@ -135,7 +135,7 @@ def file(place: Place) -> Path | Object:
 
 
 def open_bytes(found: Path | Object) -> tar.PlainFile | tar.GzipFile | tar.Bytes:
-    """Compressed or not, by its first bytes. Raises OSError."""
+    """Open a tar, compressed or not, as its first bytes say. Raises OSError."""
     if isinstance(found, Path):
         return tar.open_bytes(found)
     if remote.run(found.read(0, 2)) == b"\x1f\x8b":
@@ -144,14 +144,14 @@ def open_bytes(found: Path | Object) -> tar.PlainFile | tar.GzipFile | tar.Bytes
 
 
 def plain(found: Path | Object) -> tar.PlainFile | tar.Bytes:
-    """Of a file that is not compressed."""
+    """Open an uncompressed tar."""
     return tar.PlainFile(found) if isinstance(found, Path) else _parts(found)
 
 
 def _parts(wanted: Object) -> tar.Bytes:
-    """An object that is read mostly forwards, in parts that are asked for ahead of need.
+    """Return a reader for an object that is read mostly forwards, in parts that are fetched ahead.
 
-    One small request for each header of a tar would wait for an answer each time; parts arrive many times as fast.
+    Many small requests, one for each header of a tar, would each wait for an answer. Parts are many times as fast.
     """
     coming: dict[int, Future[bytes]] = {}
 
@@ -177,13 +177,13 @@ def _parts(wanted: Object) -> tar.Bytes:
 
 
 def read_all(wanted: Iterable[tuple[Object, int, int]], ahead: int) -> Iterator[bytes]:
-    """Byte ranges (object, first byte, end) in their order, read `ahead` at a time. Raises ReadError."""
+    """Yield the bytes of the ranges (object, first byte, end) in order, read `ahead` at a time. Raises ReadError."""
     for _, data in _ahead(wanted, lambda each: remote.submit(each[0].read(*each[1:])), ahead):
         yield data
 
 
 def _ahead(wanted: Iterable[A], start: Callable[[A], "Future[B]"], most: int) -> Iterator[tuple[A, B]]:
-    """Each of the wanted with its result, in order; up to `most` are under way at a time."""
+    """Yield each item of `wanted` with its result, in order. Up to `most` are in flight."""
     rest = iter(wanted)
     coming = deque((each, start(each)) for each in islice(rest, most))
     try:
@@ -200,7 +200,7 @@ _scratch: list[tempfile.TemporaryDirectory] = []  # until this process ends
 
 
 def nearby(folder: Place, names: Iterable[str]) -> Path:
-    """A folder of this machine with those of the named files and folders that lie in `folder`."""
+    """Return a local folder with the named files and folders of `folder`, as far as they exist."""
     if isinstance(folder, Path):
         return folder
     _scratch.append(tempfile.TemporaryDirectory())

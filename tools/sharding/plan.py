@@ -1,6 +1,6 @@
 """Everything that is decided before the first image is read: labels, keys, order, subset, shards.
 
-The order is that of a keyed hash of each key, so it depends on the seed and the set of keys only: a folder,
+Samples are sorted by a keyed hash of their keys, so the order depends only on the seed and the set of keys. A folder,
 a tar of class tars and a .tar.gz of the same images give the same shards, on any machine.
 """
 
@@ -23,8 +23,8 @@ from .places import Place
 from .sources import Listing, Request
 from .target import Spec
 
-SHARD_BYTES = 140_000_000  # what timm's 1,024 shards of ImageNet-1k average
-_FEW_CLASSES = 100_000  # a label file may number so many whatever the number of images
+SHARD_BYTES = 140_000_000  # the mean of timm's 1,024 shards of ImageNet-1k
+_FEW_CLASSES = 100_000  # a label file may have this many classes for any number of images
 _CLEAN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -42,7 +42,7 @@ class Item:
 
 @dataclass
 class Plan:
-    """What goes where. `rows` is in the order of the output."""
+    """The assignment of images to shards. `rows` is in the order of the output."""
 
     spec: Spec
     root: Place
@@ -57,13 +57,13 @@ class Plan:
         return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
 
     def save(self, folder: Path) -> None:
-        """The columns, for `load`; rows.npy last: where it is, both are complete."""
+        """Write the columns for `load`. rows.npy is written last: if it exists, both files are complete."""
         host.write_atomic(folder / "names.npy", lambda file: np.save(file, np.frombuffer(self.names, np.uint8)))
         host.write_atomic(folder / "rows.npy", lambda file: np.save(file, self.rows))
 
 
 def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The saved rows and names, mapped: a worker pays for what it reads."""
+    """Return the saved rows and names, memory-mapped, so that a worker loads only what it reads."""
     rows, names = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "names"))
     return rows, names
 
@@ -77,10 +77,10 @@ def items(rows: np.ndarray, names: np.ndarray, key_style: str) -> Iterator[Item]
 
 
 def clean_key(name: str, style: str) -> str:
-    """The sample's key: the file's stem, or its path where stems repeat.
+    """Return a sample's key: the file's stem if `style` is "stem", else its path.
 
-    A WebDataset key is ASCII, has no dots or blanks and fits a USTAR name; where that changes the name, eight digits of
-    its hash are put behind it, so that two names stay two keys.
+    A WebDataset key is ASCII, has no dots or blanks and fits a USTAR name. If that changes the name, eight digits of
+    its hash are appended, so that different names keep different keys.
     """
     if style == "stem":
         text = os.path.splitext(name.rpartition("/")[2])[0]  # noqa: PTH122 - called once per image, pathlib is slow
@@ -93,7 +93,7 @@ def clean_key(name: str, style: str) -> str:
 
 
 def shuffled(keys: Iterable[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the keys, i64 (n,), and their hashes in that order, u64 (n, 2): equal ones stand side by side."""
+    """Return the order of the keys, i64 (n,), and their hashes in that order, u64 (n, 2). Equal hashes are adjacent."""
     key_bytes, digests = seed.to_bytes(8, "little", signed=True), bytearray()
     for key in keys:
         digests += hashlib.blake2b(key.encode(), digest_size=16, key=key_bytes).digest()
@@ -103,9 +103,9 @@ def shuffled(keys: Iterable[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bounds(samples: int, size: int, shards: int | None) -> list[int]:
-    """Where each shard begins, and the last one ends, for `samples` of `size` bytes together.
+    """Return where each shard begins, and where the last one ends, for `samples` with `size` bytes in total.
 
-    By default shards of 140 MB; a small set gets up to 16 of 100 samples or more, so that workers can share them.
+    By default a shard has 140 MB. A small set gets up to 16 shards of about 100 samples or more, for several workers.
     """
     if shards is None:
         shards = max(math.ceil(size / SHARD_BYTES), min(16, math.ceil(samples / 100)))
@@ -115,7 +115,7 @@ def bounds(samples: int, size: int, shards: int | None) -> list[int]:
 
 
 def build(listing: Listing, request: Request) -> Plan:
-    """Raises SourceError for what cannot be a set: duplicate keys, labels out of range, empty classes."""
+    """Build the plan of a listing. Raises SourceError for duplicate keys, labels out of range and empty classes."""
     class_list = request.class_list or listing.class_file
     classes, label = _labels(listing, labels.read_classes(class_list) if class_list else None)
     for one in classes:
@@ -128,13 +128,13 @@ def build(listing: Listing, request: Request) -> Plan:
         listing.notes.append(f"{dropped:,} images of classes that are not in the class list are left out")
 
     def ordered(key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `shuffled`, and the places whose key stands behind them again."""
+        """Return the results of `shuffled`, and the positions that are followed by an equal key."""
         order, ranked = shuffled((clean_key(listing.name(int(row)), key) for row in kept), request.seed)
         return order, ranked, np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
 
     release, key = labels.release(classes), "path" if request.key == "path" else "stem"
     order, ranked, same = ordered(key)
-    if len(same) and request.key == "auto" and not release:  # a release's stems are unique: there, one image is twice
+    if len(same) and request.key == "auto" and not release:  # in a release, a repeated stem is a repeated image
         listing.notes.append("file names repeat in other folders: a sample's key is made of its path (--key path)")
         key = "path"
         order, ranked, same = ordered(key)
@@ -186,7 +186,7 @@ def build(listing: Listing, request: Request) -> Plan:
 
 
 def _labels(listing: Listing, class_list: list[str] | None) -> tuple[list[str], np.ndarray]:
-    """Class names by label, and each image's label: -1 without classes, -2 for a class that the list leaves out."""
+    """Return class names by label, and each image's label: -1 without classes, -2 for a class not in the list."""
     if listing.labelled is not None:
         return _labels_by_file(listing, listing.labelled, class_list)
     group = listing.table["label"]
@@ -243,7 +243,7 @@ def _labels_by_file(
 
 
 def folder_name(root: Place, split: str) -> str:
-    """The source's own name; where that only says the split, its parent's."""
+    """Return the source's own name, or its parent's if the name only says the split."""
     for part in (root.name.partition(".")[0], root.resolve().parent.name):
         if part and part not in (split, "train", "val", "validation", "test"):
             return re.sub("[^A-Za-z0-9_]", "_", part)

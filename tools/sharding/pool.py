@@ -1,4 +1,4 @@
-"""Many shards over processes, with progress: one line, rewritten, on a terminal; a line every half minute elsewhere."""
+"""Makes shards in several processes, with progress: one rewritten line on a terminal, else a line per half minute."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ Make = Callable[[int], dict]  # makes one shard and returns its entry in the man
 
 
 class Progress:
-    """images/s, MB/s, and, where the total is known, time left, repaired and quarantined."""
+    """Prints images/s and MB/s, and if the total is known, time left, repaired and quarantined images."""
 
     def __init__(self, total: int | None, verb: str):
         self._total, self._verb, self._terminal = total, verb, sys.stdout.isatty()
@@ -33,7 +33,7 @@ class Progress:
             print()
 
     def add(self, images: int, read: int, repaired: int = 0, quarantined: int = 0) -> None:
-        """More images, their bytes, and how many of them were repaired and quarantined."""
+        """Count more images, their bytes, and how many of them were repaired and quarantined."""
         more = (images, read, repaired, quarantined)
         self._counts, now = [a + b for a, b in zip(self._counts, more, strict=True)], time.monotonic()
         if now - self._shown < (_REWRITTEN_EVERY if self._terminal else _LINE_EVERY):
@@ -49,7 +49,7 @@ class Progress:
 
 
 def run(make: Make, shards: list[int], images: int, workers: int) -> None:
-    """Calls `make` for each shard, `images` in all of them together; the first error stops the rest and is raised."""
+    """Call `make` for each shard. `images` is the total of all shards. The first error stops the rest and is raised."""
     results = map(make, shards) if workers == 1 or len(shards) == 1 else _many(make, shards, min(workers, len(shards)))
     with Progress(images, "sharding") as progress:
         for entry in results:
@@ -58,7 +58,7 @@ def run(make: Make, shards: list[int], images: int, workers: int) -> None:
 
 
 def _many(make: Make, shards: list[int], workers: int) -> Iterator[dict]:
-    context = multiprocessing.get_context("spawn")  # nothing inherited: no lock, no open file, no thread cut in two
+    context = multiprocessing.get_context("spawn")  # inherits nothing: no lock, no open file, no half-copied thread
     left, processes, pipes = iter(shards), [], []
     try:
         for _ in range(workers):
@@ -80,7 +80,7 @@ def _many(make: Make, shards: list[int], workers: int) -> Iterator[dict]:
                 if isinstance(result, Exception):
                     raise result
                 shard = next(left, None)
-                with suppress(BrokenPipeError):  # it has ended: the next look says so
+                with suppress(BrokenPipeError):  # the worker has died: the next recv raises EOFError
                     pipe.send(shard)
                 if shard is None:
                     pipes.remove(pipe)
@@ -91,8 +91,8 @@ def _many(make: Make, shards: list[int], workers: int) -> Iterator[dict]:
 
 
 def _work(make: Make, pipe: Connection) -> None:
-    """A worker process: makes the shards that it is sent, until it is sent None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and the parent ends us
+    """Run a worker process: make the shards received from `pipe`, until None arrives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then kills its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while (shard := pipe.recv()) is not None:
         try:
@@ -103,7 +103,7 @@ def _work(make: Make, pipe: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed must not go on writing beside the parent's successor."""
+    """Exit when the parent has died: this worker must not write at the same time as the parent's successor."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait_for([parent.sentinel])

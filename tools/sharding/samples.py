@@ -1,4 +1,4 @@
-"""One shard of a plan as samples: each image read from where it lies, examined, and described in JSON."""
+"""One shard of a plan as samples: each image is read from the source, examined, and described in JSON."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from .plan import Item, Plan, items, load
 from .target import Target
 from .writer import Quarantined, Sample
 
-_AHEAD = 32  # images that are asked of a network ahead of need
-_RETRIES = (0.2, 1.0)  # seconds; a network disk that hiccups gets three tries
+_AHEAD = 32  # images requested ahead from a network
+_RETRIES = (0.2, 1.0)  # seconds between the three attempts, for network disks with hiccups
 
 
 def persistent(read: Callable[..., bytes], path: object, *where: int) -> bytes:
-    """`read(path, *where)`, tried again where it fails. Raises RuntimeError: that says nothing about the image."""
+    """Return `read(path, *where)`, with retries. Raises RuntimeError: an unreadable image need not be damaged."""
     for pause in (*_RETRIES, None):
         try:
             return read(path, *where)
@@ -40,7 +40,7 @@ def persistent(read: Callable[..., bytes], path: object, *where: int) -> bytes:
 
 
 class ShardMaker:
-    """Makes shards of a plan. Each worker gets a copy, and maps the columns that are saved in the work folder."""
+    """Makes shards of a plan. Pickled to workers, which memory-map the columns saved in the work folder."""
 
     def __init__(self, target: Target, plan: Plan, rules: images.Rules):
         self._target, self._rules, self._bounds = target, rules, plan.bounds
@@ -87,7 +87,7 @@ class ShardMaker:
         def byte_range(item: Item) -> tuple[Object, int, int]:
             found = self._tars[item.tar] if item.tar >= 0 else Object(folder, item.name, item.size, None)
             assert isinstance(found, Object)
-            return found, item.offset, item.offset + item.size  # an offset of 0, where there is no tar
+            return found, item.offset, item.offset + item.size  # the offset is 0 without a tar
 
         try:
             yield from places.read_all(map(byte_range, wanted), _AHEAD)
@@ -108,7 +108,7 @@ class ShardMaker:
 
 
 class Reader:
-    """Bytes of tars by offset. Keeps the tars used last open."""
+    """Reads bytes of tars by offset. Keeps up to 64 tars open."""
 
     def __init__(self) -> None:
         self._open: dict[Path, tar.PlainFile] = {}
@@ -136,10 +136,10 @@ def unpacked_path(target: Target, shard: int) -> Path:
 
 
 def unpack(target: Target, plan: Plan, shards: list[int], on_progress: Callable[[int, int], object]) -> None:
-    """Sorts a .tar.gz, which cannot be read at an offset, into one file per shard: one pass, constant memory.
+    """Sort a .tar.gz, which cannot be read at an offset, into one file per shard, in one pass with constant memory.
 
-    Such a file is deleted when its shard is made, so the disk holds the set once and never twice. Interrupted, it
-    begins again: gzip has no way to continue in the middle. Raises TarError where the source was damaged since.
+    Each file is deleted when its shard is made, so the disk never holds the set twice. An interrupted sort starts
+    again, because gzip cannot resume in the middle. Raises TarError if the source was damaged since it was listed.
     """
     rows = {shard: np.arange(plan.bounds[shard], plan.bounds[shard + 1]) for shard in shards}
     rows = {shard: part for shard, part in rows.items() if not _is_unpacked(unpacked_path(target, shard), plan, part)}

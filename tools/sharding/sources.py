@@ -1,7 +1,7 @@
-"""What lies in a source: one row per image, found by names and headers only.
+"""Lists a source: one row per image, from names and headers only.
 
-A folder of class folders, a flat folder, Kaggle's layout, a folder of class tars, a tar of class tars, a tar of images:
-all become the same columns, so that what follows does not know where an image came from.
+A folder of class folders, a flat folder, Kaggle's layout, a folder of class tars, a tar of class tars and a tar of
+images all give the same columns, so that later steps do not depend on the kind of source.
 """
 
 import os
@@ -28,19 +28,20 @@ from .places import Address, Place
 IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SAME_SPLIT = {"val": ("val", "validation"), "validation": ("val", "validation")}
 _SPLITS = ("train", "val", "validation", "test")
-_AROUND = {*_SPLITS, "images"}  # the one folder around a flat set is no class
-# One image: the tar (an index, -1: a file below the root), its class or none (-1), its place in the tar, its name's.
+_AROUND = {*_SPLITS, "images"}  # a single folder of this name around a flat set is not a class
+# One image: index of its tar (-1: a file below the root), its class (-1: none), offset and size in the tar, and where
+# its name is in `Listing.names`.
 ROW = np.dtype(
     [("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name_at", "<i8"), ("name_bytes", "<i4")]
 )
-_PACKED = struct.Struct("<iiqqqi")  # the same
+_PACKED = struct.Struct("<iiqqqi")  # the same fields
 
-OnProgress = Callable[[int, int], object]  # gets the number of more images, and their bytes
+OnProgress = Callable[[int, int], object]  # called with the number of further images and their bytes
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for; with the same source, what the bytes depend on."""
+    """The command line's options. The bytes of the shards depend only on these and the source."""
 
     source: Place
     split: str = "train"
@@ -58,16 +59,16 @@ class Request:
 
 @dataclass
 class Listing:
-    """All images, in the order found. 36 bytes and a name each: 14 million of them are 0.9 GB."""
+    """All images, in the order found. Each takes 36 bytes and its name: 14 million images take 0.9 GB."""
 
     root: Place
-    kind: str  # for people
+    kind: str  # description to print
     on_progress: OnProgress  # a listing may take hours
-    tars: list[Path | Object] = field(default_factory=list)  # empty where images are files below root
+    tars: list[Path | Object] = field(default_factory=list)  # empty if images are files below root
     classes: dict[str, int] = field(default_factory=dict)  # name -> number, in the order found
     notes: list[str] = field(default_factory=list)
-    rows: bytearray = field(default_factory=bytearray)  # of ROW, end to end; its label is an index into classes
-    names: bytearray = field(default_factory=bytearray)  # path below root or in the tar, end to end
+    rows: bytearray = field(default_factory=bytearray)  # concatenated ROWs; their label is an index into classes
+    names: bytearray = field(default_factory=bytearray)  # concatenated paths below root or in the tar
     refused: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): links, devices, unsafe names
     ignored: Counter = field(default_factory=Counter)  # what -> how many
     labelled: dict[str, str | int] | None = None  # file stem -> class name or label, instead of folders
@@ -79,7 +80,7 @@ class Listing:
 
     @property
     def table(self) -> np.ndarray:
-        """(images,) of ROW, a view of `rows`: no image can be added while it is held."""
+        """The rows as an array (images,) of ROW. It is a view of `rows`: no image can be added while it is held."""
         return np.frombuffer(self.rows, ROW)
 
     def name(self, row: int) -> str:
@@ -105,7 +106,7 @@ class Listing:
 
 
 def read(request: Request, on_progress: OnProgress) -> Listing:
-    """Finds out what the source is and lists it; raises SourceError with the remedy where it cannot be used."""
+    """Detect the kind of source and list it. Raises SourceError with the remedy if it cannot be used."""
     source = request.source
     try:
         if not source.exists():
@@ -126,7 +127,7 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
         raise
     except OSError as error:
         at = Path(error.filename or str(source))
-        while at != source and not os.path.lexists(at):  # what was merely looked for, in a folder that cannot be read
+        while at != source and not os.path.lexists(at):  # a file that was only looked for, in an unreadable folder
             at = at.parent
         raise SourceError(f"cannot read {at}: {error.strerror}") from None
     if not len(listing):
@@ -146,7 +147,7 @@ def read(request: Request, on_progress: OnProgress) -> Listing:
 
 
 def _descend(request: Request) -> tuple[Place, Path | None]:
-    """From a download to the part of it that the split means, and to the labels that lie beside it."""
+    """Return the part of a download that belongs to the split, and the label file next to it, if any."""
     top = source = request.source
     aliases = _SAME_SPLIT.get(request.split, (request.split,))
     if top.is_dir():
@@ -164,7 +165,7 @@ def _descend(request: Request) -> tuple[Place, Path | None]:
     if source.is_dir() and places.entries(source)[0]:
         return source, None
     around = top if top.is_dir() else top.parent
-    if isinstance(around, Address) and not around.is_dir():  # of a web server
+    if isinstance(around, Address) and not around.is_dir():  # on a web server
         return source, None
     return source, beside(places.nearby(around, BESIDE))
 
@@ -174,7 +175,7 @@ def _ignored(listing: Listing) -> str:
 
 
 def _wanted(listing: Listing, name: str) -> bool:
-    """Images by extension (the content is looked at later); hidden files (`.DS_Store`, `._x.JPEG`) are never one."""
+    """Whether a file is an image, by its extension (contents are examined later). Hidden files never are."""
     base = name.rpartition("/")[2]
     extension = os.path.splitext(base)[1].lower()  # noqa: PTH122 - called once per image, pathlib is slow
     if base.startswith("."):
@@ -247,9 +248,9 @@ def _tar_file(path: Place, on_progress: OnProgress) -> Listing:
 def _tar_members(
     listing: Listing, source: tar.PlainFile | tar.GzipFile | tar.Bytes, walk: tar.Walk, class_name: str | None
 ) -> None:
-    """Images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
+    """Add the images of a tar and of the tars in it; the class is the inner tar's name, or the folder's."""
     if class_name is not None:
-        listing.class_number(class_name)  # a class without images is known, too
+        listing.class_number(class_name)  # registers a class even if it has no images
     for member in walk:
         path, end = PurePosixPath(member.name), member.offset + member.size
         if member.kind == "folder":

@@ -1,8 +1,8 @@
-"""An OUT folder and one split in it: where each file lies, who may write it, what is made and what is missing.
+"""An OUT folder and one split in it: paths, locks, finished and missing shards, metadata.
 
-Nothing becomes visible under its name before it is complete and durable: each file is written in a hidden work folder
-and renamed. A shard counts as made when its record exists, which comes last; until then it is simply made again, with
-the same bytes. So a kill, a full disk or a lost machine costs the shards then in work and nothing else.
+A file becomes visible under its name only when it is complete and durable: it is written in a hidden work folder and
+renamed. A shard's record is written last, and the shard counts as made when the record exists. Until then it is made
+again, with the same bytes. So a kill, a full disk or a lost machine costs only the shards in progress.
 """
 
 import fcntl
@@ -34,16 +34,16 @@ _RECORD_FIELDS = {"entry": dict, "quarantine": list, "counts": dict, "sums": dic
 
 @dataclass(frozen=True)
 class Spec:
-    """What makes a split the split it is: the same spec gives the same bytes."""
+    """The identity of a split: the same spec gives the same bytes."""
 
     name: str
     split: str
     shards: int
     seed: int
-    options: dict[str, Any]  # JSON: what else the bytes depend on
-    source: dict[str, Any]  # JSON: a fingerprint that tells whether two sources hold the same samples
+    options: dict[str, Any]  # JSON: other settings that the bytes depend on
+    source: dict[str, Any]  # JSON: a fingerprint; equal if two sources have the same samples
     classes: list[str]
-    class_file: str = "synsets.txt"  # one class a line, its number from 0 is the label
+    class_file: str = "synsets.txt"  # one class per line; the line number from 0 is the label
     members: tuple[str, ...] = ("jpg", "cls", "json")  # of every sample
 
     def shard_file(self, shard: int) -> str:
@@ -51,7 +51,7 @@ class Spec:
 
 
 class Target:
-    """Where one split is written. Picklable: workers get a copy."""
+    """The place where one split is written; pickled to workers."""
 
     def __init__(self, out: Path, spec: Spec):
         self.out, self.spec = out, spec
@@ -61,17 +61,17 @@ class Target:
         return str(self.out)
 
     def part(self, part: tuple[int, int]) -> range:
-        """The shards that part (number, of how many) makes."""
+        """The shards of part (number, count)."""
         return range(part[0], self.spec.shards, part[1])
 
     # --- locks
 
     @contextmanager
     def lock(self, part: tuple[int, int]) -> Iterator[None]:
-        """Holds this part of this split: other parts of one run may hold theirs, anything else raises RuntimeError.
+        """Lock this part of this split. Raises RuntimeError if it conflicts with another sharder's lock.
 
-        Makes the work folder, and so shows at once whether OUT can be written: SourceError where it cannot. The kernel
-        drops the lock when the process dies, however it dies.
+        Different parts of one run can be locked at the same time. Creates the work folder, so that an OUT that is not
+        writable raises SourceError at once. The kernel releases the lock when the process dies for any reason.
         """
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -94,12 +94,12 @@ class Target:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """All who write to OUT, parts and splits alike, take turns: at the plan, and at the metadata."""
+        """Lock all of OUT against other parts and splits, to claim it or to write metadata."""
         path, ours = self.out / ".lock", False
         while not ours:
             with path.open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):  # its last holder removed it
+                with suppress(FileNotFoundError):  # the previous holder removed the file
                     ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
                 if ours:
                     try:
@@ -110,9 +110,9 @@ class Target:
     # --- what is there
 
     def begin(self) -> bool:
-        """Claims OUT for this set; True where this split is complete already, by its manifest.
+        """Claim OUT for this set. Return True if the manifest says that this split is complete already.
 
-        Raises SourceError where OUT holds another set, finished or begun, so that two never mix.
+        Raises SourceError if OUT holds another set, finished or begun, so that two sets never mix.
         """
         if self.manifest() is not None:
             return True
@@ -132,7 +132,7 @@ class Target:
         return False
 
     def manifest(self) -> dict | None:
-        """The manifest, where the split is finished. Raises SourceError where it is damaged or another set's."""
+        """The manifest if the split is finished, else None. Raises SourceError if it is damaged or another set's."""
         path = self._named("manifest.json")
         if not path.exists():
             return None
@@ -144,31 +144,31 @@ class Target:
         return manifest
 
     def _difference(self, before: dict) -> str:
-        """How a finished or begun set differs from this one, in words; empty where it does not."""
+        """Describe the first difference between a finished or begun set and this one; empty if there is none."""
         theirs, ours = _identity(before), _identity(asdict(self.spec))
         names = (name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
         return next((f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names), "")
 
     def missing(self, part: tuple[int, int] = (0, 1)) -> list[int]:
-        """The shards of this part that are still to be made, or that were lost or damaged since."""
+        """The shards of this part that are not made yet, or that were lost or damaged since."""
         manifest = self.manifest()
         listed = {entry["file"]: entry for entry in manifest["shards"]} if manifest else None
         return [shard for shard in self.part(part) if not self._is_made(shard, listed)]
 
     def others(self, part: tuple[int, int]) -> list[int]:
-        """Shards of other parts that this part, which is done, may make as well: none here, where each has its lock."""
+        """Shards of other parts that this finished part may help to make. None in a folder: each part has its lock."""
         return []
 
     def _is_made(self, shard: int, listed: dict[str, dict] | None) -> bool:
-        """By the manifest's entries, `listed`, or, without a manifest, by its record."""
+        """Whether a shard is made, by the manifest's entries `listed`, or without a manifest by its record."""
         if listed is None:
             entry = (self._record(shard) or {}).get("entry")
         else:
-            entry = listed.get(self.spec.shard_file(shard), {"samples": 0})  # without any sample: in no manifest
+            entry = listed.get(self.spec.shard_file(shard), {"samples": 0})  # a shard without samples is in no manifest
         return entry is not None and (not entry["samples"] or self._is_there(entry))
 
     def _is_there(self, entry: dict) -> bool:
-        """A shard's files are there, and as long as its entry says; `--check` reads them."""
+        """Whether a shard's files exist with the sizes in its entry. Contents are only read by `--check`."""
         tar, samples = self.out / entry["file"], entry["samples"]
         try:
             table = np.load(tar.with_suffix(".samples.npy"), mmap_mode="r", allow_pickle=False)
@@ -179,7 +179,7 @@ class Target:
         return found == (entry["bytes"], SAMPLE, (samples,), samples + 1)
 
     def _record(self, shard: int) -> dict | None:
-        """What is known of a made shard; None where it is not made, or the record is damaged."""
+        """The record of a made shard, or None if it is not made or the record is damaged."""
         record = host.read_json(self._record_path(shard)) or {}
         valid = _has(record, _RECORD_FIELDS) and _has(record["entry"], _SHARD_FIELDS)
         return record if valid and record["entry"]["file"] == self.spec.shard_file(shard) else None
@@ -197,10 +197,10 @@ class Target:
     # --- one shard
 
     def make(self, shard: int, samples: Iterable[Sample | Quarantined]) -> dict[str, Any]:
-        """Writes shard number `shard` and its record; returns its entry in the manifest."""
+        """Write shard number `shard` and its record. Return its entry in the manifest."""
         name, writer = self.spec.shard_file(shard), ShardWriter()
         tar = self.work / name
-        for left in self.work.glob(f"{tar.stem}.*"):  # by a run that was killed
+        for left in self.work.glob(f"{tar.stem}.*"):  # left by a killed run
             left.unlink()
         host.write_atomic(tar, lambda file: writer.write(file, samples))
         table = writer.table
@@ -208,7 +208,7 @@ class Target:
         entry |= {"repaired": writer.repaired, "quarantined": len(writer.quarantined)}
         manifest = self.manifest() or {"shards": []}
         if any(listed["file"] == name and listed["sha256"] != entry["sha256"] for listed in manifest["shards"]):
-            raise RuntimeError(f"{name} came out different from the manifest: another Pillow than {manifest['codec']}?")
+            raise RuntimeError(f"{name} was remade with other bytes: is Pillow not the manifest's {manifest['codec']}?")
         if len(table):
             index, beside = tar.with_suffix(".idx"), tar.with_suffix(".samples.npy")
             host.write_atomic(index, writer.index)
@@ -229,10 +229,10 @@ class Target:
         strict: bool = False,
         more: Callable[[dict[str, int]], dict[str, Any]] = lambda sums: {},
     ) -> dict | None:
-        """Writes the split's metadata and, last, its manifest, which is returned; None while shards are missing.
+        """Write the split's metadata and finally its manifest. Return the manifest, or None while shards are missing.
 
-        `refused`: (source, reason) of what the listing left out. `strict`: where anything is quarantined no manifest is
-        written and RuntimeError raised. `more` turns the samples' sums into further fields of the manifest.
+        `refused` has (source, reason) of entries that the listing left out. With `strict`, a quarantined image raises
+        RuntimeError and no manifest is written. `more` turns the samples' sums into further fields of the manifest.
         """
         if self.missing():
             return None
@@ -281,7 +281,7 @@ class Target:
         }
 
     def _write_metadata(self, manifest: dict[str, Any]) -> None:
-        """The split's table, the class list, timm's `_info.json` with the other splits kept and, last, the manifest."""
+        """Write the split's table, the class list, timm's `_info.json` (keeping other splits), and last the manifest."""
         files, lengths = ([entry[field] for entry in manifest["shards"]] for field in ("file", "samples"))
         tables = [np.load((self.out / file).with_suffix(".samples.npy")) for file in files]
         for position, table in enumerate(tables):
@@ -309,20 +309,20 @@ class Target:
 
 
 def named(out: Path, split: str, name: str) -> Path:
-    """`name` for the folder's first split, `<split>.name` for every further one: the manifest and the quarantine."""
+    """The path of a split's manifest or quarantine: `name` for the folder's first split, else `<split>.name`."""
     first = host.read_json(out / "manifest.json") or {}
     return out / (f"{split}.{name}" if first.get("split", split) != split else name)
 
 
 def timm_splits(out: Path) -> dict[str, dict]:
-    """What timm's `_info.json` says of each split; empty where it says nothing."""
+    """The splits in timm's `_info.json` by name; empty if there are none."""
     splits = (host.read_json(out / "_info.json") or {}).get("splits")
     found = splits.items() if isinstance(splits, dict) else ()
     return {name: split for name, split in found if isinstance(split, dict)}
 
 
 def fault(manifest: dict) -> str:
-    """What keeps a manifest from being one, in words; empty where nothing does."""
+    """Describe why a manifest is invalid; empty if it is valid."""
     if manifest.get("format") != 1 or not _has(manifest, _FIELDS):
         return "no manifest of format 1"
     if not all(isinstance(entry, dict) and _has(entry, _SHARD_FIELDS) for entry in manifest["shards"]):
@@ -338,7 +338,7 @@ def _has(fields: dict, kinds: Mapping[str, type]) -> bool:
 
 
 def _identity(fields: dict[str, Any]) -> dict[str, Any]:
-    """What tells one set from another, by a spec or a manifest."""
+    """The fields of a spec or a manifest that distinguish one set from another."""
     nested = {f"{outer}.{name}": value for outer in ("options", "source") for name, value in fields[outer].items()}
     return {"name": fields["name"], "seed": fields["seed"], **nested}
 

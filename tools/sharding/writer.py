@@ -1,4 +1,4 @@
-"""Samples as a USTAR file, its DALI index and its table: bytes that depend on nothing but the samples."""
+"""Writes samples as a USTAR file, its DALI index and its table. The bytes depend only on the samples."""
 
 import hashlib
 import struct
@@ -24,14 +24,14 @@ class Sample:
     height: int  # of the image, pixels
     width: int
     label: int = -1
-    repairs: tuple[str, ...] = ()  # what was done to the image; counted in the manifest
-    notes: tuple[str, ...] = ()  # what is odd about it; counted in the manifest
+    repairs: tuple[str, ...] = ()  # changes to the image; counted in the manifest
+    notes: tuple[str, ...] = ()  # peculiarities of the image; counted in the manifest
     sums: Mapping[str, int] = field(default_factory=dict)  # numbers to add up over the split, for its manifest
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A sample that is left out, and why."""
+    """A sample that is left out, with the reason."""
 
     key: str
     reason: str
@@ -39,7 +39,7 @@ class Quarantined:
 
 
 class ShardWriter:
-    """Writes one shard, and remembers what its index, its table and its record say."""
+    """Writes one shard, and collects the contents of its index, its table and its record."""
 
     def __init__(self) -> None:
         self.bytes = self.repaired = 0
@@ -67,7 +67,7 @@ class ShardWriter:
 
     @property
     def table(self) -> np.ndarray:
-        """(samples,) of SAMPLE, in the order written."""
+        """The table, (samples,) of SAMPLE, in the order written."""
         return np.array(self._rows, dtype=SAMPLE)
 
     @property
@@ -91,7 +91,7 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A USTAR header that says nothing about who wrote it, or when."""
+    """Return a USTAR header with constant owner and time."""
     mode, nobody, no_device, checksum = b"0000444\0", b"0000000\0", b"0000000\0", b" " * 8
     numbers = (mode, nobody, nobody, b"%011o\0" % size, b"%011o\0" % MTIME, checksum)
     fields = (name.encode("ascii"), *numbers, b"0", b"", b"ustar\0", b"00", b"", b"", no_device, no_device)
@@ -101,10 +101,10 @@ def _header(name: str, size: int) -> bytes:
 
 
 def index_line(entries: list[tuple[str, int, int, str]]) -> str:
-    """A sample's line of DALI's index by its (extension, offset of the content, size, name)."""
+    """Return a sample's line in DALI's index; `entries` are (extension, offset of the content, size, name)."""
     return " ".join(f"{extension} {offset} {size} {name}" for extension, offset, size, name in entries)
 
 
 def index_bytes(lines: list[str]) -> bytes:
-    """DALI's index, version 1.2."""
+    """Return DALI's index, version 1.2."""
     return "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]).encode("utf-8", "surrogateescape")
