@@ -1,11 +1,11 @@
-"""Draws what the pipeline hands out for one image: its windows, its views, and which patches belong together.
+"""Draws the pipeline's output for one image: its windows, its views, and the patches that correspond.
 
     python tools/show_views.py --shards SPEC --recipe loca --out views.png
     python tools/show_views.py --shards SPEC --recipe vicregl --seed 3 --fidelity released --out views.png
 
-LOCA: a dot in the query views for every patch that has a target, and in the reference at that target; the colour is
-that of the place in the reference, and lines join a few of them. VICRegL: for every ordered pair of views the kept
-location matches, coloured from the first view to the second, white those found on the way back (VICRegL paper, fig. 3).
+LOCA: each query patch with a target has a dot, and so has its target in the reference. The colour encodes the location
+in the reference; lines join a few of the pairs. VICRegL: for each ordered pair of views, lines are the kept location
+matches, coloured from the first view to the second, and white from the second to the first (VICRegL paper, fig. 3).
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pipeline import Loader, Recipe, ShardSet, recipes
 from pipeline.specs import parse_args
 
 WIDTH, MARGIN, GAP, LABEL, BETWEEN = 1640, 28, 14, 22, 46  # of the page, in pixels
-FINE = 2  # everything is drawn so many times larger, then shrunk: smooth lines
+FINE = 2  # supersampling factor: drawn larger, then shrunk, for smooth lines
 BACKGROUND, TEXT, MUTED = (250, 249, 246), (38, 38, 42), (120, 120, 126)
-LINES = 14  # of one pair of LOCA's views
+LINES = 14  # lines between a pair of LOCA's views
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -37,7 +37,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shown:
-    """One view: its name, pixels u8 (S, S, 3), window, patches per side and the colour that stands for it."""
+    """One view: its name, pixels u8 (S, S, 3), window, patches per side and the colour of its frame."""
 
     name: str
     pixels: NDArray[np.uint8]
@@ -51,7 +51,7 @@ class Shown:
 
 
 class Page:
-    """A canvas in pixels of the finished picture; `done` cuts it to the height that was used."""
+    """A canvas in pixels of the finished picture; `done` crops it to the used height."""
 
     def __init__(self, height: int) -> None:
         self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), BACKGROUND)
@@ -67,7 +67,7 @@ class Page:
         self.image.paste(picture, (round(x * FINE), round(y * FINE)))
 
     def frame(self, x0: float, y0: float, x1: float, y1: float, colour: RGB, width: float, out: float = 0.0) -> None:
-        """A rectangle with its line inside; `out` moves the line outwards, in pixels."""
+        """Draw a rectangle with its line inside; `out` moves the line outwards, in pixels."""
         box = [round(v * FINE) for v in (min(x0, x1) - out, y0 - out, max(x0, x1) + out, y1 + out)]
         self.draw.rectangle(box, outline=colour, width=round(width * FINE))
 
@@ -84,7 +84,7 @@ class Page:
 
 
 def place_colour(row: float, column: float) -> RGB:
-    """A colour for a place in the unit square: hue by column, lightness by row."""
+    """Return a colour for a location in the unit square: hue by column, lightness by row."""
     r, g, b = colorsys.hls_to_rgb(0.85 * column, 0.72 - 0.36 * row, 0.95)
     return round(255 * r), round(255 * g), round(255 * b)
 
@@ -100,7 +100,7 @@ def render(
     recipe: Recipe,
     title: str,
 ) -> Image.Image:
-    """The page of one image: stored image u8 (H, W, 3), of each kind pixels u8 (V, S, S, 3) and windows f32 (V, 4)."""
+    """Draw the page of an image u8 (H, W, 3). `views` has pixels u8 (V, S, S, 3) and windows f32 (V, 4) by kind."""
     shown: list[Shown] = []
     total = sum(cut.count for cut in recipe.cuts)
     for cut in recipe.cuts:
@@ -127,11 +127,11 @@ def render(
 
 
 def overview(page: Page, image: NDArray[np.uint8], shown: list[Shown], y: float) -> float:
-    """The stored image with all windows, and beside it the views. Returns where the next row may start."""
+    """Draw the stored image with all windows, and the views to its right. Return where the next row may start."""
     height, width = image.shape[:2]
     scale = min(760 / width, 560 / height)
     page.picture(image, MARGIN, y, width * scale, height * scale)
-    for view in shown:  # dark below bright: visible on any photograph
+    for view in shown:  # a bright line on a dark one is visible on any photograph
         y0, x0, y1, x1 = (float(v) * scale for v in view.window)
         box = (MARGIN + x0, y + y0, MARGIN + x1, y + y1)
         page.frame(*box, (15, 15, 15), 3.6, 0.7)
@@ -159,7 +159,7 @@ Pair = tuple[Shown, Shown, list[Line], list[Mark]]
 
 
 def pair(page: Page, at: Point, side: float, views: tuple[Shown, Shown], lines: list[Line], marks: list[Mark]) -> None:
-    """Two views side by side with what joins them."""
+    """Draw two views side by side with the lines and marks of their correspondences."""
     y, left = at[1], (at[0], at[0] + side + BETWEEN)
     for view, x in zip(views, left, strict=True):
         page.picture(view.pixels, x, y, side, side)
@@ -179,7 +179,7 @@ def pair(page: Page, at: Point, side: float, views: tuple[Shown, Shown], lines: 
 
 
 def patch_pairs(shown: list[Shown], recipe: Recipe, targets: dict[str, NDArray[Any]]) -> Iterator[Pair]:
-    """LOCA: the reference beside each query view."""
+    """Yield LOCA's pairs: the reference and each query view."""
     reference, queries = shown[0], iter(shown[1:])
     for cut in recipe.cuts[1:]:
         for target in targets.get(cut.kind, ()):
@@ -193,11 +193,11 @@ def patch_pairs(shown: list[Shown], recipe: Recipe, targets: dict[str, NDArray[A
 
 
 def location_pairs(shown: list[Shown], recipe: Recipe, matches: NDArray[np.int32]) -> Iterator[Pair]:
-    """VICRegL: every ordered pair of a large view and another one, with the matches found from it and back."""
+    """Yield VICRegL's pairs: each ordered pair of a large and another view, with the matches in both directions."""
     first = np.cumsum([0] + [view.grid**2 for view in shown])
     seen = np.searchsorted(first, matches, side="right") - 1
     cells = matches - first[seen]
-    # Within one direction of one pair the querying cells ascend; a step down, or other views, begins the next one.
+    # Within one direction of one pair the querying cells ascend. A step down, or other views, begins the next one.
     turn = (np.diff(seen, axis=0) != 0).any(1) | (np.diff(cells[:, 0]) <= 0)
     starts = [0, *(np.flatnonzero(turn) + 1), len(matches)]
     runs = [slice(a, b) for a, b in pairwise(starts)]
@@ -214,14 +214,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--shards", required=True, help="a directory, a brace pattern or a tar")
     parser.add_argument("--recipe", default="loca", choices=["loca", "vicregl", "vicregl_resnet50", "plain"])
-    parser.add_argument("--fidelity", choices=["paper", "released"], help="default: the recipe's own")
+    parser.add_argument("--fidelity", choices=["paper", "released"], help="default: the recipe's default")
     parser.add_argument("--seed", type=int, default=0, help="another seed shows another image and other draws")
-    parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it inside")
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="a picture, or an .html with it embedded")
     args = parse_args(parser, argv)
     try:
         writable = {ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE}
         if args.out.suffix.lower() not in {".html", *writable}:
-            raise ValueError(f"--out {args.out}: name a picture, as views.png or views.jpg, or an .html")
+            raise ValueError(f"--out {args.out}: name a picture such as views.png or views.jpg, or an .html file")
         page = page_of(args.shards, args.recipe, args.fidelity, args.seed)
         save(page, args.out)
     except (ValueError, OSError) as error:
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(page: Image.Image, path: Path) -> None:
-    """Writes the page as a picture, or as an HTML file that holds it."""
+    """Write the page as a picture, or as an HTML file that embeds it."""
     if path.suffix.lower() != ".html":
         page.save(path)
         return
@@ -242,7 +242,7 @@ def save(page: Image.Image, path: Path) -> None:
 
 
 def page_of(spec: str, recipe_name: str, fidelity: str | None, seed: int) -> Image.Image:
-    """The page of the first image of an epoch. Raises ValueError for unusable shards."""
+    """Return the page of the first image of an epoch. Raises ValueError for unusable shards."""
     shards = ShardSet(spec)
     recipe = getattr(recipes, recipe_name)(**({"fidelity": fidelity} if fidelity else {}))
     batch = next(iter(Loader(shards, recipe, 1, seed=seed, num_threads=1)))

@@ -1,9 +1,9 @@
-"""The parts of `tools/shard_segmentation.py`; tars, target, pool and check are those of `sharding`.
+"""The parts of `tools/shard_segmentation.py`; `sharding` provides tars, target, pool and check.
 
-classes     class lists, and the numbers and colours that stand for them
+classes     class lists, and their numbers and colours in masks
 masks       a mask file -> class indices -> the PNG that is stored
-pairs       what a layout is; which image and mask are a sample, which samples a split
+pairs       layouts; the pairs of image and mask that make up a split
 layouts     the data sets, as their archives unpack
-samples     one shard of a split as samples: image proven, mask converted
-statistics  pixels of each class: counted when made, and again by --check
+samples     one shard of a split as samples: image verified, mask converted
+statistics  pixels of each class: counted when shards are made, and again by --check
 """

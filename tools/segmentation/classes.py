@@ -1,4 +1,4 @@
-"""Class lists, and what stands for a class in the masks as downloaded. Order is the usual one: it is the label."""
+"""Class lists, and the numbers and colours of classes in the masks as downloaded. Labels follow the usual order."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,17 +10,17 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def identity(count: int) -> dict[int, int]:
-    """Numbers are classes already; 255 stays void."""
+    """The table of masks whose numbers are the classes already; 255 stays void."""
     return {number: number for number in range(count)} | {VOID: VOID}
 
 
 def without_first(table: Mapping[int, int]) -> dict[int, int]:
-    """The same numbers where class 0 (other, unlabelled, background) is void and no class."""
+    """The table with class 0 (other, unlabelled, background) as void and all other classes one lower."""
     return {number: VOID if label in (0, VOID) else label - 1 for number, label in table.items()}
 
 
 def _ranked(numbers: Iterable[int], known: Iterable[int]) -> dict[int, int]:
-    """`numbers` become 0, 1, ... in this order; whatever else is `known` is void."""
+    """The table in which `numbers` become 0, 1, ... in this order, and all other `known` numbers are void."""
     return dict.fromkeys(known, VOID) | {number: label for label, number in enumerate(numbers)}
 
 
@@ -40,7 +40,7 @@ ADE20K = _names("""wall, building, sky, floor, tree, ceiling, road, bed, windowp
 VOC = _names("""background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
     motorbike, person, pottedplant, sheep, sofa, train, tvmonitor""")
 
-# Pascal Context's 59 most frequent of 459 categories, in alphabetical order, which is that of their ids too.
+# Pascal Context's 59 most frequent of 459 categories, in alphabetical order, which is also the order of their ids.
 CONTEXT60 = _names("""background, aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
     bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food,
     grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock,
@@ -68,7 +68,7 @@ SUNRGBD = _names("""wall, floor, cabinet, bed, chair, sofa, table, door, window,
 
 SUIM = _names("""background (waterbody), human divers, aquatic plants and sea-grass, wrecks and ruins, robots,
     reefs and invertebrates, fish and vertebrates, sea-floor and rocks""")
-SUIM_COLOURS = {(255 * (k >> 2), 255 * (k >> 1 & 1), 255 * (k & 1)): k for k in range(8)}  # a bit for each channel
+SUIM_COLOURS = {(255 * (k >> 2), 255 * (k >> 1 & 1), 255 * (k & 1)): k for k in range(8)}  # one bit per channel
 
 ISPRS = _names("impervious surfaces, building, low vegetation, tree, car, clutter")
 ISPRS_COLOURS = {
@@ -81,7 +81,8 @@ ISPRS_COLOURS = {
     (0, 0, 0): VOID,  # the eroded borders of the noBoundary masks
 }
 
-# CamVid's colours, in the order of its own label_colors.txt, and the class of SegNet's eleven that each is merged into.
+# CamVid's classes and colours in the order of its label_colors.txt, each with the one of SegNet's eleven classes that
+# it is merged into.
 CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 _CAMVID_COLOURS = """Animal 64 128 64 pedestrian, Archway 192 0 128 building, Bicyclist 0 128 192 bicyclist,
     Bridge 0 128 64 building, Building 128 0 0 building, Car 64 0 128 car, CartLuggagePram 64 0 192 pedestrian,

@@ -1,4 +1,4 @@
-"""The data sets, as their archives unpack. `pairs.Layout` says what the fields mean."""
+"""The layouts of the data sets, as their archives unpack. `pairs.Layout` documents the fields."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from .pairs import Layout, every_key
 
 
 def folders(source: Path) -> Layout:
-    """A user's own set: images/SPLIT, masks/SPLIT with gray PNGs of class indices, classes.txt with a name a line."""
+    """The layout of a user's own set: images/SPLIT, masks/SPLIT (gray PNGs of class indices), classes.txt."""
     file = source / "classes.txt"
     if not file.is_file():
         raise SourceError(f"{file} is missing: it names the classes, one a line, in the order of the masks' numbers")
@@ -30,7 +30,7 @@ def folders(source: Path) -> Layout:
 
 
 def _sunrgbd_partner(split: str, key: str) -> str | None:
-    """The label archive numbers the 5,050 test images first and those of training after them; the images begin at 1."""
+    """The image of a label. Labels 1 to 5,050 are those of test, training labels follow; images of both begin at 1."""
     number = int(key.removeprefix("img-"))
     if (split == "test") != (number <= 5050):
         return None
@@ -38,7 +38,7 @@ def _sunrgbd_partner(split: str, key: str) -> str | None:
 
 
 def _camvid_member(split: str, key: str) -> bool:
-    """SegNet's split of the 701 frames, by sequence and frame."""
+    """Whether a frame belongs to the split, by sequence and number, as SegNet divided the 701 frames."""
     sequence, _, frame = key.partition("_")
     number = int(frame.lstrip("f"))
     test = sequence == "Seq05VD" or (sequence == "0001TP" and number >= 8550)
@@ -47,24 +47,24 @@ def _camvid_member(split: str, key: str) -> bool:
 
 
 def _kitti_member(split: str, key: str) -> bool:
-    """KITTI has no split of its own: every fourth frame is ours for validation. `--list` takes another."""
+    """Whether a frame belongs to our split: every fourth is val. KITTI has no official split; `--list` overrides."""
     return split == "all" or (int(key.partition("_")[0]) % 4 == 3) == (split == "val")
 
 
 def _potsdam_member(split: str, key: str) -> bool:
-    """The benchmark's 24 tiles for training and 14 for testing."""
+    """Whether a tile belongs to the split: the benchmark has 24 tiles for training and 14 for testing."""
     return (int(key.rpartition("_")[2]) >= 13) == (split == "val")
 
 
 def _vaihingen_member(split: str, key: str) -> bool:
-    """The benchmark's 16 tiles for training and 17 for testing."""
+    """Whether a tile belongs to the split: the benchmark has 16 tiles for training and 17 for testing."""
     return (int(key.removeprefix("area")) in {1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37}) == (
         split == "train"
     )
 
 
 def _vaihingen_partner(split: str, key: str) -> str | None:
-    return None if key == "area9" else key  # it has a ground truth and no image
+    return None if key == "area9" else key  # area9 has a ground truth but no image
 
 
 _TRAIN_IDS = Indices(identity(19))
@@ -83,7 +83,7 @@ _camvid_raw = Layout(
 _context60 = Layout(
     classes=classes.CONTEXT60,
     images=("JPEGImages/{key}.jpg",),
-    masks={  # made by mmsegmentation's converter; as the data set's page has them
+    masks={  # from mmsegmentation's converter; as downloaded from the data set's page
         "SegmentationClassContext/{key}.png": Indices(identity(60), palette=True),
         "trainval/{key}.mat": Indices(classes.CONTEXT_OF_459),
     },
@@ -167,7 +167,7 @@ LAYOUTS: dict[str, Layout] = {
         masks={"gtFine/{split}/{path}_gtFine_labelcsTrainIds.png": _TRAIN_IDS},
         hint=_idd.hint.replace("level3Id", "csTrainId"),
     ),
-    "isprs": replace(  # train on one city, validate on the other, in the channels that both have
+    "isprs": replace(  # train on one city, validate on the other, with the channels that both have
         _potsdam,
         images=("{split}/2_Ortho_RGB/top_{key}_RGB.tif", "{split}/top/top_mosaic_09cm_{key}.tif"),
         masks={

@@ -1,6 +1,6 @@
-"""A mask file -> class indices, u8 (height, width) with 255 = void -> the PNG that is stored.
+"""Converts a mask file to class indices, u8 (height, width) with 255 = void, and these to the PNG that is stored.
 
-What cannot be a mask of the layout is refused: labels that are silently wrong cost more than a run that stops.
+A file that cannot be a mask of the layout is refused: silently wrong labels cost more than a run that stops.
 """
 
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 
 from .classes import VOID
 
-_MOST_PIXELS = 100_000_000  # a tile of ISPRS has 36 million
+_MOST_PIXELS = 100_000_000  # limit for an image; a tile of ISPRS has 36 million
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Indices:
     """One channel of numbers: PNG or TIFF of any bit depth, or a MATLAB file (SBD, Pascal Context)."""
 
     table: Mapping[int, int]  # number in the file -> class or 255; any other number is refused
-    palette: bool = False  # a colour-mapped PNG counts by its indices; elsewhere it is refused
+    palette: bool = False  # True: the indices of a palette PNG are the numbers; False: palette PNGs are refused
 
     def decode(self, data: bytes) -> NDArray:
-        """(height, width) of the numbers in the file."""
+        """Return the numbers in the file, (height, width)."""
         if data.startswith(b"MATLAB"):
             return _matlab(data)
         image = _open(data)
@@ -33,12 +33,12 @@ class Indices:
         if image.mode not in ("P", "1", "L", "I", "I;16", "I;16B"):
             raise ValueError(f"is no single channel of integers (but {image.mode}) where class indices are due")
         raw = np.asarray(image)
-        if image.format == "PNG" and image.mode == "L":  # Pillow stretches 2 and 4 bits to 8
+        if image.format == "PNG" and image.mode == "L":  # Pillow scales 2 and 4 bits to 8
             raw = raw // np.uint8(255 // (2 ** data[24] - 1))
         return raw.astype(np.uint8) if image.mode == "1" else raw
 
     def label(self, raw: NDArray) -> NDArray[np.uint8]:
-        """u8 (height, width) of classes."""
+        """Return the classes, u8 (height, width)."""
         present = np.unique(raw).tolist()
         if unknown := [number for number in present if number not in self.table]:
             raise ValueError(f"holds the number {unknown[0]}, which stands for no class (void is {VOID})")
@@ -50,20 +50,20 @@ class Indices:
 
 @dataclass(frozen=True)
 class Colours:
-    """RGB colours, each of which stands for a class."""
+    """RGB colours, each of which represents a class."""
 
     table: Mapping[tuple[int, int, int], int]  # colour -> class or 255
-    nearest: bool = False  # the nearest colour counts; elsewhere any colour that is not in the table is refused
+    nearest: bool = False  # True: a colour means the nearest one in the table; False: other colours are refused
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """u8 (height, width, 3)."""
+        """Return the colours, u8 (height, width, 3)."""
         image = _open(data)
         if image.mode not in ("RGB", "RGBA", "P"):
             raise ValueError(f"has no colours ({image.mode}) where colours stand for the classes")
         return np.asarray(image.convert("RGB"))
 
     def label(self, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """u8 (height, width) of classes."""
+        """Return the classes, u8 (height, width)."""
         present, where = np.unique(raw.reshape(-1, 3).astype(np.int32) @ (1 << 16, 1 << 8, 1), return_inverse=True)
         colours = np.stack([present >> 16, present >> 8 & 255, present & 255], axis=1)
         if not self.nearest:
@@ -79,7 +79,7 @@ Encoding = Indices | Colours
 
 
 def png(mask: NDArray[np.uint8]) -> bytes:
-    """An optimised 8-bit gray PNG; its bytes depend on the mask and on Pillow's zlib alone."""
+    """Encode an optimised 8-bit gray PNG. Its bytes depend only on the mask and on Pillow's zlib."""
     out = io.BytesIO()
     Image.fromarray(mask).save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -96,7 +96,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _matlab(data: bytes) -> NDArray:
-    """The label map of an SBD or a Pascal Context file."""
+    """Return the label map of a MATLAB file of SBD or Pascal Context."""
     from scipy.io import loadmat  # slow to import, and most sets never need it
 
     found = loadmat(io.BytesIO(data), squeeze_me=True, struct_as_record=True)

@@ -1,8 +1,8 @@
-"""Where each data set keeps its images and masks as downloaded, which of them are a split, how its masks are coded.
+"""Layouts of data sets as downloaded: where images and masks are, which of them form a split, how masks are coded.
 
-A pattern is a path below SOURCE: `{split}` is the split's folder, `{key}` the sample's name, `{path}` the same with
-folders in it, `*` any one folder, and `.*` at the end the extension of any image. The folder before the first of these
-may lie in SOURCE itself or up to two folders deeper, so SOURCE may be what an archive was unpacked into.
+A pattern is a path below SOURCE: `{split}` is the split's folder, `{key}` the sample's name, `{path}` a name that may
+contain folders, `*` any one folder, and a final `.*` the extension of any image. The fixed folders before the first of
+these may be in SOURCE itself or up to two folders deeper, so SOURCE can be the folder that an archive was unpacked to.
 """
 
 import re
@@ -39,16 +39,16 @@ class Layout:
 
     classes: tuple[str, ...]
     images: tuple[str, ...]
-    masks: Mapping[str, Encoding]  # pattern -> how such a mask is coded; a sample's is the first that is there
-    splits: Mapping[str, tuple[str, int | None]]  # name -> `{split}`, and how many samples it has as published
+    masks: Mapping[str, Encoding]  # pattern -> coding of these masks; the first existing mask of a sample counts
+    splits: Mapping[str, tuple[str, int | None]]  # name -> value of `{split}`, and published number of samples
     lists: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)  # split -> see `_listed`
-    member: Callable[[str, str], bool] = every_key  # whether a key is of a split that no folder or list makes
-    partner: Callable[[str, str], str | None] = same_key  # a mask's key -> its image's; None: it is of another split
+    member: Callable[[str, str], bool] = every_key  # (split, key) -> membership, for splits without folder or list
+    partner: Callable[[str, str], str | None] = same_key  # (split, mask's key) -> image's key; None: in another split
     patch: tuple[int, int] | None = None  # side and stride of the patches that large images are cut into
-    red_green: Mapping[str, tuple[int, int]] | None = None  # split -> channels of an image that becomes R, G, (R+G)/2
-    oversized: bool = False  # a mask larger than its image is cut at the right and at the bottom
-    as_stored: bool = True  # masks belong to the pixels as stored, whatever EXIF says of turning; False: unknown
-    hint: str = ""  # how to get masks that are missing
+    red_green: Mapping[str, tuple[int, int]] | None = None  # split -> channels R and G; images become R, G, (R+G)/2
+    oversized: bool = False  # a mask larger than its image is cropped at the right and at the bottom
+    as_stored: bool = True  # masks match the pixels as stored, before any EXIF rotation; False: unknown
+    hint: str = ""  # how to get missing masks
 
     def encoding(self, pair: "Pair") -> Encoding:
         return list(self.masks.values())[pair.encoding]
@@ -58,10 +58,10 @@ class Layout:
 class Pair:
     """One sample: an image and its mask, or the same patch of both."""
 
-    name: str  # of the image in its data set, folders included
-    image: str  # path below the source, as is `mask`
-    mask: str
-    encoding: int  # which of the layout's masks
+    name: str  # of the image in its data set, including folders
+    image: str  # path below the source
+    mask: str  # path below the source
+    encoding: int  # index into the layout's masks
     box: Box | None = None
 
     @property
@@ -74,9 +74,9 @@ class Pair:
 
 
 def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -> list[Pair]:
-    """The samples of a split, in the order of their names; `names` is a file that lists them in the layout's place.
+    """Return the samples of a split, ordered by name. `names` is a list file that replaces the layout's own list.
 
-    Raises SourceError where an image has no mask, a mask has no image, or there is no such split.
+    Raises SourceError if an image has no mask, a mask has no image, or the split is unknown.
     """
     if split not in layout.splits:
         raise SourceError(f"--split {split}: this layout has {', '.join(layout.splits)}")
@@ -105,7 +105,7 @@ def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -
 
 
 def _collect(patterns: Iterable[str], source: Path, split: str) -> dict[str, tuple[str, int]]:
-    """{key: (path below the source, number of its pattern)}; where two patterns find a key, the first one counts."""
+    """Return {key: (path below the source, number of its pattern)}. The first pattern that finds a key counts."""
     found: dict[str, tuple[str, int]] = {}
     for number, pattern in enumerate(one.replace("{split}", split) for one in patterns):
         fixed = re.split(r"[{*]", pattern)[0].rpartition("/")[0]
@@ -129,7 +129,7 @@ def _collect(patterns: Iterable[str], source: Path, split: str) -> dict[str, tup
 
 
 def _below(source: Path, name: str) -> Path | None:
-    """The file or folder of that name in the source or up to two folders deeper."""
+    """Return the file or folder `name` in the source or up to two folders deeper, or None."""
     for depth in ("", "*/", "*/*/"):
         found = sorted(source.glob(depth + name))
         if len(found) > 1:
@@ -140,8 +140,9 @@ def _below(source: Path, name: str) -> Path | None:
 
 
 def _listed(layout: Layout, source: Path, split: str, images: Container[str]) -> list[str] | None:
-    """The names that the layout's own lists give: the first group of files that is all there, added up; those of a
-    file behind a minus are taken away.
+    """Return the names in the layout's own lists, or None without lists.
+
+    The first complete group of list files counts. Its names are joined; those of a file with a minus are removed.
     """
     for group in layout.lists.get(split, ()):
         files = {file: path for file in group if (path := _below(source, file.lstrip("-") + ".txt"))}
@@ -158,7 +159,7 @@ def _listed(layout: Layout, source: Path, split: str, images: Container[str]) ->
 
 
 def _names(path: Path, images: Container[str]) -> list[str]:
-    """One name a line; a path to an image or mask, and what follows a blank, are fine as well."""
+    """Read one name per line. A line may also be a path to an image or mask; text after a blank is ignored."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -169,12 +170,12 @@ def _names(path: Path, images: Container[str]) -> list[str]:
 def _ask(rule: Callable[[str, str], T], split: str, key: str, found: tuple[str, int]) -> T:
     try:
         return rule(split, key)
-    except ValueError:  # a number was due
+    except ValueError:  # the rule expects a number in the name
         raise SourceError(f"{found[0]} is no file of this data set: move it away") from None
 
 
 def _patches(pair: Pair, source: Path, side: int, stride: int) -> Iterator[Pair]:
-    """Squares row by row; the last of a row and of a column end at the image's edge."""
+    """Yield square patches row by row; the last of each row and column ends at the image's edge."""
     with Image.open(source / pair.image) as image:
         width, height = image.size
     for y in _starts(height, side, stride):

@@ -1,4 +1,4 @@
-"""Shards of pairs: each image proven, each mask converted, both of one size and turned alike."""
+"""Makes shards of pairs: verifies each image, converts each mask, and ensures equal size and rotation."""
 
 import io
 import json
@@ -21,13 +21,13 @@ from .masks import png
 from .pairs import Box, Layout, Pair
 from .statistics import sums
 
-MEMBERS = ("jpg", "seg.png", "cls", "json")  # timm asks every sample for a class: -1
-_ORIENTATION = 0x0112  # the tag of EXIF
+MEMBERS = ("jpg", "seg.png", "cls", "json")  # cls is -1: timm requires a class of every sample
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Makes shards of a split. Travels to worker processes."""
+    """Makes shards of a split; pickled to workers."""
 
     target: Target
     layout: Layout
@@ -44,8 +44,10 @@ class ShardMaker:
         return sum(self.bounds[shard + 1] - self.bounds[shard] for shard in shards)
 
     def _sample(self, pair: Pair) -> Sample | Quarantined:
-        """A damaged image is quarantined. A mask that is damaged, coded in another way than the layout's, or of another
-        size than its image raises SourceError, which names the file.
+        """Return the sample, or a quarantine entry for a damaged image.
+
+        Raises SourceError that names the file if a mask is damaged, has another coding than the layout's, or differs in
+        size from its image.
         """
         try:
             image, mask = self._patch(pair, pair.box) if pair.box else self._whole(pair)
@@ -83,23 +85,23 @@ class ShardMaker:
         return images.examine(png(patch), self.rules), mask
 
 
-@lru_cache(maxsize=2)  # an image and its mask, 108 MB each: patches of one tile follow each other
+@lru_cache(maxsize=2)  # an image and its mask, 108 MB each: patches of one tile are consecutive
 def _tile(file: Path) -> NDArray[np.uint8]:
-    """u8 (height, width, 3)."""
+    """Read an image or mask as u8 (height, width, 3)."""
     content = persistent(Path.read_bytes, file)
     with _named(file), Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def _turned(mask: NDArray[np.uint8], image: images.Jpeg, as_stored: bool) -> NDArray[np.uint8]:
-    """The mask of an image that was turned by its EXIF orientation, turned likewise if it was drawn before."""
+    """Rotate the mask of an image that was rotated by its EXIF orientation, if the mask matches the unrotated image."""
     quarter = image.orientation >= 5
     if mask.shape != ((image.width, image.height) if quarter else (image.height, image.width)):
-        return mask  # drawn on the turned image; if it fits neither, the size tells
+        return mask  # drawn on the rotated image; if it fits neither, `_same_size` raises
     if not as_stored and (not quarter or image.height == image.width):
         raise ValueError(
             f"may have been drawn before or after its image is turned (EXIF orientation {image.orientation}), "
-            "and their size does not say which: turn the image for good, or remove that tag"
+            "and their size does not say which: rotate the image's pixels, or remove that tag"
         )
     picture = Image.fromarray(mask)
     picture.getexif()[_ORIENTATION] = image.orientation
@@ -115,7 +117,7 @@ def _same_size(pair: Pair, mask: tuple[int, ...], image: tuple[int, ...]) -> Non
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Errors of a mask name its file."""
+    """Turn errors about a mask into SourceError that names its file."""
     try:
         yield
     except (SourceError, MemoryError):

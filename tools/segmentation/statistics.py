@@ -1,4 +1,4 @@
-"""How many pixels each class has: counted when shards are made, and again when they are checked."""
+"""The number of pixels of each class: counted when shards are made, and again when they are checked."""
 
 import io
 import json
@@ -15,15 +15,16 @@ from .classes import VOID
 
 
 def sums(mask: NDArray[np.uint8]) -> dict[str, int]:
-    """What a mask adds to its split: the pixels of each class and of void, and one image that has such pixels."""
+    """Count what a mask adds to its split: for each class present, and for void, its pixels and one image."""
     pixels = np.bincount(mask.ravel(), minlength=256)
     present = np.flatnonzero(pixels).tolist()
     return {f"pixels {label}": int(pixels[label]) for label in present} | {f"images {label}": 1 for label in present}
 
 
 def statistics(classes: list[str], added: Mapping[str, int]) -> dict[str, Any]:
-    """The manifest's fields `classes` and `void`: pixels, their share in percent (of the labelled pixels for a class,
-    of all for void), and the number of images with such pixels.
+    """Return the manifest's fields `classes` and `void`: pixels, their share in percent, and the images that have any.
+
+    The share of a class is that of the labelled pixels, the share of void that of all pixels.
     """
     pixels = {label: added.get(f"pixels {label}", 0) for label in (*range(len(classes)), VOID)}
     whole = max(1, sum(pixels.values()))
@@ -37,14 +38,14 @@ def statistics(classes: list[str], added: Mapping[str, int]) -> dict[str, Any]:
 
 
 def look(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
-    """One sample of finished shards: an image, a mask of its size whose numbers are classes or void, and no label."""
+    """Examine a finished sample: the mask must have the image's size and only classes or void; the label must be -1."""
     try:
         width, height = Image.open(io.BytesIO(read("jpg"))).size
         mask = Image.open(io.BytesIO(read("seg.png")))
         numbers, metadata = np.asarray(mask), json.loads(read("json"))
         said = [metadata["width"], metadata["height"], metadata["label"], int(read("cls"))]
         added = sums(numbers)
-    except Exception as error:  # whatever Pillow and json raise on damaged data
+    except Exception as error:  # Pillow and json raise many kinds on damaged data
         return Found(0, 0, -1, (f"{key} cannot be read: {error}",))
     differences = []
     if (mask.format, mask.mode, mask.size) != ("PNG", "L", (width, height)):
@@ -58,7 +59,7 @@ def look(key: str, read: Callable[[str], bytes], classes: list[str]) -> Found:
 
 
 def compare(folder: Path, manifest: dict[str, Any], added: Mapping[str, int]) -> list[str]:
-    """How the manifest's statistics differ from those of a split's masks."""
+    """Return the differences between the manifest's statistics and those of a split's masks, one sentence each."""
     file = folder / manifest["class_file"]
     names = file.read_text("utf-8").splitlines() if file.is_file() else []
     counted, rows = statistics(names, added), manifest.get("classes")

@@ -281,7 +281,7 @@ class Target:
         }
 
     def _write_metadata(self, manifest: dict[str, Any]) -> None:
-        """Write the split's table, the class list, timm's `_info.json` (keeping other splits), and last the manifest."""
+        """Write the split's table, the class list, timm's `_info.json` (keeping other splits), last the manifest."""
         files, lengths = ([entry[field] for entry in manifest["shards"]] for field in ("file", "samples"))
         tables = [np.load((self.out / file).with_suffix(".samples.npy")) for file in files]
         for position, table in enumerate(tables):
