@@ -412,7 +412,7 @@ def test_a_sweep_over_subsets(run: Callable[..., dict[str, Any]], sets: tuple[st
         (["--fraction", "2"], "random:vit_pico_patch8", r"lie in \(0, 1\]"),
         (["--fraction", "1/2", "--subset", "-1"], "random:vit_pico_patch8", "--subset -1: a seed"),
         (["--seeds", "0"], "random:vit_pico_patch8", "--seeds"),
-        (["--subset", "3"], "random:vit_pico_patch8", "--fraction, as 1/32"),
+        (["--subset", "3"], "random:vit_pico_patch8", "--subset needs --fraction"),
         (["--method", "loca"], "random:vit_pico_patch8", "--method: this program decides it"),
         (["--lr", "1e-4", "nan"], "random:vit_pico_patch8", "--lr nan: it must lie between"),
         (["--finetune.stride", "64"], "random:vit_pico_patch8", "stride is 64.*gaps"),
