@@ -76,7 +76,7 @@ def save(folder: Path, payload: Payload, keep_last: int, keep_every: int | None)
         for part in folder.glob("*.part"):  # left by a writer that was killed
             part.unlink()
         write(target, payload)
-        with suppress(OSError):  # not every file system has links (exFAT, some of the network's), and nothing reads it
+        with suppress(OSError):  # some file systems lack symlinks (exFAT, some network ones); nothing reads `last`
             link = folder / "last.part"
             link.symlink_to(target.name)
             link.replace(folder / "last")

@@ -46,7 +46,7 @@ class Data:
     hw_decoder_load: float | None = None
     """fraction of images that the GPU's JPEG engines decode, from 0 to 1. Default: the fastest on the first batch"""
     max_bad: float | None = None
-    """largest tolerated fraction of bad samples; beyond it the run lists them and stops. Default: 0.01, at least 32"""
+    """fraction of bad samples above which the run lists them and stops. Default: 0.01, but at least 32 samples"""
     form: Literal["auto", "fused", "operators", "triton"] = "auto"
     """implementation that cuts the views (docs/gpu.md). auto: fused on a CPU, operators on a GPU"""
 
@@ -228,7 +228,7 @@ def parse(argv: list[str]) -> Settings:
     """Return the settings that `argv` describes. `--help` and `--print-config` print and exit. Raises UsageError."""
     given = options(argv)
     helps, prints = (given.pop(key, None) for key in ("help", "print_config"))
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=bool(helps))  # slow, so only for --help
     parser, parsed, settings = _resolve(given)
     if helps:
         parser.set_defaults(parsed)

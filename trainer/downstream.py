@@ -74,10 +74,11 @@ def origin(what: str, untrained: int | None = None) -> dict[str, Any]:
 
 
 def train(given: dict[str, Any], begin: dict[str, Any], first: Path, *, size: int | None = None) -> Any:
-    """Train the method that the settings `given` describe, from the `origin` `begin`. Return it on every rank.
+    """Train the method that the settings `given` describe, from the weights of `begin` (see `origin`), and return it.
 
-    A call resumes an earlier one that was stopped. `first` is the file for the initial weights. Raises ValueError if
-    the folder holds a training from other initial weights; also Stopped, UsageError and RunError.
+    Every rank gets the method. A call resumes an earlier one that was stopped. `first` is the file for the initial
+    weights. Raises ValueError if the folder holds a training from other initial weights; also Stopped, UsageError and
+    RunError.
     """
     begins, out = begin["weights"] is not None, Path(given["out"])
     with ranks(), parallel.agreed():  # other ranks wait until rank 0 has written

@@ -69,7 +69,7 @@ def export(backbone: nn.Module, out: Path, mean: tuple[float, ...], std: tuple[f
 
     A ConvNeXt gets a layer scale of ones, which timm's model requires and VICRegL's lacks. Its last norm is applied to
     every cell here, but to the mean of the cells in timm: the weights are the same, the pooled features are not.
-    Raises ValueError if that would overwrite files that are no export's.
+    Raises ValueError if that would overwrite files that are not from an earlier export.
     """
     name, arguments = architecture(backbone)
     others = [path.name for path in (out / "README.md", out / "config.json") if path.exists()]

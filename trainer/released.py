@@ -55,7 +55,7 @@ FLAX = (
     (r"clusters\.projector\.4", "projection_head_for_clustering_prediction/Dense_2"),
     (r"clusters\.prototypes", "projection_head_for_clustering_prediction/prototypes"),
 )
-# The published files are older than the published code: their trees, and modules of some, have other names.
+# The published files are older than the published code: their trees and some modules have other names.
 TREES = {"params": "student", "ema_params": "teacher", "student_weights": "student", "teacher_weights": "teacher"}
 OLDER = {
     "encoder_norm": "final_encoder_norm",
@@ -87,7 +87,7 @@ class Place(NamedTuple):
     ours: Callable[[Tensor], Tensor]  # converts a part to our layout
 
 
-# ---- What is in the file ---------------------------------------------------------------------------------------------
+# ---- Reading the file ------------------------------------------------------------------------------------------------
 
 
 def flax_weights(path: Path) -> Weights:
@@ -156,7 +156,7 @@ def _nothing(*_: Any) -> None:
     """Placeholder for the function that the optimizer state of a full ResNet-50 checkpoint refers to; never called."""
 
 
-# ---- Whose weights they are ------------------------------------------------------------------------------------------
+# ---- Locating our weights in the file --------------------------------------------------------------------------------
 
 
 def flax_place(name: str, weight: Tensor, heads: int) -> Place:

@@ -177,7 +177,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
             stopped, outage = not taken, outage or feed.failure
         ends = stopped or done >= total
         if done > start and (ends or done % cfg.log.every == 0):
-            means = meter.fetch("grad_norm")  # the host waits for the device here, and only here
+            means = meter.fetch("grad_norm")  # the host waits for the device only here and at checkpoints
             guard.check(done, shards.key)
             record = {"step": done, "epoch": epoch, **means, "lr": lr, "weight_decay": cfg.optim.weight_decay}
             record |= clock.rates() | {"memory_gb": metrics.memory_gb(device)}

@@ -87,7 +87,7 @@ def image_cluster_loss(loca: Any, queries: list[Tensor], reference: Tensor) -> t
         return tokens[:, :1] if loca.cfg.clusters == "cls" else tokens.mean(dim=1, keepdim=True)
 
     summaries = torch.cat([summary(view) for view in queries], dim=1)
-    rows = torch.zeros(summaries.shape[:2], dtype=torch.long, device=summaries.device)  # a reference has one row
+    rows = torch.zeros(summaries.shape[:2], dtype=torch.long, device=summaries.device)  # row 0, the only one
     return loca.cluster_loss(summaries, summary(reference), rows, [1] * len(queries))
 
 

@@ -48,7 +48,7 @@ class Config:
     code)"""
     drop_path_shared: bool = False
     """drop the same branches for the reference, the random query and the first focal query of an image. The released
-    code does, since three passes share one key. With separate draws, a ViT-B's passes agree for 9 % of images"""
+    code does, since three passes share one key. With separate draws, passes of a ViT-B agree for 9 % of images only"""
     views: recipes.Loca = field(default_factory=recipes.Loca)
     query_keep: float = 70 / 196
     """fraction of the random query's tokens that enter the network"""

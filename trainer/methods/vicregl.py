@@ -93,7 +93,7 @@ def views(cfg: Config) -> Recipe:
     return recipe if cfg.locations and cfg.alpha < 1 else replace(recipe, targets=None)
 
 
-# ---- What is compared with what --------------------------------------------------------------------------------------
+# ---- Matching cells --------------------------------------------------------------------------------------------------
 
 
 class Term(NamedTuple):
@@ -141,7 +141,7 @@ class Matches(nn.Module):
         self.locations = terms(grids, large, cfg.views.gamma) if cfg.locations else []
         self.features = terms(grids, large, cfg.feature_gamma) if cfg.features else []
 
-        with torch.device("cpu"):  # real values even on the meta device, which estimates of the cost use
+        with torch.device("cpu"):  # real values even if the method is built on the meta device
             slot_weight, varying = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.long)
             cell_weight = torch.zeros(self.first[-1], dtype=torch.float64)
             for term in self.locations + self.features:
@@ -286,7 +286,7 @@ def spread(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Objective(nn.Module):
-    """The global loss of embeddings and the local loss of cells. The mean over ranks counts: each computes a share.
+    """The global loss of embeddings and the local loss of cells. Each rank computes a share of the mean over ranks.
 
     The ranks exchange embeddings, cells and indices. Gathered slots would be ten times as many numbers.
     """

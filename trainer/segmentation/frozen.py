@@ -72,7 +72,7 @@ def _from_timm(name: str, untrained: int | None, size: int | None) -> nn.Module:
 
 
 def _released(path: Path) -> checkpoint.Payload:
-    """Convert a released file: VICRegL's are files of torch (zip archives or pickles), LOCA's are not."""
+    """Convert a released file. VICRegL's are files of torch (zip archives or pickles); LOCA's are not."""
     try:
         with path.open("rb") as file:
             torchs = file.read(2) in (b"PK", b"\x80\x02")
