@@ -145,6 +145,15 @@ def test_a_list_of_names_takes_the_layouts_place(tmp_path: Path, refused) -> Non
     said = refused(tmp_path / "data", "kitti", "val", "--list", names)
     assert "holds no image 000007_10, which is listed for split val" in said
     assert "cannot read the list" in refused(tmp_path / "data", "kitti", "val", "--list", tmp_path / "none.txt")
+    names.write_text("\n")
+    assert f"{names} lists no image" in refused(tmp_path / "data", "kitti", "val", "--list", names)
+
+
+def test_a_split_without_an_image_is_named(tmp_path: Path, refused) -> None:
+    make.kitti(tmp_path / "data")
+    for path in (tmp_path / "data").rglob("*000003_10.png"):
+        path.unlink()
+    assert "holds no image of split val" in refused(tmp_path / "data", "kitti", "val")
 
 
 def test_a_count_other_than_the_published_one_is_noted(tmp_path: Path, capsys) -> None:

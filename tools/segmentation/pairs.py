@@ -98,6 +98,8 @@ def pairs(layout: Layout, source: Path, split: str, names: Path | None = None) -
         raise SourceError(f"{source} holds no image {missing[0]}, which is listed for split {split}{_more(missing)}")
     else:
         images = {key: images[key] for key in listed}
+    if not images:
+        raise SourceError(f"{names} lists no image" if names else f"{source} holds no image of split {split}")
     if lacking := sorted(images.keys() - masks.keys()):
         raise SourceError(f"{source / images[lacking[0]][0]} is an image without a mask{_more(lacking)}{hint}")
     whole = [Pair(key, images[key][0], *masks[key]) for key in sorted(images)]
