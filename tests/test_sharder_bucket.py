@@ -62,6 +62,10 @@ def test_a_lost_shard_is_made_again(bucket: Bucket, source: Path, wanted: dict[s
     assert make.run(source, "s3://bucket/lost", "--shards", 6) == 0
     assert "1 lost shards made again" in capsys.readouterr().out
     assert contents(bucket, "lost") == wanted
+    for name in ("synsets.txt", next(name for name in wanted if name.endswith("-train.samples.npy"))):
+        bucket.client.delete_object(Bucket=bucket.name, Key=f"lost/{name}")
+        assert make.run(source, "s3://bucket/lost", "--shards", 6) == 0
+        assert contents(bucket, "lost") == wanted
 
 
 def test_another_set_is_refused(bucket: Bucket, source: Path, wanted: dict[str, bytes], capsys) -> None:

@@ -267,6 +267,15 @@ def test_a_damaged_file_of_a_shard_is_made_again(ending, length, finished, sourc
     assert make.contents(tmp_path) == wanted
 
 
+@pytest.mark.parametrize("name", ["tiny-train.samples.npy", "_info.json", "synsets.txt"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100 if path.suffix == ".npy" else 5)])
+def test_a_damaged_file_beside_the_manifest_is_made_again(name, damage, source, wanted, tmp_path):
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    damage(tmp_path / name)
+    assert make.run(source, tmp_path, "--shards", 6) == 0
+    assert make.contents(tmp_path) == wanted
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"entry": 5}', "[" * 100_000])
 def test_a_damaged_record_costs_its_shard(damage, source, wanted, tmp_path):
     assert make.run(source, tmp_path, "--shards", 6, "--part", "0/2") == 0

@@ -137,6 +137,9 @@ class BucketTarget(Target):
 
     # --- the split
 
+    def _has_table(self, samples: int) -> bool:
+        return self._table_path.name in self._listed
+
     def _write_metadata(self, manifest: dict[str, Any]) -> None:
         tables = [(self.out / entry["file"]).with_suffix(".samples.npy") for entry in manifest["shards"]]
         here = _run(self._remote.list())

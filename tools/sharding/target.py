@@ -191,6 +191,10 @@ class Target:
     def _spec_path(self) -> Path:
         return self.work / "spec.json"
 
+    @property
+    def _table_path(self) -> Path:
+        return self.out / f"{self.spec.name}-{self.spec.split}.samples.npy"
+
     def _named(self, name: str) -> Path:
         return named(self.out, self.spec.split, name)
 
@@ -250,7 +254,7 @@ class Target:
         if strict and manifest["quarantined"]:
             were = "were " if finished else ""
             raise RuntimeError(f"--strict: {manifest['quarantined']} image(s) {were}quarantined ({quarantine})")
-        if not finished:
+        if not finished or not self._has_metadata(manifest):
             self._write_metadata(manifest)
         self._remove_work()
         return manifest
@@ -280,6 +284,19 @@ class Target:
             "shards": entries,
         }
 
+    def _has_metadata(self, manifest: dict[str, Any]) -> bool:
+        """Whether the files beside a manifest are there, and the table is as long as it says; `--check` reads them."""
+        classes = self.out / self.spec.class_file
+        named = not self.spec.classes or (classes.exists() and classes.read_bytes() == self._class_lines())
+        return named and self.spec.split in timm_splits(self.out) and self._has_table(manifest["num_samples"])
+
+    def _has_table(self, samples: int) -> bool:
+        try:
+            table = np.load(self._table_path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return (table.dtype, table.shape) == (SAMPLE, (samples,))
+
     def _write_metadata(self, manifest: dict[str, Any]) -> None:
         """Write the split's table, the class list, timm's `_info.json` (keeping other splits), last the manifest."""
         files, lengths = ([entry[field] for entry in manifest["shards"]] for field in ("file", "samples"))
@@ -287,7 +304,7 @@ class Target:
         for position, table in enumerate(tables):
             table["shard"] = position
         name, split = self.spec.name, self.spec.split
-        self._write(self.out / f"{name}-{split}.samples.npy", lambda file: np.save(file, np.concatenate(tables)))
+        self._write(self._table_path, lambda file: np.save(file, np.concatenate(tables)))
         if self.spec.classes:
             self._write(self.out / self.spec.class_file, self._class_lines())
         info = {"name": split, "filenames": files, "shard_lengths": lengths, "num_samples": manifest["num_samples"]}
