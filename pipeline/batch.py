@@ -36,7 +36,7 @@ class View:
             return normalise(self.pixels, mean, std, dtype)
         if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError(
-                "these pixels are normalised already, with ImageNet's mean and std: for others ask the Loader for "
+                "these pixels are normalised already, with ImageNet's mean and std: for other values give the Loader "
                 "pixels='uint8'"
             )
         return self.pixels.to(dtype)

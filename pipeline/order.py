@@ -166,7 +166,7 @@ def shuffle_quality(samples: NDArray[np.int64], first: NDArray[np.int64], n: int
     shard = np.searchsorted(first, samples, side="right") - 1
     whole = shard[: shard.size // batch * batch].reshape(-1, batch)
     if whole.size == 0:
-        raise ValueError(f"the measure needs at least one batch of {batch} samples, not {samples.size}")
+        raise ValueError(f"shuffle_quality needs at least one batch of {batch} samples, not {samples.size}")
     distinct = float(np.mean([np.unique(row).size for row in whole]))
     share = np.diff(first) / n
     return {"spread": spread, "shards": distinct / float((1 - (1 - share) ** batch).sum())}

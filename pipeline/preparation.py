@@ -97,7 +97,7 @@ class Preparation:
         """Return the (epoch, position) of the first batch at or after a position. Raises ValueError if out of range."""
         n = len(self.samples.shards)
         if not 0 <= position < n:
-            raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r} of {n}")
+            raise ValueError(f"the loader's state has epoch {epoch!r} and position {position!r}, of {n} samples")
         return (epoch + 1, 0) if n - position < (self._task.batch if self._task.drop_last else 1) else (epoch, position)
 
     def restart(self, epoch: int, position: int) -> tuple[int, int]:
@@ -200,7 +200,7 @@ class StreamPreparation(Preparation):
         self._distributions = draws.distributions(task.recipe)
 
     def __len__(self) -> int:
-        raise TypeError("a stream has no length before it was read: count its batches, or use a ShardSet")
+        raise TypeError("a stream has no length until it is read: count its batches, or use a ShardSet")
 
     @property
     def bad(self) -> dict[int, str]:
@@ -222,7 +222,7 @@ class StreamPreparation(Preparation):
         return Span(epoch, position, position, (epoch, position))
 
     def shuffle_quality(self, epoch: int) -> dict[str, float]:
-        raise TypeError("the order of a stream is not known before it was read")
+        raise TypeError("the order of a stream is unknown until it is read")
 
     def __call__(self, span: Span) -> Prepared | None:
         found = next(self._coming, None)

@@ -328,7 +328,7 @@ def submit(task: Coroutine[Any, Any, T]) -> "Future[T]":
     with _lock:
         if _ended:
             task.close()
-            raise ReadError("the program ends")
+            raise ReadError("the program is exiting")
         if _loop is None:
             _process, _loop = os.getpid(), asyncio.new_event_loop()
             threading.Thread(target=_loop.run_forever, name="remote", daemon=True).start()
@@ -347,7 +347,7 @@ def wait(future: "Future[T]") -> T:
     try:
         return future.result()
     except CancelledError:
-        raise ReadError("the program ends") from None
+        raise ReadError("the program is exiting") from None
     except BaseException:
         future.cancel()
         raise

@@ -261,7 +261,7 @@ class Cache:
             self.path(later).unlink(missing_ok=True)
             excess -= self._objects[later].size
         if excess > 0 and not complete | unfinished:
-            self._close(f"{self.folder} has no space for one of {wanted / 1e9:.2f} GB")
+            self._close(f"{self.folder} has no space for a shard of {wanted / 1e9:.2f} GB")
         return excess <= 0
 
     def job(self, shard: int, aside: Path | None = None) -> Job:

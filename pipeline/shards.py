@@ -79,7 +79,7 @@ class ShardSet:
         if self.remote:
             local = next((entry for entry in entries if not is_address(entry)), None)
             if local:
-                raise ShardError(f"{local!r} is a file among addresses: name one or the other")
+                raise ShardError(f"{local!r} is a local file in a list of addresses: name only files or addresses")
             from .remote_set import open_set
 
             root = Path(cache) if cache is not None else cache_folder("shards")
@@ -158,7 +158,7 @@ class ShardSet:
         """
         names = names if isinstance(names, str) else [*names]
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names must be a list of texts, not {names!r:.60}")
+            raise ValueError(f"names must be a list of strings, not {names!r:.60}")
         wanted = {split_name(name)[0] for name in names}
         places: dict[str, int] = {}
         for i in range(len(self)):

@@ -178,7 +178,7 @@ def test_google_answers_like_this(
         ("s3://nobody/in1k", "s3://nobody/in1k is missing: check the address"),
         ("s3://bucket/in1k/map-{0039..0041}.tar", r"map-0040.tar is missing \(2 of 3 shards\)"),
         (["s3://bucket/in1k/map-0000.tar"] * 2, "named twice"),
-        (["s3://bucket/in1k/map-0000.tar", "/data/x.tar"], "'/data/x.tar' is a file among addresses"),
+        (["s3://bucket/in1k/map-0000.tar", "/data/x.tar"], "'/data/x.tar' is a local file in a list of addresses"),
         ("ftp://host/set", "cannot be read image by image"),
         ("pipe:cat x.tar", "cannot be read image by image"),
         (f"http://user:{SECRET}@127.0.0.1:1/set", "http://127.0.0.1:1/set: an address with a password"),

@@ -155,7 +155,7 @@ def test_space_is_left_to_others(
     found = ShardSet(address)
     found.expect(range(SHARDS), SHARDS)
     until(lambda: cache_of(found).closed)
-    assert in_cache(found) == set() and "has no space for one" in caplog.text
+    assert in_cache(found) == set() and "has no space for a shard" in caplog.text
 
 
 def test_what_others_put_into_the_folder_stays(address: str, local: Path) -> None:

@@ -366,7 +366,7 @@ def test_a_listed_part_of_a_set_is_a_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no image of .* is listed"):
         whole.only([])
     for names in ("image-00003", [3]):
-        with pytest.raises(ValueError, match="must be a list of texts"):
+        with pytest.raises(ValueError, match="must be a list of strings"):
             whole.only(names)  # type: ignore[arg-type, list-item]
 
 

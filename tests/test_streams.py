@@ -85,7 +85,7 @@ def test_it_has_no_length_and_goes_on_at_an_epoch_only(shards: Path) -> None:
     source = loader(Stream(pipes(shards)), 4)
     with pytest.raises(TypeError, match="a stream has no length"):
         len(source)
-    with pytest.raises(TypeError, match="order of a stream is not known"):
+    with pytest.raises(TypeError, match="order of a stream is unknown"):
         source.shuffle_quality()
     next(iter(source))
     state = source.state_dict()
