@@ -57,9 +57,9 @@ class Loader:
     Iterating yields the rest of the current epoch, from where a loaded state or an interrupted loop left it. The next
     iteration starts the next epoch. `batch_size` is per rank; every rank takes the same number of steps over disjoint
     samples. The incomplete last batch of an epoch is dropped. With ``drop_last=False`` the ranks share it, and some may
-    get an empty batch. ``shuffle=False`` keeps the stored order. ``order="block"`` shuffles whole shards, for slow
-    storage; it is the default for a remote set ("global" for others). `num_threads` is the number of DALI's threads
-    (default: this process's cores divided by the ranks of the machine). For `max_bad` see `samples.Samples`.
+    get an empty batch. ``shuffle=False`` keeps the stored order. ``order="block"``, for slow storage, shuffles shards
+    and then samples within a window of shards; it is the default for a remote set ("global" for others). `num_threads`
+    are DALI's (default: this process's cores divided by the ranks of the machine). For `max_bad` see `samples.Samples`.
     `hw_decoder_load` is the share of images that a GPU's JPEG engines decode (default: the fastest for the first
     batch). `form` selects how views are cut (see `graph`); "auto" is "fused" on a CPU and "operators" on a GPU.
     `pixels` other than "uint8" yields the result of `View.tensor` in that type, with ImageNet's mean and std.
