@@ -191,12 +191,12 @@ def mine(tmp_path: Path) -> Path:
 MASK = np.tile(np.array([0, 1, 2, VOID], np.uint8), (20, 7))  # of the size of the fixture's images
 
 BAD_MASKS = {
-    "a palette": (make.palette(MASK), "a.png is a palette PNG where class indices are due"),
+    "a palette": (make.palette(MASK), "a.png is a palette PNG instead of class indices"),
     "colours": (
         make.saved(np.dstack([MASK] * 3)),
-        "a.png is no single channel of integers (but RGB) where class indices are due",
+        "a.png has mode RGB, but class indices need a single channel of integers",
     ),
-    "gray with alpha": (make.saved(np.dstack([MASK] * 2)), "a.png is no single channel of integers (but LA)"),
+    "gray with alpha": (make.saved(np.dstack([MASK] * 2)), "a.png has mode LA, but class indices need"),
     "another size": (make.saved(MASK[:, :-1]), "a.png has 27 x 20 pixels, its image images/train/a.jpg 28 x 20"),
     "turned by a quarter": (make.saved(MASK.T.copy()), "a.png has 20 x 28 pixels"),
     "a number beyond the classes": (

@@ -168,7 +168,7 @@ def test_a_refusal_of_a_worker_is_the_commands(tmp_path: Path) -> None:
     _, said = process.communicate()
     assert process.returncode == 2
     assert said == (
-        f"shard_segmentation: {root}/masks/val/image-2.png is a palette PNG where class indices are due: "
+        f"shard_segmentation: {root}/masks/val/image-2.png is a palette PNG instead of class indices: "
         "save its indices as a gray PNG\n"
     )
 

@@ -171,7 +171,7 @@ def test_check_names_an_address_without_a_set(bucket: Bucket, capsys: pytest.Cap
     put(bucket, "half", {".tiny-train.work/spec.json": b"{}"})
     for address, says in {
         "s3://bucket/half": "holds no manifest.json: the run that writes it is unfinished",
-        "s3://bucket/empty": "holds no manifest.json: it is no folder that this tool finished",
+        "s3://bucket/empty": "holds no manifest.json: this tool has not finished a set there",
         "s3://nobody/x": "s3://nobody/x is missing: check the address",
     }.items():
         assert make.run("--check", address) == 2

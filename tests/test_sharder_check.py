@@ -53,7 +53,7 @@ DAMAGES = {
     ),
     "a shard that is a number": (
         lambda out: rewrite(out, lambda said: said["shards"].__setitem__(0, 5)),
-        "an entry of shards is none",
+        "an entry of its shards is invalid",
     ),
     "a lost tar": (lambda out: (out / "tiny-train-0003.tar").unlink(), "0003.tar: missing"),
     "a foreign tar": (lambda out: shutil.copy(out / "tiny-train-0003.tar", out / "x.tar"), "x.tar: in no manifest"),

@@ -82,7 +82,7 @@ def list_and_plan(request: sources.Request) -> plan.Plan:
 def describe(planned: plan.Plan, part: tuple[int, int]) -> None:
     spec, source = planned.spec, planned.spec.source
     classes = f"{len(spec.classes):,} classes" if spec.classes else "no labels"
-    release = source["release"] or "no ImageNet release by its classes"
+    release = source["release"] or "not a known ImageNet release"
     print(f"{source['kind']}: {source['images']:,} images, {source['bytes'] / 1e9:.2f} GB, {classes}, {release}")
     print(
         f"{spec.shards} shards {spec.shard_file(0)} ... of about {source['bytes'] / spec.shards / 1e6:.1f} MB, "

@@ -29,9 +29,9 @@ class Indices:
             return _matlab(data)
         image = _open(data)
         if image.mode == "P" and not self.palette:
-            raise ValueError("is a palette PNG where class indices are due: save its indices as a gray PNG")
+            raise ValueError("is a palette PNG instead of class indices: save its indices as a gray PNG")
         if image.mode not in ("P", "1", "L", "I", "I;16", "I;16B"):
-            raise ValueError(f"is no single channel of integers (but {image.mode}) where class indices are due")
+            raise ValueError(f"has mode {image.mode}, but class indices need a single channel of integers")
         raw = np.asarray(image)
         if image.format == "PNG" and image.mode == "L":  # Pillow scales 2 and 4 bits to 8
             raw = raw // np.uint8(255 // (2 ** data[24] - 1))

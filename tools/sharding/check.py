@@ -87,7 +87,7 @@ def _run(out: "_Folder", workers: int, members: tuple[str, ...], look: Look, com
     found = [name for name in files if name == "manifest.json"] + [n for n in files if n.endswith(".manifest.json")]
     if not found:
         unfinished = ": the run that writes it is unfinished" if any(f.endswith(".work") for f in folders) else ""
-        raise SourceError(f"{out} holds no manifest.json{unfinished or ': it is no folder that this tool finished'}")
+        raise SourceError(f"{out} holds no manifest.json{unfinished or ': this tool has not finished a set there'}")
     differences, manifests = list[str](), dict[str, dict]()
     with out.fetched(found) as here:
         for name in found:

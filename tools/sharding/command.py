@@ -65,7 +65,7 @@ def carry_out(
             manifest = target.finish(refused, args.strict, more)
             waiting = 0 if manifest else len(target.missing())
     if manifest is None:
-        print(f"this part is done; {waiting} of {target.spec.shards} shards are other parts' and not there yet")
+        print(f"this part is done; {waiting} of {target.spec.shards} shards, of other parts, are still missing")
     elif finished:
         again = f"; {len(missing)} lost shards made again" if missing else ""
         print(f"{target} is complete: {manifest['num_samples']:,} samples{again}")
@@ -152,7 +152,7 @@ def part_of_environment(found: os._Environ[str]) -> str:
 def part(text: str) -> tuple[int, int]:
     number, slash, count = text.partition("/")
     if not slash or not number.isdigit() or not count.isdigit() or int(number) >= int(count):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part: say 0/4, 1/4, 2/4 or 3/4 for one of four")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part I/N: the parts of four are 0/4 to 3/4")
     return int(number), int(count)
 
 

@@ -89,7 +89,7 @@ def read_labels(path: Path, offset: int | None) -> dict[str, str | int]:
         words = [row for row in labelled if not _INTEGER.fullmatch(row[2])]
         few, kind = (words, "integers") if len(words) < len(integers) else (integers, "class names")
         number, _, label = few[0]
-        raise SourceError(f"{path}, line {number}: {label:.40} stands among {kind}: correct it; labels are of one kind")
+        raise SourceError(f"{path}, line {number}: {label:.40} among {kind}: labels must all be of one kind")
     numbers = {stem: int(label) for _, stem, label in labelled}
     if offset is None and min(numbers.values()) == 1:
         raise SourceError(f"{path}: labels begin at 1; say --label-offset -1 (or 0 if they really mean 1)")

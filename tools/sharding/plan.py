@@ -195,7 +195,7 @@ def _labels(listing: Listing, class_list: list[str] | None) -> tuple[list[str], 
     if (group < 0).any():
         outside = listing.name(int(np.flatnonzero(group < 0)[0]))
         raise SourceError(
-            f"{listing.root}: {outside!r} lies in no class folder though others do; --unlabelled takes all"
+            f"{listing.root}: {outside!r} is in no class folder, but others are; --unlabelled takes all without labels"
         )
     classes = class_list or sorted(listing.classes, key=os.fsencode)
     number = {name: label for label, name in enumerate(classes)}

@@ -343,7 +343,7 @@ def fault(manifest: dict) -> str:
     if manifest.get("format") != 1 or not _has(manifest, _FIELDS):
         return "no manifest of format 1"
     if not all(isinstance(entry, dict) and _has(entry, _SHARD_FIELDS) for entry in manifest["shards"]):
-        return "an entry of shards is none"
+        return "an entry of its shards is invalid"
     for name in (manifest.get("class_file", "synsets.txt"), *(entry["file"] for entry in manifest["shards"])):
         if not isinstance(name, str) or Path(name).name != name:
             return f"{name!r} leads out of the folder"
