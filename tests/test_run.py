@@ -119,7 +119,7 @@ def test_a_probe_moves_nothing(
     assert [line["step"] for line in log if "knn" in line] == [4, 6]  # due after 2.5 and 5
     teacher = checkpoint.restore(final(tmp_path / "out"))
     nine = evaluate.stored(
-        teacher.backbone(), evaluate.labelled(labelled), size=224, batch_size=4, device="cpu", images=9
+        teacher.backbone(), *evaluate.labelled(labelled), size=224, batch_size=4, device="cpu", images=9
     )
     assert len(nine[1]) == 9 and log[-1]["knn"] == evaluate.knn_accuracy(nine, nine)
     dense = Monitor(config.Probe(segment_train=pairs, segment_val=pairs), teacher.mean, teacher.std, "cpu")
