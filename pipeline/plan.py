@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .cutting import _bounds, blur_weights, resize_weights
 from .kernel import kernel
-from .parameters import CONTRAST, FILTER, GRAY, ORDER, PERMUTATIONS, RULE, SIGMA, SOLARIZE, TENSORFLOW
+from .parameters import CONTRAST, FILTER, GRAY, ORDER, PERMUTATIONS, RULE, SIGMA, SOLARIZE
 
 if TYPE_CHECKING:
     from .recipes import Cut
@@ -24,7 +24,7 @@ ROW_TAPS, COLUMN_TAPS = 3, 4  # number of taps for each row and column of the vi
 ROW_SPANS, COLUMN_SPANS = 5, 6  # index of the first span in `Plan.spans`
 ROW_WEIGHTS, COLUMN_WEIGHTS = 7, 8  # index of the first weight in `Plan.weights`
 STEPS, BEFORE_CONTRAST, OPERATIONS = 9, 10, 11  # jitter operations: count, count before contrast, first of four
-SHIFTED, IS_GRAY, RADIUS, SOLARIZED = 15, 16, 17, 18  # flags, but for the blur's radius (0: none); SHIFTED: TENSORFLOW
+COLOUR_RULE, IS_GRAY, RADIUS, SOLARIZED = 15, 16, 17, 18  # `parameters.RULE`, a flag, the blur's (0: none), a flag
 COLUMNS = 19
 
 
@@ -100,7 +100,7 @@ def _plan(sides, windows, params, sizes):
                     view[OPERATIONS + step], factors[b, v, step] = operation, p[operation]
                     if operation == CONTRAST:
                         view[BEFORE_CONTRAST] = step
-            view[SHIFTED], view[IS_GRAY], view[SOLARIZED] = p[RULE] == TENSORFLOW, p[GRAY] > 0, p[SOLARIZE] > 0
+            view[COLOUR_RULE], view[IS_GRAY], view[SOLARIZED] = p[RULE], p[GRAY] > 0, p[SOLARIZE] > 0
             if p[SIGMA] > 0:
                 gaussian = blur_weights(p[SIGMA])
                 view[RADIUS] = len(gaussian) // 2

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plan as columns
-from .parameters import CONTRAST, HUE, LUMA, SATURATION
+from .parameters import CONTRAST, HUE, LUMA, MMSEG, SATURATION, TORCHVISION
 from .plan import RADIUS
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ _TOP, _LEFT, _FLIPPED = (tl.constexpr(c) for c in (columns.TOP, columns.LEFT, co
 _ROW_TAPS, _ROW_SPANS = tl.constexpr(columns.ROW_TAPS), tl.constexpr(columns.ROW_SPANS)
 _ROW_WEIGHTS, _COLUMNS = tl.constexpr(columns.ROW_WEIGHTS), tl.constexpr(columns.COLUMNS)
 _STEPS, _BEFORE = tl.constexpr(columns.STEPS), tl.constexpr(columns.BEFORE_CONTRAST)
-_OPERATIONS, _SHIFTED = tl.constexpr(columns.OPERATIONS), tl.constexpr(columns.SHIFTED)
+_OPERATIONS, _RULE = tl.constexpr(columns.OPERATIONS), tl.constexpr(columns.COLOUR_RULE)
+_TORCHVISION, _MMSEG = tl.constexpr(TORCHVISION), tl.constexpr(MMSEG)
 _GRAY, _RADIUS, _SOLARIZED = (tl.constexpr(c) for c in (columns.IS_GRAY, RADIUS, columns.SOLARIZED))
 _CONTRAST, _SATURATION, _HUE = (tl.constexpr(c) for c in (CONTRAST, SATURATION, HUE))
 _LUMA_R, _LUMA_G, _LUMA_B = (tl.constexpr(c) for c in LUMA)
@@ -114,14 +115,14 @@ def _jitter(r, g, b, view, factors, stop, base_r, base_g, base_b):
 
     All pixels of a program belong to one view, so the branches do not diverge.
     """
-    shifted = tl.load(view + _SHIFTED)
+    rule = tl.load(view + _RULE)
     for step in range(stop):
         operation = tl.load(view + _OPERATIONS + step)
         factor = tl.load(factors + step)
         if operation == _HUE:
             r, g, b = _turn_hue(r, g, b, factor)
         elif operation == _SATURATION:
-            if shifted != 0:
+            if rule != _TORCHVISION:
                 r, g, b = _saturate_hsv(r, g, b, factor)
             else:
                 gray = (1.0 - factor) * _luma(r, g, b)
@@ -133,7 +134,7 @@ def _jitter(r, g, b, view, factors, stop, base_r, base_g, base_b):
                 _clip(g * factor + rest * base_g),
                 _clip(b * factor + rest * base_b),
             )
-        elif shifted != 0:
+        elif rule != _TORCHVISION:
             r, g, b = _clip(r + 255.0 * factor), _clip(g + 255.0 * factor), _clip(b + 255.0 * factor)
         else:
             r, g, b = _clip(r * factor), _clip(g * factor), _clip(b * factor)
@@ -246,9 +247,12 @@ def _paint(
             mean_r = tl.reduce(tl.load(of, part < blocks, 0.0), 0, _add) / (S * S)
             mean_g = tl.reduce(tl.load(of + 1, part < blocks, 0.0), 0, _add) / (S * S)
             mean_b = tl.reduce(tl.load(of + 2, part < blocks, 0.0), 0, _add) / (S * S)
-            if tl.load(view + _SHIFTED) == 0:
+            rule = tl.load(view + _RULE)
+            if rule == _TORCHVISION:
                 mean_r = _luma(mean_r, mean_g, mean_b)
                 mean_g, mean_b = mean_r, mean_r
+            elif rule == _MMSEG:  # away from black
+                mean_r, mean_g, mean_b = 0.0 * mean_r, 0.0 * mean_g, 0.0 * mean_b
             x, y, z = _jitter(x, y, z, view, factors + row * 4, steps, mean_r, mean_g, mean_b)
         if gray != 0:
             x = _luma(x, y, z)

@@ -79,7 +79,7 @@ def test_photographs_become_the_cpus_views(recipe: Recipe) -> None:
 STRONG = Augmentation(jitter=1, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, gray=0.3, blur=0.3, solarize=0.4)
 
 
-@pytest.mark.parametrize("rule", ["torchvision", "tensorflow"])
+@pytest.mark.parametrize("rule", ["torchvision", "tensorflow", "mmseg"])
 def test_every_order_of_the_strongest_jitter(rule: str) -> None:
     cut = Cut("strong", 24, 16, 1, augmentations=(replace(STRONG, rule=rule, sigma=(0.1, 1.5)),))
     images = [photographs(20)[1]]
