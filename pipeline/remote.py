@@ -250,8 +250,10 @@ class Folder:
         denied = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
         if isinstance(error, denied) or status in (401, 403):
             return ShardError(f"{address}: access is denied: check the address, and {credentials}")
-        if "169.254.169.254" in text or "metadata.google" in text or "Account must be specified" in text:
+        if "169.254.169.254" in text or "metadata.google" in text or _NO_CREDENTIALS.search(text):
             return ShardError(f"{address}: no credentials are found: {credentials}")
+        if "Unable to recognise URL" in text:
+            return ShardError(f"{address} is no address that can be read: it names no bucket")
         if "region" in text and "redirect" in text.lower():
             return ShardError(f"{address}: the bucket is in another region: set AWS_REGION to that region")
         if isinstance(error, exceptions.NotSupportedError) or "non-partial" in text.lower():
@@ -268,6 +270,7 @@ class Folder:
         return ReadError(f"{address} could not be read: {f'the server answers {status}' if status else why}")
 
 
+_NO_CREDENTIALS = re.compile("Account must be specified|Missing (SecretAccessKey|AccessKeyId)")
 _REASONS = {
     "timed out": "no answer in time",
     "timedout": "no answer in time",

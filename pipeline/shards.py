@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -68,6 +69,8 @@ class ShardSet:
         cache: str | os.PathLike[str] | None = None,
         cache_size: float = CACHE_SIZE,
     ):
+        if not 0 <= cache_size < inf:
+            raise ShardError(f"cache_size {cache_size} must be a number of GB, 0 or more")
         entries = [os.fspath(spec)] if isinstance(spec, str | os.PathLike) else [os.fspath(entry) for entry in spec]
         if split is None and len(entries) == 1:
             entries[0], split = with_split(entries[0])

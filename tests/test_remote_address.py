@@ -185,12 +185,25 @@ def test_google_answers_like_this(
         (f"http://127.0.0.1:1/set?sig={SECRET}", "http://127.0.0.1:1/set: an address with a password"),
         ("http://127.0.0.1:1/set", r"http://127.0.0.1:1/set.* could not be read: no server answers there"),
         ("az://container/set", "az://container/set: no credentials are found: set AZURE"),
+        ("s3:///set", "s3:///set is no address that can be read: it names no bucket"),
     ],
 )
 def test_what_an_address_lacks_is_one_sentence(address: str, spec: str, says: str) -> None:
     with pytest.raises((ShardError, ReadError), match=says) as caught:
         ShardSet(spec)
     assert "\n" not in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_half_of_the_credentials_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ShardError, match="no credentials are found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        ShardSet(address)
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), -1])
+def test_a_cache_of_no_size_is_refused(address: str, size: float) -> None:
+    with pytest.raises(ValueError, match=f"cache_size {size} must be a number of GB, 0 or more"):
+        ShardSet(address, cache_size=size)
 
 
 def test_a_server_that_ignores_ranges_is_refused(local: Path) -> None:
