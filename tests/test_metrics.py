@@ -103,6 +103,17 @@ def test_a_log_that_cannot_be_rewritten_stays_whole(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
+def test_a_log_of_something_else_is_cut_and_one_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    good, path = '{"step": 1, "loss": 2.0}\n', tmp_path / "log.jsonl"
+    path.write_text('{"step": "a"}\n{"step": null}\n[3]\n7\n' + good + '{"step": 1, "lo')
+    metrics.Log(tmp_path, 1, 9, config.Log(tensorboard=False)).close()
+    assert path.read_text() == good
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UsageError, match=r"log\.jsonl: cannot be written \(Is a directory\)"):
+        metrics.Log(tmp_path, 1, 9, config.Log(tensorboard=False))
+
+
 def wandb_records(content: bytes) -> Iterator[bytes]:
     """What a .wandb file holds: a LevelDB log, whose records are cut at blocks of 32 KiB, after a header of 7 bytes."""
     at, whole = 7, b""

@@ -190,14 +190,14 @@ class Log:
                 ) from None
         out.mkdir(parents=True, exist_ok=True)
         path = out / "log.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = "".join(f"{line}\n" for line in lines if _step(line) <= start)
-            try:
+        try:
+            if path.exists():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = "".join(f"{line}\n" for line in lines if _step(line) <= start)
                 host.write_atomic(path, kept.encode())
-            except OSError as error:
-                raise settings.UsageError(f"{path}: cannot be written ({error.strerror})") from None
-        self._out, self._file = out, path.open("a", encoding="utf-8")
+            self._out, self._file = out, path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise settings.UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._console, self._seen = Console(start, total, headline_metrics), False
         self._board: Any = None
         self._wandb: Any = None
@@ -256,6 +256,7 @@ class Log:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line truncated by a crash
+        step = None  # a line truncated by a crash
+    return step if isinstance(step, int | float) else math.inf
