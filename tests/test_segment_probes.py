@@ -203,3 +203,9 @@ def test_surroundings_are_colours_and_places() -> None:
     assert table.shape == (2 * ROWS * COLUMNS, 11) and torch.equal(table[:, :6], found.colour)
     corner = table[ROWS * COLUMNS + COLUMNS - 1, 6:]  # of the second image: above, at the right
     assert corner.tolist() == [-1, 1, 1, 1, -1]
+
+
+def test_neighbours_need_a_labelled_patch() -> None:
+    train = features(TRAIN[:1], lambda share: share)
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        Neighbours(train._replace(shares=torch.zeros_like(train.shares)), 10)

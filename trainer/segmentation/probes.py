@@ -51,6 +51,8 @@ class Neighbours:
             best = torch.where(occurs.any(1), score, torch.inf).argsort()[:each]
             chosen.append(train.start[j] + best[occurs[best].any(1)])
         index = torch.cat(chosen).sort().values
+        if not len(index):
+            raise ValueError("the training images have no labelled pixel")
         self.k, self.temperature = min(k, len(index)), temperature
         self.keys = F.normalize(train.x[index].to(device).float())
         self.values = F.normalize(train.shares[index].to(device).float(), p=1)
