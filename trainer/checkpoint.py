@@ -107,7 +107,7 @@ def load(path: Path) -> Payload:
             raise ValueError(f"{path}: holds no readable checkpoint; name the folder of a run that has one")
         return payload
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read lazily
     except Exception:  # a truncated file raises many kinds of errors
         why = "it is damaged, or another kind of file" if path.exists() else "there is no such file or folder"
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from None
