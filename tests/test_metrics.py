@@ -41,6 +41,20 @@ def test_a_log_on_a_full_disk(
     assert capsys.readouterr().out.splitlines()[-1] == "step 2/9  epoch 1  loss 1  1166:40 h left"
 
 
+def test_a_run_outlives_who_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `run.py | head`, or where the disk of the file behind its output is full."""
+
+    class Closed(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    said = console.Console(0, 2, ())
+    for step in (1, 2):
+        said.line({"step": step, "epoch": 0, "loss": 1.0, "step_ms": 1.0})
+    said.close()
+
+
 def test_a_line_says_little_and_seldom(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal: the first line, probes, the last one; the others only when half a minute has passed."""
     said = console.Console(0, 5, ("position_accuracy", "absent"))

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Console:
             if probed:
                 self._bar.write(text)
         elif self._lines == 1 or probed or time.monotonic() >= self._due or record["step"] == self._total:
-            print(text, flush=True)
+            _say(text)
             self._pending, self._due = "", time.monotonic() + PAUSE
         else:
             self._pending = text
@@ -60,8 +60,14 @@ class Console:
     def close(self) -> None:
         self._bar.close()
         if self._pending:
-            print(self._pending, flush=True)
+            _say(self._pending)
             self._pending = ""
+
+
+def _say(text: str) -> None:
+    """Print a line. A closed pipe or a full disk behind the output costs the line, not the run."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def short(name: str, value: float) -> str:
