@@ -48,11 +48,12 @@ def test_a_run_outlives_who_reads_its_output(monkeypatch: pytest.MonkeyPatch) ->
         def flush(self) -> None:
             raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("sys.stdout", Closed())
-    said = console.Console(0, 2, ())
-    for step in (1, 2):
-        said.line({"step": step, "epoch": 0, "loss": 1.0, "step_ms": 1.0})
-    said.close()
+    for output in (Closed(), None):  # None: closed before the start, by the shell's >&-
+        monkeypatch.setattr("sys.stdout", output)
+        said = console.Console(0, 2, ())
+        for step in (1, 2):
+            said.line({"step": step, "epoch": 0, "loss": 1.0, "step_ms": 1.0})
+        said.close()
 
 
 def test_a_line_says_little_and_seldom(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ class Console:
 
     def __init__(self, start: int, total: int, headline_metrics: Sequence[str]) -> None:
         self._total, self._headline_metrics = total, headline_metrics
-        terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None: closed by a shell
         form = "{percentage:3.0f}% |{bar:20}| {desc}"
         self._bar = tqdm(total=total, initial=start, bar_format=form, dynamic_ncols=True, disable=not terminal)
         self._seconds, self._lines, self._pending, self._due = 0.0, 0, "", 0.0
