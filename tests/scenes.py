@@ -6,6 +6,8 @@ import numpy as np
 from mapimages import encode, write_tar
 from numpy.typing import NDArray
 
+from pipeline import recipes
+from trainer.methods import finetune
 from trainer.segmentation.labelled import VOID
 
 NAMES = ["left", "right", "disc"]
@@ -37,3 +39,9 @@ def write_pairs(
     if names:
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names))
     return str(folder)
+
+
+def small_network(**views: object) -> finetune.Config:
+    """A fine-tuning of three classes on windows of 32 pixels, cheap enough to be built in each test."""
+    crop = recipes.Segmentation(**{"size": 32, "short_side": 32, **views})  # type: ignore[arg-type]
+    return finetune.Config("vit_pico_patch8", classes=3, views=crop, stride=16)
