@@ -67,7 +67,8 @@ class Loader:
     and two more batches of stored bytes on the host.
 
     A batch stays valid while it, or any tensor or array that shares its memory, is referenced. On a GPU its pixels,
-    targets and labels are ready on the stream that is current when it is requested; the host does not wait.
+    targets and labels are ready on the stream that is current when it is requested; the host does not wait. One thread
+    at a time may iterate.
 
     Raises ValueError for a number out of range or a set smaller than one global batch, ShardError for too many bad
     samples, and ReadError if stored bytes cannot be read. The state does not change then, and iterating again resumes

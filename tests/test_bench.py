@@ -84,6 +84,7 @@ def test_the_last_line_is_the_result(shards: str, capsys: pytest.CaptureFixture[
         (["--json", "/nowhere/result.json"], "/nowhere"),
         (["--headspace", "--method", "nope"], "'nope'"),
         (["--headspace", "--backbone", "nope"], "'nope'"),
+        (["--seconds", "nan"], "--seconds"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_code_2(shards: str, more, word, capsys: pytest.CaptureFixture[str]) -> None:

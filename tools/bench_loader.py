@@ -11,6 +11,7 @@ all stages up to this one, with all threads and prefetching. Exit code: 0 done, 
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -69,8 +70,9 @@ def say(text: str) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if min(args.batch_size, args.num_threads, args.repeats) < 1 or args.seconds <= 0 or (args.wanted or 1) <= 0:
-        raise ValueError("--batch-size, --num-threads, --repeats, --seconds and --wanted must be positive")
+    numbers = (args.batch_size, args.num_threads, args.repeats, args.seconds, args.wanted or 1)
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError("--batch-size, --num-threads, --repeats, --seconds and --wanted must be positive numbers")
     if args.recipe == "decode" and (args.tune or args.scaling or args.against):
         raise ValueError("--tune, --scaling and --against need a recipe with views, not 'decode'")
     recipe: Recipe | None = None

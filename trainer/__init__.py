@@ -48,7 +48,8 @@ def load(run_or_checkpoint: str | Path) -> "nn.Module":
 
     A method with an EMA teacher yields the teacher's backbone. The input is f32 (B, 3, H, W), normalised as
     `pipeline.View.tensor` does by default; the output is patch features (B, N, D), after a CLS token if the backbone
-    has one. Raises ValueError if there is no readable checkpoint.
+    has one. A backbone fine-tuned from ``timm:NAME`` is timm's own module, with timm's output. Raises ValueError if
+    there is no readable checkpoint.
     """
     from trainer import checkpoint  # imported here because torch takes seconds to load
 
