@@ -177,7 +177,6 @@ class Log:
         start: int,
         total: int,
         cfg: settings.Log,
-        *,
         headline_metrics: Sequence[str] = (),
         config: str = "",
     ) -> None:

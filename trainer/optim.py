@@ -26,6 +26,12 @@ def build(cfg: Optim, method: Method) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=1e-8, fused=True)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups. A group's "lr_scale" multiplies it: the heads of a sweep have one each."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 class Guard:
     """Counts skipped steps, writes their samples to skipped.jsonl, and fails the run after `limit` of them in a row."""
 

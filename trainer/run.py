@@ -146,9 +146,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
     start, log, writer = resume(settings, changes, training_step, loader), None, None
     with parallel.agreed():
         if out:
-            log = metrics.Log(
-                out.path, start, total, cfg.log, headline_metrics=method.headline_metrics, config=settings.text
-            )
+            log = metrics.Log(out.path, start, total, cfg.log, method.headline_metrics, settings.text)
             out.write_config(settings.text)
     if out:
         writer = checkpoint.Writer(out.path / "checkpoints", cfg.log.keep_last, cfg.log.keep_every)
@@ -214,9 +212,7 @@ def train(settings: config.Settings, out: folder.RunFolder | None) -> Result:
                 del payload  # a copy of the whole state; the writer frees it once it is written
         if ends:
             break
-        lr = schedule(done)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optim.set_lr(optimizer, lr := schedule(done))
         progress.fill_(done / total)
         if log:
             log.step(taken[0], done)
