@@ -16,7 +16,7 @@ from scenes import pair, write_pairs
 from test_finetune import loca_run
 
 from pipeline import ShardSet, recipes
-from trainer import config, evaluate, segment
+from trainer import config, evaluate, optim, segment
 from trainer import heads as program
 from trainer.cost import synthetic
 from trainer.methods import heads, linear
@@ -92,8 +92,7 @@ def test_heads_beside_each_other_do_not_feel_one_another() -> None:
     for method in (both, alone):
         optimizer = torch.optim.AdamW(method.parameter_groups(0.1), lr=0.0)
         for _ in range(4):
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * group["lr_scale"]
+            optim.set_lr(optimizer, 1e-3)
             optimizer.zero_grad()
             method(batch, torch.zeros(()))[0].backward()
             optimizer.step()
