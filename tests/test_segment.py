@@ -203,6 +203,15 @@ def test_weights_that_diverged_are_named(sets: tuple[str, str]) -> None:
         extract(net, Labelled(sets[1]), 3, short_side=32)
 
 
+def test_scores_of_the_training_images_are_said_to_be_meaningless(
+    sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["timm:test_vit", "--untrained", "0", "--train", sets[0], "--val", sets[0], "--size", "48"]
+    assert segment.main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "trainer.segment: --train and --val are the same images: the scores are meaningless" in printed.err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     "CAMVID" not in os.environ, reason="CAMVID is to name shards of its training and test images, 'A B'"

@@ -7,6 +7,7 @@ from functools import wraps
 
 import torch
 
+from pipeline import ShardSet
 from trainer.config import RunError, UsageError
 from trainer.folder import stop_code
 
@@ -46,3 +47,9 @@ def check(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:  # torch's error for a missing device depends on the build
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+
+
+def warn_if_same(name: str, train: ShardSet, val: ShardSet) -> None:
+    """Print a warning of the program `name` if the images to fit on are those to score."""
+    if train.fingerprint == val.fingerprint:
+        print(f"{name}: --train and --val are the same images: the scores are meaningless", file=sys.stderr)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pipeline import Batch, Loader, ShardSet, host, recipes
 from trainer import checkpoint, config, heads
 from trainer.backbones import input_size, normalise
-from trainer.command import check, command
+from trainer.command import check, command, warn_if_same
 from trainer.console import counting
 from trainer.stored import arrays, fingerprint, keep
 
@@ -266,8 +266,7 @@ def main(argv: list[str]) -> None:
         if path.is_dir():
             with suppress(OSError):  # the folder may not be writable; the result is printed anyway
                 host.write_atomic(run / "evaluate.json", json.dumps(result).encode())
-    if train.fingerprint == val.fingerprint:
-        print("trainer.evaluate: --train and --val are the same images: the scores are meaningless", file=sys.stderr)
+    warn_if_same("trainer.evaluate", train, val)
     print(json.dumps(result if args.untrained is None else result | random))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.host import write_atomic
 from trainer import heads
-from trainer.command import check, command
+from trainer.command import check, command, warn_if_same
 from trainer.segmentation import frozen, probes
 from trainer.segmentation.features import Features, extract
 from trainer.segmentation.labelled import Labelled, class_names
@@ -77,8 +77,7 @@ def main(argv: list[str]) -> None:
     figures = {name: figure(confusion, names) for name, confusion in found.items()}
     title = "trained" if options.untrained is None else f"untrained_{options.untrained}"
     draw(out / title, val, predictors["logistic"], names)
-    if train.shards.fingerprint == val.shards.fingerprint:
-        print("trainer.segment: --train and --val are the same images: this is no result", file=sys.stderr)
+    warn_if_same("trainer.segment", train.shards, val.shards)
     print(table(figures, found["ceiling"], names))
     print(f"multi-label classification, by a linear layer on the mean patch: {presence['map']:.1f} mAP")
     grids = np.unique(unseen.grids, axis=0)

@@ -13,7 +13,7 @@ def make_shards(folder: Path, count: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     originals = []
-    for _ in range(64):  # crops make the pictures differ; generating each one anew would take minutes
+    for _ in range(64):  # crops make the pictures differ; generating each from scratch would take minutes
         octaves = [
             np.asarray(
                 Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize(
